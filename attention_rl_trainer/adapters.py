@@ -1,8 +1,8 @@
 """The adapter as it was before the last optimizer step that moved weights (design §9).
 
 KL between an adapter and a copy made just before its own single update is zero with zero gradient: a penalty that does
-nothing. So the copy lags by one update: refreshed immediately before each optimizer step, after the loss was computed with
-the older copy, and never on a skipped batch.
+nothing. So the copy lags by one update: refreshed immediately before each optimizer step, after the loss was computed
+with the older copy, and never on a skipped batch.
 
 Knows nothing about losses; the trainer decides when to refresh.
 """

@@ -1,12 +1,12 @@
-"""A language model's attention layer as a source of query and key vectors (design §5).
+r"""A language model's attention layer as a source of query and key vectors (design §5).
 
-Finds the layer's query and key projections, whatever the architecture calls them, and reads vectors off them with forward
-hooks, before rotary embedding and after the query / key norm where the architecture has one.
+Finds the layer's query and key projections, whatever the architecture calls them, and reads vectors off them with
+forward hooks, before rotary embedding and after the query / key norm where the architecture has one.
 
 Query heads share key-value groups as in grouped-query attention, here H = 6 and G = 2::
 
     query heads   0   1   2   3   4   5
-                   \\  |  /     \\  |  /
+                   \  |  /     \  |  /
     key groups        0           1
 
 Knows nothing about how the vectors are compared (`selector`) or what the tokens mean.
@@ -110,7 +110,7 @@ def _normalized(heads: Tensor, norm: nn.Module | None) -> Tensor:
         normalized: Tensor = norm(heads)
         return normalized
     together: Tensor = norm(heads.flatten(-2))
-    return together.unflatten(-1, heads.shape[-2:])
+    return torch.unflatten(together, -1, heads.shape[-2:])
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,15 @@ def _separate_projections(attention: nn.Module) -> tuple[AttentionHeads, _Projec
     query_size, key_size = _output_features(query), _output_features(key)
     if query_size % head_dim or key_size % head_dim:
         raise UnsupportedArchitectureError(
-            f"q_proj and k_proj give {query_size} and {key_size} features, no multiples of the head dimension {head_dim}"
+            f"q_proj and k_proj give {query_size} and {key_size} features, no multiples of the head dimension "
+            f"{head_dim}"
         )
     heads = AttentionHeads(query_size // head_dim, key_size // head_dim, head_dim)
     query_norm, key_norm = _find_child(attention, ("q_norm",)), _find_child(attention, ("k_norm",))
     return (
         heads,
-        _Projection(query, lambda out: _normalized(out.unflatten(-1, (-1, head_dim)), query_norm)),
-        _Projection(key, lambda out: _normalized(out.unflatten(-1, (-1, head_dim)), key_norm)),
+        _Projection(query, lambda out: _normalized(torch.unflatten(out, -1, (-1, head_dim)), query_norm)),
+        _Projection(key, lambda out: _normalized(torch.unflatten(out, -1, (-1, head_dim)), key_norm)),
     )
 
 
@@ -146,13 +147,14 @@ def _side_by_side(module: nn.Module, heads: AttentionHeads) -> tuple[AttentionHe
     key_size = heads.num_key_value_groups * heads.head_dim
     if _output_features(module) != query_size + 2 * key_size:
         raise UnsupportedArchitectureError(
-            f"the fused projection gives {_output_features(module)} features, expected {query_size + 2 * key_size} for {heads}"
+            f"the fused projection gives {_output_features(module)} features, expected {query_size + 2 * key_size} "
+            f"for {heads}"
         )
     shape = (-1, heads.head_dim)
     return (
         heads,
-        _Projection(module, lambda out: out[..., :query_size].unflatten(-1, shape)),
-        _Projection(module, lambda out: out[..., query_size : query_size + key_size].unflatten(-1, shape)),
+        _Projection(module, lambda out: torch.unflatten(out[..., :query_size], -1, shape)),
+        _Projection(module, lambda out: torch.unflatten(out[..., query_size : query_size + key_size], -1, shape)),
     )
 
 
@@ -161,12 +163,13 @@ def _interleaved(module: nn.Module, heads: AttentionHeads) -> tuple[AttentionHea
     size = heads.head_dim
     if _output_features(module) != 3 * heads.num_query_heads * size:
         raise UnsupportedArchitectureError(
-            f"the fused projection gives {_output_features(module)} features, expected {3 * heads.num_query_heads * size}"
+            f"the fused projection gives {_output_features(module)} features, expected "
+            f"{3 * heads.num_query_heads * size}"
         )
     return (
         heads,
-        _Projection(module, lambda out: out.unflatten(-1, (-1, 3 * size))[..., :size]),
-        _Projection(module, lambda out: out.unflatten(-1, (-1, 3 * size))[..., size : 2 * size]),
+        _Projection(module, lambda out: torch.unflatten(out, -1, (-1, 3 * size))[..., :size]),
+        _Projection(module, lambda out: torch.unflatten(out, -1, (-1, 3 * size))[..., size : 2 * size]),
     )
 
 
@@ -275,7 +278,7 @@ def extract_embeddings(backbone: nn.Module, layer: AttentionLayer, token_ids: Te
         ``[n, G, D]`` in float32.
     """
     vectors = []
-    for chunk in token_ids.split(batch_size):
+    for chunk in torch.split(token_ids, batch_size):
         with layer.capture_keys() as capture:
             backbone(input_ids=chunk, use_cache=False)
         vectors.append(capture.mean())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -469,7 +470,9 @@ def load_base_model(
             raise ValueError(f"{source.name} is a GGUF file, which is dequantized; quantization_config must be None.")
         quantization_config = GgufConfig(dequantize=True)
     _check_architecture(source)
-    arguments = source.arguments() | {"dtype": dtype}
+    # transformers looks for an adapter beside the model, and asks the Hub for it unless it is told apart from the rest.
+    adapter_arguments = {"local_files_only": source.local_files_only}
+    arguments = source.arguments() | {"dtype": dtype, "adapter_kwargs": adapter_arguments}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     if quantization_config is not None:
@@ -480,6 +483,12 @@ def load_base_model(
 
 
 def _check_architecture(source: _Source) -> None:
+    adapter_config = Path(source.location) / "adapter_config.json"
+    if adapter_config.is_file():
+        base = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise BaseModelError(
+            f"{source.name} holds an adapter, not a base model: name the model that it was trained on ({base})."
+        )
     with _explained(source, "configuration"):
         config = AutoConfig.from_pretrained(source.location, **source.arguments())
     problem = _why_not_causal(config)

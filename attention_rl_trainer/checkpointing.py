@@ -1,7 +1,8 @@
 """What a checkpoint holds beside the Trainer's own files, as safetensors and JSON (design §10).
 
-``attention_rl_state.json`` holds the reward statistics, the number of episodes and updates, and the position in the data;
-``previous_adapter.safetensors`` the adapter before the last update. Knows nothing about how a run goes on from them.
+``attention_rl_state.json`` holds the reward statistics, the number of episodes and updates, and the position in the
+data; ``previous_adapter.safetensors`` the adapter before the last update. Knows nothing about how a run goes on from
+them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Every option of a run, checked when it is made, in the order in which the pipeline uses them.
 
-Extends `transformers.TrainingArguments`, so that the Trainer's own options (``report_to``, ``seed``, ``push_to_hub``, ...)
-work as everywhere. Where a default differs from the Trainer's, the field says so here. Knows nothing about models.
+Extends `transformers.TrainingArguments`, so that the Trainer's own options (``report_to``, ``seed``,
+``push_to_hub``, ...) work as everywhere. Where a default differs from the Trainer's, the field says so here. Knows
+nothing about models.
 """
 
 from __future__ import annotations
@@ -10,21 +11,23 @@ import importlib.util
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from attention_rl_trainer.pairs import PairShape
+from attention_rl_trainer.losses import Advantage, Credit, KLReference
+from attention_rl_trainer.pairs import PairShape, Window
+from attention_rl_trainer.selector import HeadAggregation
 
 logger = logging.getLogger(__name__)
 
 _CHOICES = {
-    "window": ("start", "random"),
-    "head_aggregation": ("probabilities", "scores"),
-    "advantage": ("reward", "centered", "whitened"),
-    "credit": ("trajectory", "return_to_go", "step"),
-    "kl_reference": ("previous", "base"),
+    "window": get_args(Window),
+    "head_aggregation": get_args(HeadAggregation),
+    "advantage": get_args(Advantage),
+    "credit": get_args(Credit),
+    "kl_reference": get_args(KLReference),
 }
 _AT_LEAST_ONE = (
     "tokens_per_query",
@@ -69,7 +72,8 @@ class AttentionGuidedRLConfig(TrainingArguments):
     """
 
     # Fields that the command line gives as JSON; read by TrainingArguments.
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    # Unannotated as in the base class: a ClassVar may not override that, and another annotation makes it an option.
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
     # Articles and pairs
     dataset_text_column: str = field(default="text", metadata=_help("Column of the data set that holds the articles."))
@@ -89,11 +93,10 @@ class AttentionGuidedRLConfig(TrainingArguments):
     tokens_per_query: int = field(default=20, metadata=_help("L: tokens of a query."))
     tokens_per_key: int = field(default=20, metadata=_help("K: tokens of a key."))
     tokens_per_value: int = field(default=20, metadata=_help("V: tokens of a value."))
-    window: str = field(
+    window: Window = field(
         default="start",
         metadata=_help(
-            "Which pairs of an article take part: its first N ('start') or a random run of as many ('random').",
-            choices=_CHOICES["window"],
+            "Which pairs of an article take part: its first N ('start') or a random run of as many ('random')."
         ),
     )
     include_key_in_context: bool = field(
@@ -107,12 +110,9 @@ class AttentionGuidedRLConfig(TrainingArguments):
     selection_temperature: float = field(
         default=1.0, metadata=_help("Divides the attention scores of the selector; below 1 sharpens.")
     )
-    head_aggregation: str = field(
+    head_aggregation: HeadAggregation = field(
         default="probabilities",
-        metadata=_help(
-            "Average the heads' probabilities, or their scores before one softmax.",
-            choices=_CHOICES["head_aggregation"],
-        ),
+        metadata=_help("Average the heads' probabilities, or their scores before one softmax."),
     )
 
     # Rollout
@@ -132,29 +132,24 @@ class AttentionGuidedRLConfig(TrainingArguments):
     )
 
     # Loss
-    advantage: str = field(
+    advantage: Advantage = field(
         default="centered",
         metadata=_help(
             "What weighs a query: its 'reward', the reward less the historical mean ('centered'), or that divided by "
-            "the historical SD ('whitened').",
-            choices=_CHOICES["advantage"],
+            "the historical SD ('whitened')."
         ),
     )
-    credit: str = field(
+    credit: Credit = field(
         default="trajectory",
         metadata=_help(
             "Which rewards weigh a step's query: the 'trajectory' mean, this and later steps ('return_to_go'), or its "
-            "own ('step').",
-            choices=_CHOICES["credit"],
+            "own ('step')."
         ),
     )
     beta: float = field(default=0.1, metadata=_help("Weight of the KL penalty."))
-    kl_reference: str = field(
+    kl_reference: KLReference = field(
         default="previous",
-        metadata=_help(
-            "KL to the adapter before the last update ('previous') or to the base model ('base').",
-            choices=_CHOICES["kl_reference"],
-        ),
+        metadata=_help("KL to the adapter before the last update ('previous') or to the base model ('base')."),
     )
     selector_coef: float = field(default=0.0, metadata=_help("Weight of REINFORCE on the draws of pairs."))
     reward_gradient_coef: float = field(
@@ -215,7 +210,7 @@ class AttentionGuidedRLConfig(TrainingArguments):
         self._refuse_derived_options()
         self._resolve_optimizer()
         self.per_device_train_batch_size = self.generation_batch_size
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # transformers does not annotate it
 
     @property
     def pair_shape(self) -> PairShape:
@@ -225,7 +220,7 @@ class AttentionGuidedRLConfig(TrainingArguments):
             subset_fraction=self.subset_fraction,
             tokens_per_key=self.tokens_per_key,
             tokens_per_value=self.tokens_per_value,
-            window="random" if self.window == "random" else "start",
+            window=self.window,
         )
 
     @property
@@ -274,8 +269,8 @@ class AttentionGuidedRLConfig(TrainingArguments):
             allowed = {default, self.generation_batch_size} if "batch" in name else {default}
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}, but it follows from {instead} ({getattr(self, instead)}): a run is "
-                    f"counted in episodes, not in optimizer steps. Set {instead} alone"
+                    f"{name} is {getattr(self, name)}, but it follows from {instead} ({getattr(self, instead)}): a run "
+                    f"is counted in episodes, not in optimizer steps. Set {instead} alone"
                 )
         fixed = {"save_strategy": "no", "logging_nan_inf_filter": False, "remove_unused_columns": False}
         for name, value in {**fixed, "ignore_data_skip": True}.items():

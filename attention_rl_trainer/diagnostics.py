@@ -1,7 +1,7 @@
 """Where a run stands when something fails: phase, shapes, memory, and which option to lower (design §10).
 
-Notes are added to the exception that is raised anyway, so its type stays what callers catch. Knows nothing about what the
-phases do.
+Notes are added to the exception that is raised anyway, so its type stays what callers catch. Knows nothing about what
+the phases do.
 """
 
 from __future__ import annotations

@@ -1,23 +1,271 @@
 """The ledger of a run: one row for every trajectory, with its reward, threshold and verdict (design §8).
 
-JSON Lines, so that a run that was cut off leaves every row but perhaps the last readable. Knows nothing about how a reward
-came about or what the rows are used for.
+JSON Lines, so that a run that was cut off leaves every row but perhaps the last readable. Knows nothing about how a
+reward came about or what the rows are used for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Self
 
-from torch import Tensor
+LEDGER_NAME = "trajectories.jsonl"
 
-from attention_rl_trainer.filtering import RewardStatistics
-from attention_rl_trainer.pairs import ArticleBatch
-from attention_rl_trainer.report.summary import LEDGER_NAME, LedgerRow, Verdict, _decode_object
-from attention_rl_trainer.tokenization import PlainTextEncoder
-from attention_rl_trainer.types import Trajectory
+# A mean of float32 softmaxes can exceed 1 by rounding.
+_LARGEST_PROBABILITY = 1.0 + 1e-4
+
+Verdict = Literal["kept", "below_threshold", "warmup"]
+
+_STEP_FIELDS = (
+    "step_rewards",
+    "query_gains",
+    "model_gains",
+    "selection_probabilities",
+    "queries",
+    "keys",
+    "values",
+)
+
+
+class LedgerError(ValueError):
+    """A ledger line that is not a trajectory."""
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerRow:
+    """One trajectory as the ledger stores it.
+
+    Attributes:
+        episode: number of the trajectory in the run.
+        step: Trainer step that rolled it out, from 1.
+        epoch: pass over the articles.
+        article_index: row of the article in its source.
+        title: title of the article.
+        source: name of the data set.
+        pair_numbers: the M pairs of the subset, as numbers in the article.
+        order: the T pair numbers chosen, in order.
+        reward: mean of `step_rewards`, nats per value token.
+        step_rewards: T rewards, nats per value token.
+        query_gains: T gains of the policy's query over the counterfactual, both scored by the base model.
+        model_gains: T gains of the policy over the base model, both given the policy's query.
+        order_gains: T gains of the context over pair 0 alone, or None where not computed.
+        history_mean: mean reward of the history that judged it, None for an empty history.
+        history_std: standard deviation of that history.
+        threshold: reward above which a trajectory was kept, None during warm-up.
+        verdict: what the filter decided.
+        selection_probabilities: T rows of M, columns in the order of `pair_numbers`, 0 for pairs already used.
+        queries: T query texts.
+        keys: T chosen key texts.
+        values: T chosen value texts.
+    """
+
+    episode: int
+    step: int
+    epoch: int
+    article_index: int
+    title: str
+    source: str
+    pair_numbers: tuple[int, ...]
+    order: tuple[int, ...]
+    reward: float
+    step_rewards: tuple[float, ...]
+    query_gains: tuple[float, ...]
+    model_gains: tuple[float, ...]
+    order_gains: tuple[float, ...] | None
+    history_mean: float | None
+    history_std: float | None
+    threshold: float | None
+    verdict: Verdict
+    selection_probabilities: tuple[tuple[float, ...], ...]
+    queries: tuple[str, ...]
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Check that the lists fit each other.
+
+        Raises:
+            LedgerError: a list of the wrong length, a pair chosen twice or not in the subset, or a probability
+                outside [0, 1].
+        """
+        num_steps = len(self.order)
+        for name in _STEP_FIELDS:
+            _check_length(name, getattr(self, name), num_steps, "one for each step of 'order'")
+        if self.order_gains is not None:
+            _check_length("order_gains", self.order_gains, num_steps, "one for each step of 'order'")
+        if len(set(self.pair_numbers)) != len(self.pair_numbers):
+            raise LedgerError(f"'pair_numbers' must be distinct, got {list(self.pair_numbers)}")
+        if not num_steps or len(set(self.order)) != num_steps or not set(self.order) <= set(self.pair_numbers):
+            raise LedgerError(
+                f"'order' must be one or more distinct pairs of 'pair_numbers' {list(self.pair_numbers)}, "
+                f"got {list(self.order)}"
+            )
+        for probabilities in self.selection_probabilities:
+            _check_length("selection_probabilities", probabilities, len(self.pair_numbers), "one for each pair")
+            if not all(0.0 <= probability <= _LARGEST_PROBABILITY for probability in probabilities):
+                raise LedgerError(f"'selection_probabilities' must lie in [0, 1], got {list(probabilities)}")
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, object]) -> Self:
+        """Build a row from a decoded JSON object; keys that are not fields are ignored.
+
+        Args:
+            record: one object of the ledger.
+
+        Returns:
+            The row.
+
+        Raises:
+            LedgerError: a key is missing, or a value has the wrong type, length or range.
+        """
+        missing = sorted({field.name for field in dataclasses.fields(cls)} - set(record))
+        if missing:
+            raise LedgerError(f"missing keys: {', '.join(missing)}")
+        return cls(
+            episode=_integer(record["episode"], "episode"),
+            step=_integer(record["step"], "step"),
+            epoch=_integer(record["epoch"], "epoch"),
+            article_index=_integer(record["article_index"], "article_index"),
+            title=_text(record["title"], "title"),
+            source=_text(record["source"], "source"),
+            pair_numbers=_integers(record["pair_numbers"], "pair_numbers"),
+            order=_integers(record["order"], "order"),
+            reward=_number(record["reward"], "reward"),
+            step_rewards=_numbers(record["step_rewards"], "step_rewards"),
+            query_gains=_numbers(record["query_gains"], "query_gains"),
+            model_gains=_numbers(record["model_gains"], "model_gains"),
+            order_gains=_optional_numbers(record["order_gains"], "order_gains"),
+            history_mean=_optional_number(record["history_mean"], "history_mean"),
+            history_std=_optional_number(record["history_std"], "history_std"),
+            threshold=_optional_number(record["threshold"], "threshold"),
+            verdict=_verdict(record["verdict"]),
+            selection_probabilities=tuple(
+                _numbers(row, "selection_probabilities")
+                for row in _list(record["selection_probabilities"], "selection_probabilities")
+            ),
+            queries=_texts(record["queries"], "queries"),
+            keys=_texts(record["keys"], "keys"),
+            values=_texts(record["values"], "values"),
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Return the row as a mapping that `json.dumps` writes and `from_json` reads back."""
+        return dataclasses.asdict(self)
+
+    @property
+    def chosen_probabilities(self) -> tuple[float, ...]:
+        """The probability with which each chosen pair was drawn, T values."""
+        columns = [self.pair_numbers.index(number) for number in self.order]
+        return tuple(row[column] for row, column in zip(self.selection_probabilities, columns, strict=True))
+
+    @property
+    def query_gain(self) -> float:
+        """Mean query gain of the trajectory, nats per value token."""
+        return statistics.fmean(self.query_gains)
+
+    @property
+    def model_gain(self) -> float:
+        """Mean model gain of the trajectory, nats per value token."""
+        return statistics.fmean(self.model_gains)
+
+
+def read_ledger(path: Path) -> list[LedgerRow]:
+    """Read a run's ledger, one trajectory a line.
+
+    Args:
+        path: the `trajectories.jsonl` of a run.
+
+    Returns:
+        The rows in file order; an empty file gives an empty list.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        LedgerError: a line is not a trajectory; the message names the file and the line number.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no ledger here; expected the {LEDGER_NAME} of a run's output_dir")
+    rows = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(LedgerRow.from_json(_decode_object(line)))
+            except (ValueError, OverflowError, RecursionError) as error:
+                raise LedgerError(
+                    f"{path}, line {number}: {error}. A run that was killed can leave its last line unfinished: "
+                    "resume it, or remove the line"
+                ) from error
+    return rows
+
+
+def _decode_object(line: bytes) -> Mapping[str, object]:
+    record = json.loads(line.decode("utf-8"))
+    if not isinstance(record, dict):
+        raise LedgerError(f"expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _check_length(name: str, values: Sequence[object], expected: int, meaning: str) -> None:
+    if len(values) != expected:
+        raise LedgerError(f"{name!r} must have {expected} entries ({meaning}), got {len(values)}")
+
+
+def _number(value: object, key: str) -> float:
+    # bool is an int to Python, but `true` in a ledger is not a number.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise LedgerError(f"{key!r} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _optional_number(value: object, key: str) -> float | None:
+    return None if value is None else _number(value, key)
+
+
+def _integer(value: object, key: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise LedgerError(f"{key!r} must be an integer, got {value!r}")
+    return value
+
+
+def _text(value: object, key: str) -> str:
+    if not isinstance(value, str):
+        raise LedgerError(f"{key!r} must be a string, got {value!r}")
+    return value
+
+
+def _list(value: object, key: str) -> list[object]:
+    if not isinstance(value, list | tuple):
+        raise LedgerError(f"{key!r} must be a list, got {value!r}")
+    return list(value)
+
+
+def _numbers(value: object, key: str) -> tuple[float, ...]:
+    return tuple(_number(item, key) for item in _list(value, key))
+
+
+def _optional_numbers(value: object, key: str) -> tuple[float, ...] | None:
+    return None if value is None else _numbers(value, key)
+
+
+def _integers(value: object, key: str) -> tuple[int, ...]:
+    return tuple(_integer(item, key) for item in _list(value, key))
+
+
+def _texts(value: object, key: str) -> tuple[str, ...]:
+    return tuple(_text(item, key) for item in _list(value, key))
+
+
+def _verdict(value: object) -> Verdict:
+    match value:
+        case "kept" | "below_threshold" | "warmup":
+            return value
+    raise LedgerError(f"'verdict' must be kept, below_threshold or warmup, got {value!r}")
 
 
 class Ledger:
@@ -66,67 +314,3 @@ class Ledger:
         aside = next(path for path in taken if not path.exists())
         os.replace(self.path, aside)
         return aside
-
-
-def ledger_rows(
-    trajectory: Trajectory,
-    batch: ArticleBatch,
-    encoder: PlainTextEncoder,
-    *,
-    step: int,
-    history: RewardStatistics,
-    threshold: float | None,
-    keep: Tensor,
-    is_warmup: bool,
-) -> list[LedgerRow]:
-    """Write a rollout batch down.
-
-    Args:
-        trajectory: the batch as it was rolled out.
-        batch: the articles' pairs that it read.
-        encoder: turns ids into text.
-        step: the trainer's step, from 1.
-        history: the rewards before the batch.
-        threshold: what a reward had to exceed; ``None`` where nothing was judged by one.
-        keep: which trajectories are trained on, ``[B]`` bool.
-        is_warmup: whether nothing was judged yet.
-
-    Returns:
-        One row for each trajectory.
-    """
-    columns = {
-        "step_rewards": trajectory.stack("reward").tolist(),
-        "query_gains": trajectory.stack("query_gain").tolist(),
-        "model_gains": trajectory.stack("model_gain").tolist(),
-        # Rounding may lift a certain draw above 1 in the last digit.
-        "selection_probabilities": trajectory.stack("selection_probabilities").clamp(max=1.0).tolist(),
-        "pair_numbers": trajectory.memory.pair_numbers.tolist(),
-    }
-    orders = trajectory.memory.pair_numbers.gather(1, trajectory.stack("selected_index")).tolist()
-    order_gains = None if trajectory.steps[0].order_gain is None else trajectory.stack("order_gain").tolist()
-    rewards, episodes, kept = trajectory.avg_reward.tolist(), trajectory.episodes.tolist(), keep.tolist()
-    verdicts: list[Verdict] = ["warmup" if is_warmup else "kept" if is_kept else "below_threshold" for is_kept in kept]
-    rows = []
-    for row, article in enumerate(batch.articles):
-        texts = {
-            "queries": [encoder.decode(item.query_tokens[row]) for item in trajectory.steps],
-            "keys": [encoder.decode(item.selected_pair.key_tokens[row]) for item in trajectory.steps],
-            "values": [encoder.decode(item.selected_pair.value_tokens[row]) for item in trajectory.steps],
-        }
-        record = {
-            "episode": episodes[row],
-            "step": step,
-            "epoch": article.epoch,
-            "article_index": article.article_index,
-            "title": article.title,
-            "source": article.source,
-            "order": orders[row],
-            "reward": rewards[row],
-            "order_gains": None if order_gains is None else order_gains[row],
-            "history_mean": history.mean if history.count else None,
-            "history_std": history.std if history.count else None,
-            "threshold": threshold,
-            "verdict": verdicts[row],
-        }
-        rows.append(LedgerRow.from_json(record | texts | {name: values[row] for name, values in columns.items()}))
-    return rows

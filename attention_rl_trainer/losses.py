@@ -5,8 +5,8 @@
     loss     = Σ_τ w_τ (policy_τ + β kl_τ - entropy_coef · H_τ
                         - selector_coef Σ_t A_t log p(selected_t) - reward_gradient_coef · (1/T) Σ_t log p_θ(value_t))
 
-with w_τ = 1 / B_all, B_all the trajectories of the rollout batch over all processes. Vocabulary logits exist only at the
-query (and, for the last term, value) positions, in chunks that the backward computes again.
+with w_τ = 1 / B_all, B_all the trajectories of the rollout batch over all processes. Vocabulary logits exist only at
+the query (and, for the last term, value) positions, in chunks that the backward computes again.
 
 Pure functions. Knows nothing about filters, optimizers or where the previous adapter is kept.
 """
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 Advantage = Literal["reward", "centered", "whitened"]
 Credit = Literal["trajectory", "return_to_go", "step"]
+KLReference = Literal["previous", "base"]
 LogSoftmax = Callable[[Tensor], Tensor]
 
 
@@ -157,7 +158,12 @@ def _chunk_terms(tokens: QueryTokens, log_softmax: LogSoftmax, epsilon: float, w
 
 
 def query_terms(
-    tokens: QueryTokens, log_softmax: LogSoftmax, *, epsilon: float = 0.2, with_entropy: bool = False, chunk_size: int = 256
+    tokens: QueryTokens,
+    log_softmax: LogSoftmax,
+    *,
+    epsilon: float = 0.2,
+    with_entropy: bool = False,
+    chunk_size: int = 256,
 ) -> QueryTerms:
     """Sum the loss terms of query tokens, holding the logits of one chunk at a time.
 

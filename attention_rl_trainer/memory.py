@@ -1,7 +1,7 @@
 """The environment of the episode: a memory of key-value pairs that is read without replacement (design §5).
 
-`KVMemoryEnvironment` joins the selector with the availability of the pairs. There is no model inside: query vectors come
-in, pairs go out. A user's own environment needs the methods of `MemoryEnvironment`.
+`KVMemoryEnvironment` joins the selector with the availability of the pairs. There is no model inside: query vectors
+come in, pairs go out. A user's own environment needs the methods of `MemoryEnvironment`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Token ids of an article into fixed-length key-value pairs, and a trajectory's random subset of them (design §3).
 
-Everything is index arithmetic on ids: no padding, no second tokenization, no decoding. The draw of a subset is seeded by
-(seed, epoch, article index), so it does not depend on which process or batch the article falls into.
+Everything is index arithmetic on ids: no padding, no second tokenization, no decoding. The draw of a subset is seeded
+by (seed, epoch, article index), so it does not depend on which process or batch the article falls into.
 
 Knows nothing about models: the key vectors are added by a function that is passed in.
 """
@@ -280,8 +280,8 @@ def _expect_usable_articles(num_used: int, longest: int, shape: PairShape, skipp
         raise ValueError(
             f"no article is long enough: {skipped.get('too_short', 0)} were too short (skipped: {counts}); an article "
             f"needs ({shape.tokens_per_key} + {shape.tokens_per_value}) · {shape.num_kv_pairs} = "
-            f"{shape.min_article_tokens} tokens, the longest has {longest}. Use longer articles, or lower num_kv_pairs, "
-            "tokens_per_key or tokens_per_value"
+            f"{shape.min_article_tokens} tokens, the longest has {longest}. Use longer articles, or lower "
+            "num_kv_pairs, tokens_per_key or tokens_per_value"
         )
 
 
@@ -316,7 +316,7 @@ def add_embeddings(batch: ArticleBatch, embed_keys: EmbedKeys) -> KeyValuePairs:
         The memories, on the device of the vectors.
     """
     batch_size, num_pairs, _ = batch.key_tokens.shape
-    vectors = embed_keys(batch.key_tokens.flatten(0, 1)).unflatten(0, (batch_size, num_pairs))
+    vectors = torch.unflatten(embed_keys(batch.key_tokens.flatten(0, 1)), 0, (batch_size, num_pairs))
     return KeyValuePairs(
         key_tokens=batch.key_tokens.to(vectors.device),
         value_tokens=batch.value_tokens.to(vectors.device),

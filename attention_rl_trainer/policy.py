@@ -1,8 +1,8 @@
 """One set of weights as two readers: the policy with its adapter, the reference without (design §4, §6).
 
 Turns token ids into hidden states, log-probabilities and decoded queries. The output head runs only where a position is
-scored, and always on contiguous hidden states: with frozen weights and no gradient, a strided slice makes the linear layer
-copy the head's weight for every row.
+scored, and always on contiguous hidden states: with frozen weights and no gradient, a strided slice makes the linear
+layer copy the head's weight for every row.
 
 Knows nothing about memories, rewards or training.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -67,6 +68,24 @@ def dropout_disabled(model: nn.Module) -> Iterator[None]:
             setattr(module, name, probability)
 
 
+def base_language_model(model: PeftModel) -> PreTrainedModel:
+    """Take the causal language model out of its PEFT wrapper; the LoRA layers stay in it.
+
+    Args:
+        model: a PEFT model over a causal language model.
+    """
+    return cast(PreTrainedModel, model.get_base_model())
+
+
+def output_head(model: PreTrainedModel) -> nn.Linear:
+    """Take the layer that turns hidden states into vocabulary logits.
+
+    Args:
+        model: a causal language model, without a PEFT wrapper.
+    """
+    return cast(nn.Linear, model.get_output_embeddings())  # type: ignore[no-untyped-call]  # not annotated upstream
+
+
 class LogitsHead:
     """The output head of a causal language model, with what the architecture does to the logits after it.
 
@@ -79,7 +98,7 @@ class LogitsHead:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()
-        self.linear: nn.Module = model.get_output_embeddings()
+        self.linear = output_head(model)
         options = config.to_dict()
         self._softcap: float | None = options.get("final_logit_softcapping")
         self._scale: float = float(options.get("logit_scale") or 1.0) / float(options.get("logits_scaling") or 1.0)
@@ -149,7 +168,7 @@ class PolicyModel:
         embedding_batch_size: int = 256,
     ) -> None:
         self.model = model
-        self.causal_lm: PreTrainedModel = model.get_base_model()
+        self.causal_lm = base_language_model(model)
         self.backbone: nn.Module = self.causal_lm.base_model
         self.head = LogitsHead(self.causal_lm)
         self.attention = AttentionLayer(self.causal_lm, attention_layer)
@@ -164,7 +183,7 @@ class PolicyModel:
     @property
     def device(self) -> torch.device:
         """The device that token ids must lie on."""
-        return self.causal_lm.get_input_embeddings().weight.device
+        return cast(nn.Embedding, self.causal_lm.get_input_embeddings()).weight.device
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -247,8 +266,8 @@ class PolicyModel:
             ``[B, n]`` in float32, nats.
         """
         chunks = zip(
-            hidden.flatten(0, 1).split(self.logits_chunk_size),
-            token_ids.flatten().split(self.logits_chunk_size),
+            torch.split(hidden.flatten(0, 1), self.logits_chunk_size),
+            torch.split(token_ids.flatten(), self.logits_chunk_size),
             strict=True,
         )
         return torch.cat([self.score_tokens(states, ids) for states, ids in chunks]).view(token_ids.shape)

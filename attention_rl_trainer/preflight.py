@@ -19,6 +19,7 @@ from rich.table import Table
 from attention_rl_trainer.attention import AttentionHeads
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.diagnostics import free_memory_gib
+from attention_rl_trainer.policy import base_language_model
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 # How architectures name the number of positions that they were made for.
@@ -51,11 +52,13 @@ def context_length(model: PeftModel) -> int | None:
     Args:
         model: the model.
     """
-    options = model.get_base_model().config.get_text_config().to_dict()
+    options = base_language_model(model).config.get_text_config().to_dict()
     return next((int(options[name]) for name in _CONTEXT_NAMES if options.get(name)), None)
 
 
-def expect_fitting_context(needed: int, available: int | None, config: AttentionGuidedRLConfig, num_separator: int) -> None:
+def expect_fitting_context(
+    needed: int, available: int | None, config: AttentionGuidedRLConfig, num_separator: int
+) -> None:
     """Refuse trajectories that are longer than the model's context.
 
     Args:
@@ -98,7 +101,7 @@ def run_facts(
         device: where the model lies.
         processes: number of processes.
     """
-    base = model.get_base_model()
+    base = base_language_model(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     free = free_memory_gib(device)

@@ -6,8 +6,8 @@ each of them once. Where a step's cost goes, in forwards of B rows:
 1. policy: L single tokens decode the query, whose attention vectors draw a pair;
 2. policy: one forward of ``[" Response:"] value [" Query:"]`` scores the value and opens the next step;
 3. reference: L - 1 single tokens decode a counterfactual query, one forward scores the value behind it;
-4. reference: rolled back, one forward of ``query [" Response:"] value [" Query:"]`` brings it level and scores the value
-   behind the policy's query.
+4. reference: rolled back, one forward of ``query [" Response:"] value [" Query:"]`` brings it level and scores the
+   value behind the policy's query.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class RolloutSettings:
     order_coef: float = 0.0
 
 
-def trajectory_length(separators: Separators, settings: RolloutSettings, tokens_per_key: int, tokens_per_value: int) -> int:
+def trajectory_length(
+    separators: Separators, settings: RolloutSettings, tokens_per_key: int, tokens_per_value: int
+) -> int:
     """Count the tokens S of a whole trajectory, which must fit into the model's context.
 
     Args:
@@ -335,6 +337,4 @@ class _Run:
         alone = torch.cat([self.prompt, counterfactual.token_ids, block], dim=1)
         start = self.prompt.shape[1] + counterfactual.token_ids.shape[1] + value_offset
         self.order_tokens += alone.numel()
-        return in_context - self.sampler.score(
-            self.sampler.policy.forward(alone), start, selection.pairs.value_tokens
-        )
+        return in_context - self.sampler.score(self.sampler.policy.forward(alone), start, selection.pairs.value_tokens)

@@ -1,7 +1,7 @@
 """Uniform numbers for each episode, and draws from them by the inverse distribution function (design §4).
 
-Every random choice of an episode comes from a stream of its own, seeded by (seed, episode, purpose). A trajectory therefore
-does not depend on its place in a batch, on how batches are cut, or on the number of processes.
+Every random choice of an episode comes from a stream of its own, seeded by (seed, episode, purpose). A trajectory
+therefore does not depend on its place in a batch, on how batches are cut, or on the number of processes.
 """
 
 from __future__ import annotations

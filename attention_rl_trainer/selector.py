@@ -43,7 +43,7 @@ def compute_similarity(query_vectors: Tensor, key_vectors: Tensor) -> Tensor:
     num_groups = key_vectors.shape[2]
     if num_heads % num_groups != 0:
         raise ValueError(f"{num_heads} query heads cannot share {num_groups} key groups evenly")
-    grouped = query_vectors.unflatten(1, (num_groups, num_heads // num_groups))
+    grouped = torch.unflatten(query_vectors, 1, (num_groups, num_heads // num_groups))
     scores = torch.einsum("bgrd,bmgd->bgrm", grouped, key_vectors)
     return scores.flatten(1, 2) / math.sqrt(head_dim)
 

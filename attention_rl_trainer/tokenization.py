@@ -1,8 +1,8 @@
 """Text into token ids as plain text, and the two separators of the prompt (design §3, §4).
 
 An article is untrusted text: none of it may turn into a control token. ``add_special_tokens=False`` is not enough for
-that, because a tokenizer also *recognizes* its special and added tokens in the text (``<|endoftext|>``), so the text goes
-through a copy of the tokenizer whose added vocabulary was taken out.
+that, because a tokenizer also *recognizes* its special and added tokens in the text (``<|endoftext|>``), so the text
+goes through a copy of the tokenizer whose added vocabulary was taken out.
 
 Knows nothing about pairs, prompts as a whole, or models.
 """
@@ -61,9 +61,10 @@ class PlainTextEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise ValueError(
-                f"processing_class must be a fast tokenizer (a PreTrainedTokenizerFast), got {type(tokenizer).__name__}; "
-                "load it with AutoTokenizer.from_pretrained, or choose a model whose repository holds a tokenizer.json"
+            raise ValueError(  # noqa: TRY004 - an option's value is refused, as every other option's
+                "processing_class must be a fast tokenizer (a PreTrainedTokenizerFast), got "
+                f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained, or choose a model whose "
+                "repository holds a tokenizer.json"
             )
         self.tokenizer = tokenizer
         self._plain = plain_text_tokenizer(tokenizer)

@@ -11,9 +11,10 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from attention_rl_trainer.adapters import AdapterSnapshot
-from attention_rl_trainer.articles import Article, ArticleStream, StreamPosition
+from attention_rl_trainer.articles import Article, ArticleStream, ArticleTable, StreamPosition
 from attention_rl_trainer.attention import find_attention_projections
 from attention_rl_trainer.base_models import choose_base_model, load_base_model, load_tokenizer
 from attention_rl_trainer.callbacks import BeforeOptimizerStepCallback, EpisodeSaveCallback, TrainEndCallback
@@ -32,31 +33,37 @@ from attention_rl_trainer.checkpointing import RunState, load_run_state, save_ru
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.diagnostics import peak_memory_gib, phase
 from attention_rl_trainer.filtering import RewardStatistics, keep_mask
-from attention_rl_trainer.ledger import Ledger, LedgerRow, ledger_rows
+from attention_rl_trainer.ledger import Ledger, LedgerRow
 from attention_rl_trainer.losses import step_advantages
 from attention_rl_trainer.memory import DifferentiableEnvironment, KVMemoryEnvironment, MemoryEnvironment
 from attention_rl_trainer.pairs import ArticleBatch, ArticlePairsDataset, collate_article_pairs
-from attention_rl_trainer.policy import PolicyModel
-from attention_rl_trainer.preflight import context_length, expect_fitting_context, expect_writable, print_facts, run_facts
+from attention_rl_trainer.policy import PolicyModel, base_language_model, output_head
+from attention_rl_trainer.preflight import (
+    context_length,
+    expect_fitting_context,
+    expect_writable,
+    print_facts,
+    run_facts,
+)
+from attention_rl_trainer.records import ledger_rows, trajectory_metrics
 from attention_rl_trainer.report.console import EpisodeProgressCallback
 from attention_rl_trainer.report.summary import write_report
 from attention_rl_trainer.rollout import NonFiniteError, RolloutSettings, TrajectorySampler, trajectory_length
-from attention_rl_trainer.sampling import entropy
 from attention_rl_trainer.tokenization import PlainTextEncoder, Separators, allowed_token_ids
 from attention_rl_trainer.types import Trajectory
 from attention_rl_trainer.update import KeptTrajectories, LossSettings, LossTerms, compute_loss_terms
 
 logger = logging.getLogger(__name__)
 
-Articles = Dataset | IterableDataset | Sequence[Mapping[str, Any]] | Sequence[Article]
-Optimizers = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
+Articles: TypeAlias = ArticleTable | Sequence[Mapping[str, object]] | Sequence[Article]
+Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 
 RUN_CONFIG_NAME = "attention_rl_config.json"
 # How a metric that is collected several times between two logs becomes one number; the others are averaged.
 _REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
     "reward_max": max,
     "peak_memory_gib": max,
-    "kept_trajectories": sum,
+    **dict.fromkeys(("kept_trajectories", "rollout_seconds", "update_seconds"), sum),
     **dict.fromkeys(("episodes", "updates", "history_mean", "history_std", "threshold"), lambda values: values[-1]),
 }
 # Evaluation episodes have streams of their own, far from any training seed.
@@ -123,7 +130,7 @@ class AttentionGuidedRLTrainer(Trainer):
         if isinstance(model, str):
             model, processing_class = self._load(model, args, processing_class)
         if processing_class is None:
-            processing_class = load_tokenizer(model.config.name_or_path)
+            processing_class = load_tokenizer(model.config.name_or_path or "")
         adapted = self._adapt(model, peft_config)
         self.encoder = PlainTextEncoder(processing_class)
         self.separators = Separators.encode(self.encoder)
@@ -158,7 +165,8 @@ class AttentionGuidedRLTrainer(Trainer):
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         choice = choose_base_model(name, args.device)
         logger.warning("Base model %s: %s", choice.name_or_path, choice.reason)
-        options = dict(args.model_init_kwargs or {})
+        # TrainingArguments has parsed the JSON of the command line.
+        options = dict(cast(dict[str, Any], args.model_init_kwargs or {}))
         if isinstance(options.get("dtype"), str):
             options["dtype"] = _parse_dtype(options["dtype"], choice.dtype)
         revision = options.get("revision")
@@ -170,7 +178,9 @@ class AttentionGuidedRLTrainer(Trainer):
         if not isinstance(model, PeftModel):
             return get_peft_model(model, peft_config or default_lora_config(model))
         if peft_config is not None:
-            raise ValueError("the model has an adapter already; give a base model beside peft_config, or no peft_config")
+            raise ValueError(
+                "the model has an adapter already; give a base model beside peft_config, or no peft_config"
+            )
         return model
 
     def _expect_fitting_context(self, model: PeftModel, args: AttentionGuidedRLConfig) -> None:
@@ -194,7 +204,7 @@ class AttentionGuidedRLTrainer(Trainer):
 
     def _set_up_computation(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
         args = self.args
-        vocabulary_size = model.get_base_model().get_output_embeddings().weight.shape[0]
+        vocabulary_size = output_head(base_language_model(model)).weight.shape[0]
         self.policy = PolicyModel(
             model,
             allowed_token_ids(tokenizer, vocabulary_size),
@@ -207,7 +217,7 @@ class AttentionGuidedRLTrainer(Trainer):
         self.snapshot = AdapterSnapshot(model)
         self.loss_settings = LossSettings(
             beta=args.beta,
-            kl_reference="base" if args.kl_reference == "base" else "previous",
+            kl_reference=args.kl_reference,
             selector_coef=args.selector_coef,
             reward_gradient_coef=args.reward_gradient_coef,
             entropy_coef=args.entropy_coef,
@@ -257,7 +267,8 @@ class AttentionGuidedRLTrainer(Trainer):
 
     def _on_begin(self) -> None:
         folder = Path(str(self.args.output_dir))
-        (folder / RUN_CONFIG_NAME).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+        options: str = self.args.to_json_string()  # type: ignore[no-untyped-call]  # transformers does not annotate it
+        (folder / RUN_CONFIG_NAME).write_text(options + "\n", encoding="utf-8")
         print_facts(self.facts())
         if self.state.global_step == 0:
             aside = self.ledger.set_aside()
@@ -336,7 +347,7 @@ class AttentionGuidedRLTrainer(Trainer):
         remaining = self.args.num_episodes - self.run_state.num_episodes
         return batch if remaining >= len(batch) else batch.select_rows(range(max(0, remaining)))
 
-    def _phase(self, name: str, rows: int, options: str) -> Any:
+    def _phase(self, name: str, rows: int, options: str) -> AbstractContextManager[None]:
         args = self.args
         shapes = {
             "trajectories": rows,
@@ -352,7 +363,7 @@ class AttentionGuidedRLTrainer(Trainer):
 
     def _judge(self, trajectory: Trajectory) -> tuple[RewardStatistics, Tensor]:
         """Decide by the history before the batch, then add the batch to it."""
-        history = RewardStatistics(**self.run_state.statistics.state_dict())
+        history = RewardStatistics.from_state_dict(self.run_state.statistics.state_dict())
         keep = keep_mask(
             trajectory.avg_reward,
             history,
@@ -445,6 +456,7 @@ class AttentionGuidedRLTrainer(Trainer):
         if self.args.max_grad_norm > 0:
             self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
         self._before_optimizer_step()
+        assert self.optimizer is not None
         self.optimizer.step()
         model.zero_grad()
 
@@ -594,31 +606,6 @@ class AttentionGuidedRLTrainer(Trainer):
             self.ledger.cut(self.run_state.num_episodes)
 
 
-def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
-    """Summarize a rollout batch.
-
-    Args:
-        trajectory: the batch.
-
-    Returns:
-        Means over trajectories and steps, by the names under which they are logged.
-    """
-    probabilities = trajectory.stack("selection_probabilities")
-    metrics = {
-        "reward": trajectory.avg_reward.mean(),
-        "reward_std": trajectory.avg_reward.std(correction=0),
-        "reward_max": trajectory.avg_reward.max(),
-        "query_gain": trajectory.stack("query_gain").mean(),
-        "model_gain": trajectory.stack("model_gain").mean(),
-        "query_entropy": trajectory.stack("query_entropy").mean(),
-        "selector_entropy": entropy(probabilities).mean(),
-        "selector_max": probabilities.max(dim=-1).values.mean(),
-    }
-    if trajectory.steps[0].order_gain is not None:
-        metrics["order_gain"] = trajectory.stack("order_gain").mean()
-    return {name: value.item() for name, value in metrics.items()}
-
-
 def _collate(rows: Sequence[Any], tokens_per_key: int) -> dict[str, Any]:
     return {"articles": collate_article_pairs(rows, tokens_per_key)}
 
@@ -632,7 +619,9 @@ def _parse_dtype(name: str, default: torch.dtype) -> torch.dtype:
         return default
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"model_init_kwargs['dtype'] must name a torch dtype such as 'bfloat16', got {name!r}")
+        raise ValueError(  # noqa: TRY004 - the name has the right type and a wrong value
+            f"model_init_kwargs['dtype'] must name a torch dtype such as 'bfloat16', got {name!r}"
+        )
     return dtype
 
 

@@ -14,8 +14,8 @@ H G D  query heads, key-value groups, head dimension of the attention layer that
 S      tokens of a whole trajectory; C tokens of the context before a step
 ====== =====================================================================================
 
-The records here check the shapes and dtypes of their tensors when they are made, so that a wrong shape is reported where
-it arises. They know nothing about models, tokenizers or training.
+The records here check the shapes and dtypes of their tensors when they are made, so that a wrong shape is reported
+where it arises. They know nothing about models, tokenizers or training.
 """
 
 from __future__ import annotations
@@ -245,7 +245,9 @@ class Trajectory:
         expect_tensor("episodes", self.episodes, (batch_size,), floating=False)
         for name, starts in (("query_starts", self.query_starts), ("value_starts", self.value_starts)):
             if len(starts) != len(self.steps):
-                raise ValueError(f"{name} must hold one position for each of {len(self.steps)} steps, got {len(starts)}")
+                raise ValueError(
+                    f"{name} must hold one position for each of {len(self.steps)} steps, got {len(starts)}"
+                )
 
     def stack(self, field_name: str) -> Tensor:
         """Stack a tensor of every step along a new second axis.

@@ -9,19 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention_rl_trainer.adapters import AdapterSnapshot
-from attention_rl_trainer.losses import QueryTokens, query_terms, reward_gradient_term, selector_term
+from attention_rl_trainer.losses import KLReference, QueryTokens, query_terms, reward_gradient_term, selector_term
 from attention_rl_trainer.memory import DifferentiableEnvironment, MemoryEnvironment
 from attention_rl_trainer.policy import PolicyModel, dropout_disabled
 from attention_rl_trainer.types import KeyValuePairs, Trajectory
-
-KLReference = Literal["previous", "base"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,9 +167,7 @@ def compute_loss_terms(
     with dropout_disabled(policy.model):
         previous_hidden = _reference_hidden(policy, snapshot, kept, positions, settings)
     with dropout_disabled(policy.model) if settings.disable_dropout else nullcontext():
-        hidden, capture = policy.training_forward(
-            model, kept.token_ids, capture_queries=settings.selector_coef > 0
-        )
+        hidden, capture = policy.training_forward(model, kept.token_ids, capture_queries=settings.selector_coef > 0)
     tokens = _query_tokens(policy, kept, positions, hidden, previous_hidden, settings)
     terms = query_terms(
         tokens,
@@ -185,7 +180,7 @@ def compute_loss_terms(
     if capture is not None:
         if not isinstance(environment, DifferentiableEnvironment):
             raise TypeError("selector_coef > 0 needs an environment with log_prob(query_vectors, index)")
-        vectors = capture.heads()[:, positions].unflatten(1, (-1, kept.query_length)).mean(dim=2)
+        vectors = torch.unflatten(capture.heads()[:, positions], 1, (-1, kept.query_length)).mean(dim=2)
         environment.reset(kept.memory)
         choice = environment.log_prob(vectors, kept.selected_index)
         loss = loss + settings.selector_coef * selector_term(choice, kept.advantages, kept.weights)
@@ -228,8 +223,8 @@ def _query_tokens(
 def _value_logprobs(policy: PolicyModel, kept: KeptTrajectories, hidden: Tensor) -> Tensor:
     """Log-probabilities of the values under the policy, with gradient, ``[b, T, V]``."""
     positions = _positions(kept.value_starts, kept.value_length, kept.token_ids.device)
-    states = hidden[:, positions - 1].flatten(0, 1).split(policy.logits_chunk_size)
-    targets = kept.token_ids[:, positions].flatten().split(policy.logits_chunk_size)
+    states = torch.split(hidden[:, positions - 1].flatten(0, 1), policy.logits_chunk_size)
+    targets = torch.split(kept.token_ids[:, positions].flatten(), policy.logits_chunk_size)
     chunks = [
         checkpoint(policy.score_tokens, state, target, use_reentrant=False, preserve_rng_state=False)
         for state, target in zip(states, targets, strict=True)

@@ -59,7 +59,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         ("A [[Category theory|category]] and [[dog]]s.", "A category and dogs."),
         ("Text.{{infobox|a={{nested|b={{deeper}}}}|c=[[d]]}} More.", "Text. More."),
         ("Before\n{| class=wikitable\n|-\n! Head\n|-\n| cell || cell\n|}\nAfter", "Before\n\nAfter"),
-        ("Outer {|\n| in {|\n| deep\n|}\n|}\nleft.", "Outer \nleft.".replace(" \n", "\n")),
+        ("Outer {|\n| in {|\n| deep\n|}\n|}\nleft.", "Outer\n\nleft."),
         ("Fact.<ref name=a>{{cite web|url=x}}</ref><ref name=a /> More.", "Fact. More."),
         ("[[File:A.jpg|thumb|A [[link]] and ''style'']]Prose.", "Prose."),
         ("[[image:A.jpg|thumb|caption]]Prose.[[Category:Things]] [[de:Ding]]", "Prose."),
@@ -78,6 +78,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         ("Broken [[File:A.svg|thumb|no end\nnext line", "Broken\nnext line"),
         ("Broken [[link and ''style\n|-\n| row\nlast</ref>", "Broken link and style\n\nlast"),
         ("Wait ... what", "Wait ... what"),
+        ("'''A''''s and ''L'Étranger'' and '''''both''''',", "A's and L'Étranger and both,"),
+        ("* {{cite|x}}, vol. 3\n: <math>x</math>;", "vol. 3"),
+        ("<sup>14</sup>C", "14C"),
+        ("<!-- == Not a heading ==\n{{ -->Text.<!-- no end", "Text."),
         ("", ""),
         ("{{stub}}\n[[Category:A]]", ""),
     ],
@@ -121,6 +125,14 @@ def test_headings_are_lines_and_go_with_an_empty_section() -> None:
 
 def test_a_heading_over_a_filled_subsection_stays() -> None:
     assert plain_text("== Above ==\n=== Below ===\nText.") == "Above\n\nBelow\n\nText."
+
+
+@pytest.mark.parametrize(
+    "unclosed", ["''italics", "'''bold", "{|\n| cell", "<ref>note", "{{template", "[[link", "<div>"]
+)
+def test_what_is_not_closed_ends_with_its_section(unclosed: str) -> None:
+    markup = f"Lead.\n\n{unclosed}\n== History ==\nText.\n{{|\n| cell\n|}}\n== References ==\n* Roe.\n"
+    assert plain_text(markup).endswith("\n\nHistory\n\nText.")
 
 
 def test_an_apparatus_is_left_out_with_its_subsections() -> None:
@@ -246,9 +258,7 @@ BREAKS = [truncated_xml, truncated_bz2, damaged_bz2]
 
 
 @pytest.mark.parametrize("make", BREAKS)
-def test_the_pages_before_a_break_are_read_and_the_break_is_named(
-    make: Callable[[Path], Path], tmp_path: Path
-) -> None:
+def test_the_pages_before_a_break_are_read_and_the_break_is_named(make: Callable[[Path], Path], tmp_path: Path) -> None:
     path = make(tmp_path)
     titles = []
     with pytest.raises(dumps.BrokenDumpError, match=r"breaks after page \d+, 'T\d+'") as raised:
@@ -329,10 +339,10 @@ def as_parquet(path: Path) -> Path:
     ],
     ids=["jsonl", "json", "jsonl.gz", "parquet", "parquet folder", "jsonl folder", "xml", "bz2 folder"],
 )
-def test_every_format_gives_the_same_rows(
-    make: Callable[[Path], Path], streaming: bool | None, tmp_path: Path
-) -> None:
-    table = load_articles(str(make(tmp_path)), streaming=streaming)
+def test_every_format_gives_the_same_rows(make: Callable[[Path], Path], streaming: bool | None, tmp_path: Path) -> None:
+    path = str(make(tmp_path))
+    table = load_articles(path, streaming=streaming)
+    assert table.info.dataset_name == path
     assert isinstance(table, datasets.IterableDataset if streaming else datasets.Dataset)
     assert [{"title": row["title"], "text": row["text"]} for row in table] == ROWS
 
@@ -385,6 +395,16 @@ def test_a_large_dump_streams_unless_told_otherwise(tmp_path: Path, monkeypatch:
 def test_a_dump_has_one_split(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has one split, 'train'; got 'test'"):
         load_articles(str(write(tmp_path / "a.xml", numbered_dump(1))), split="test")
+
+
+@pytest.mark.parametrize("name", ["offline", "a.jsonl", "a.xml", "texts"])
+def test_a_source_without_configurations_takes_none(name: str, tmp_path: Path) -> None:
+    as_json_lines(tmp_path / "a.jsonl")
+    write(tmp_path / "a.xml", numbered_dump(1))
+    write(tmp_path / "texts" / "a.txt", "A.")
+    source = name if name == "offline" else str(tmp_path / name)
+    with pytest.raises(ValueError, match=r"has no configurations; got config_name='20231101\.en'"):
+        load_articles(source, "20231101.en")
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/no/such/folder", "a/b/c", "missing.xml.bz2"])
@@ -531,6 +551,8 @@ def small_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         endpoint = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
@@ -765,7 +787,6 @@ def test_iterating_opens_the_source_at_once() -> None:
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> datasets.Dataset:
-    pytest.importorskip("gensim.test", reason="gensim's wheel is not installed") if False else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("embedded"))
         return load_articles("offline")

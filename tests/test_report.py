@@ -12,16 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from attention_rl_trainer.ledger import LedgerError, LedgerRow, read_ledger
 from attention_rl_trainer.report import plots
 from attention_rl_trainer.report.plots import plot_gains, plot_kl, plot_rewards, plot_selection
 from attention_rl_trainer.report.summary import (
     Change,
-    LedgerError,
-    LedgerRow,
     Mean,
     compare_thirds,
     escape_control_characters,
-    read_ledger,
     summarize_run,
     write_report,
 )

@@ -8,7 +8,7 @@ data sets or which pages are articles.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import mwparserfromhell
 from mwparserfromhell.nodes import ExternalLink, Heading, HTMLEntity, Node, Tag, Template, Text, Wikilink
@@ -146,10 +146,13 @@ _PRINTED_ARGUMENT = {
 }
 """Templates that print one of their arguments, and its number."""
 
+_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
+_HEADING = re.compile(r"^(={1,6})(.+?)\1[ \t]*$", re.MULTILINE)
 _MAGIC_WORD = re.compile(r"__[A-Z]{3,}__")
 _STRAY_TAG = re.compile(r"</?[a-zA-Z][a-zA-Z0-9]*(?:\s[^<>]*)?/?>")
 _UNCLOSED = re.compile(r"\{\{.*|\[\[\s*(?:file|image|category)\s*:.*", re.IGNORECASE)
-_STRAY_BRACKETS = re.compile(r"\}\}|\[\[|\]\]|\{\||\|\}|'{2,}")
+_STRAY_BRACKETS = re.compile(r"\}\}|\[\[|\]\]|\{\||\|\}")
+_STYLE_QUOTES = re.compile(r"'{2,}")
 _TABLE_LINE = re.compile(r"^\s*(?:\{\||\|[-}+]?|!).*$", re.MULTILINE)
 _SPACES = re.compile(r"[ \t\u00a0\u2009\u200a\u202f]+")
 _INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u2060\ufeff]")
@@ -158,6 +161,8 @@ _TIDY: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"[\s,;:]+([)\]])"), r"\1"),
     (re.compile(r"([,;])(?:\s*[,;])+"), r"\1"),
     (re.compile(r"\(\)|\[\]"), ""),
+    (re.compile(r"^[,;:]+ *"), ""),
+    (re.compile(r"(?<![\w)\]])\^(?=[-+−]?\d)"), ""),
     (re.compile(r" +([,.;:!?)])(?=\s|$|[)\"'])"), r"\1"),
     (re.compile(r" {2,}"), " "),
 )
@@ -179,8 +184,7 @@ def plain_text(markup: str) -> str:
     Returns:
         Lines of text; one blank line at most between two of them, none at either end.
     """
-    page = mwparserfromhell.parse(markup.replace(_LIST_ITEM, ""), skip_style_tags=False)
-    kept = _without_empty_parts(_sections(page))
+    kept = _without_empty_parts(_sections(_COMMENT.sub("", markup.replace(_LIST_ITEM, ""))))
     text = "\n\n".join(part for section in kept for part in (section.title, section.body) if part)
     return text.replace(_LIST_ITEM, "").strip()
 
@@ -208,18 +212,21 @@ class _Section:
         )
 
 
-def _sections(page: Wikicode) -> list[_Section]:
-    """Cut a page at its headings."""
-    sections: list[_Section] = []
-    title, level, nodes = "", 0, list[Node]()
-    for node in page.nodes:
-        if isinstance(node, Heading):
-            sections.append(_Section(title, level, _tidy(_render_nodes(nodes))))
-            title, level, nodes = _tidy(_render(node.title)).replace("\n", " "), node.level, []
-        else:
-            nodes.append(node)
-    sections.append(_Section(title, level, _tidy(_render_nodes(nodes))))
+def _sections(markup: str) -> list[_Section]:
+    """Cut the source of a page at its headings.
+
+    Each part is parsed by itself, since the parser would let a table, reference or italics that somebody forgot to
+    close run on through the headings after it.
+    """
+    pieces = _HEADING.split(markup)
+    sections = [_Section("", 0, _plain(pieces[0]))]
+    for marks, title, body in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
+        sections.append(_Section(_plain(title).replace("\n", " "), len(marks), _plain(body)))
     return sections
+
+
+def _plain(markup: str) -> str:
+    return _tidy(_render(mwparserfromhell.parse(markup, skip_style_tags=True)))
 
 
 def _without_empty_parts(sections: list[_Section]) -> list[_Section]:
@@ -247,11 +254,7 @@ def _end_of_part(sections: list[_Section], start: int) -> int:
 
 
 def _render(code: Wikicode | None) -> str:
-    return "" if code is None else _render_nodes(code.nodes)
-
-
-def _render_nodes(nodes: Iterable[Node]) -> str:
-    return "".join(_render_node(node) for node in nodes)
+    return "" if code is None else "".join(_render_node(node) for node in code.nodes)
 
 
 def _render_node(node: Node) -> str:
@@ -399,8 +402,15 @@ def _tidy(text: str) -> str:
     """Remove what the parser could not pair, and the traces that removed nodes leave in lines and brackets."""
     text = _MAGIC_WORD.sub("", _STRAY_TAG.sub("", _TABLE_LINE.sub("", text)))
     text = _INVISIBLE.sub("", _STRAY_BRACKETS.sub("", _UNCLOSED.sub("", text)))
+    text = _STYLE_QUOTES.sub(_apostrophes, text)
     lines = (_tidy_line(line) for line in text.split("\n"))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+
+def _apostrophes(quotes: re.Match[str]) -> str:
+    """Keep what is left of a run of quotes after 2 for italics, 3 for bold, or 5 for both."""
+    length = len(quotes[0])
+    return "'" * (max(length - 5, 0) if length > 4 else length // 4)
 
 
 def _tidy_line(line: str) -> str:

@@ -72,16 +72,17 @@ def load_articles(
         name_or_path: `"offline"` for the articles that come with the `offline` extra, a data set of the Hub such as
             `"wikimedia/wikipedia"`, or a file or folder (Parquet, JSON Lines, text, MediaWiki dump). A file or folder
             that is called like one of these names is written with `./` before it.
-        config_name: Configuration of a Hub data set; `"20231101.en"` for Wikipedia where it is not given.
+        config_name: Configuration of a data set of the Hub, or of a folder laid out as one; `"20231101.en"` for
+            Wikipedia where it is not given.
         split: Split of the data set. A single file is the split that is asked for.
         streaming: Read while iterating instead of preparing the whole source first. None means yes for Wikipedia on
             the Hub and for a dump of more than `MAX_CACHED_DUMP_BYTES`, else no.
         text_column: Column that holds the text.
 
     Returns:
-        A data set with `text_column`, and `title` where the source has titles. The rows of a MediaWiki dump also have
-        `skip_reason`: "" for an article, else "redirect", "disambiguation", "list", "not_an_article", "empty" or
-        "broken_dump", each with an empty text.
+        A data set with `text_column`, and `title` where the source has titles; its `info.dataset_name` is
+        `name_or_path`. The rows of a MediaWiki dump also have `skip_reason`: "" for an article, else "redirect",
+        "disambiguation", "list", "not_an_article", "empty" or "broken_dump", each with an empty text.
 
     Raises:
         FileNotFoundError: There is no such file or folder, nor a data set of that name on the Hub.
@@ -91,13 +92,21 @@ def load_articles(
         ValueError: The format is not known, or the data set is made by a script, or has no such column or split.
     """
     if name_or_path == OFFLINE:
+        _check_no_config(name_or_path, config_name)
         table = _load_dumps([_embedded_dump()], split, streaming)
     elif (path := Path(name_or_path).expanduser()).exists() and name_or_path not in (WIKIPEDIA, _SCRIPT_WIKIPEDIA):
         table = _load_path(path, config_name, split, streaming)
     else:
         table = _load_from_hub(name_or_path, config_name, split, streaming)
     _check_columns(table, name_or_path, text_column)
+    # A reader of files calls its data sets after itself ("generator", "json").
+    table.info.dataset_name = name_or_path
     return table
+
+
+def _check_no_config(name: str, config_name: str | None) -> None:
+    if config_name is not None:
+        raise ValueError(f"{name!r} has no configurations; got config_name={config_name!r}, leave it out.")
 
 
 def _embedded_dump() -> Path:
@@ -116,10 +125,11 @@ def _load_path(path: Path, config_name: str | None, split: str, streaming: bool 
     if path.suffix == ".py" or (path / f"{path.name}.py").is_file():
         raise _script_error(str(path))
     files, kind = _files_of_folder(path, split) if path.is_dir() else ([path], _format_of_file(path))
+    if path.is_dir() and kind not in ("text", _DUMP_FORMAT):
+        return _load_dataset(str(path), config_name, split, bool(streaming), {})
+    _check_no_config(str(path), config_name)
     if kind == _DUMP_FORMAT:
         return _load_dumps(files, split, streaming)
-    if path.is_dir() and kind != "text":
-        return _load_dataset(str(path), config_name, split, bool(streaming), {})
     data_files = {re.split(r"\W", split, maxsplit=1)[0]: [str(file) for file in files]}
     options: dict[str, object] = {"data_files": data_files}
     if kind == "text":
@@ -219,7 +229,8 @@ def _load_from_hub(name: str, config_name: str | None, split: str, streaming: bo
     if not _is_prepared(name, config_name):
         raise _unreachable(name, obstacle)
     _logger.warning("The Hub cannot be reached (%s); %r is read from the local cache.", obstacle, name)
-    prepared = Cache(repo_id=name, config_name=config_name, version="auto", hash="auto")
+    dataset_name = name.rpartition("/")[2]
+    prepared = Cache(dataset_name=dataset_name, repo_id=name, config_name=config_name, version="auto", hash="auto")
     table: ArticleTable = prepared.as_streaming_dataset(split) if streaming else prepared.as_dataset(split)
     return table
 

@@ -17,7 +17,8 @@ from rich.text import Text
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from attention_rl_trainer.report.summary import LedgerRow, escape_control_characters
+from attention_rl_trainer.ledger import LedgerRow
+from attention_rl_trainer.report.summary import escape_control_characters
 
 __all__ = ["EpisodeProgressCallback", "trajectory_table"]
 

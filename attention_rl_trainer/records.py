@@ -1,0 +1,104 @@
+"""A rolled-out batch into what is written down: rows of the ledger and metrics.
+
+Knows nothing about files or trackers.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from attention_rl_trainer.filtering import RewardStatistics
+from attention_rl_trainer.ledger import LedgerRow, Verdict
+from attention_rl_trainer.pairs import ArticleBatch
+from attention_rl_trainer.sampling import entropy
+from attention_rl_trainer.tokenization import PlainTextEncoder
+from attention_rl_trainer.types import Trajectory
+
+
+def ledger_rows(
+    trajectory: Trajectory,
+    batch: ArticleBatch,
+    encoder: PlainTextEncoder,
+    *,
+    step: int,
+    history: RewardStatistics,
+    threshold: float | None,
+    keep: Tensor,
+    is_warmup: bool,
+) -> list[LedgerRow]:
+    """Write a rollout batch down.
+
+    Args:
+        trajectory: the batch as it was rolled out.
+        batch: the articles' pairs that it read.
+        encoder: turns ids into text.
+        step: the trainer's step, from 1.
+        history: the rewards before the batch.
+        threshold: what a reward had to exceed; ``None`` where nothing was judged by one.
+        keep: which trajectories are trained on, ``[B]`` bool.
+        is_warmup: whether nothing was judged yet.
+
+    Returns:
+        One row for each trajectory.
+    """
+    columns = {
+        "step_rewards": trajectory.stack("reward").tolist(),
+        "query_gains": trajectory.stack("query_gain").tolist(),
+        "model_gains": trajectory.stack("model_gain").tolist(),
+        # Rounding may lift a certain draw above 1 in the last digit.
+        "selection_probabilities": trajectory.stack("selection_probabilities").clamp(max=1.0).tolist(),
+        "pair_numbers": trajectory.memory.pair_numbers.tolist(),
+    }
+    orders = trajectory.memory.pair_numbers.gather(1, trajectory.stack("selected_index")).tolist()
+    order_gains = None if trajectory.steps[0].order_gain is None else trajectory.stack("order_gain").tolist()
+    rewards, episodes, kept = trajectory.avg_reward.tolist(), trajectory.episodes.tolist(), keep.tolist()
+    verdicts: list[Verdict] = ["warmup" if is_warmup else "kept" if is_kept else "below_threshold" for is_kept in kept]
+    rows = []
+    for row, article in enumerate(batch.articles):
+        texts = {
+            "queries": [encoder.decode(item.query_tokens[row]) for item in trajectory.steps],
+            "keys": [encoder.decode(item.selected_pair.key_tokens[row]) for item in trajectory.steps],
+            "values": [encoder.decode(item.selected_pair.value_tokens[row]) for item in trajectory.steps],
+        }
+        record = {
+            "episode": episodes[row],
+            "step": step,
+            "epoch": article.epoch,
+            "article_index": article.article_index,
+            "title": article.title,
+            "source": article.source,
+            "order": orders[row],
+            "reward": rewards[row],
+            "order_gains": None if order_gains is None else order_gains[row],
+            "history_mean": history.mean if history.count else None,
+            "history_std": history.std if history.count else None,
+            "threshold": threshold,
+            "verdict": verdicts[row],
+        }
+        rows.append(LedgerRow.from_json(record | texts | {name: values[row] for name, values in columns.items()}))
+    return rows
+
+
+def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
+    """Summarize a rollout batch.
+
+    Args:
+        trajectory: the batch.
+
+    Returns:
+        Means over trajectories and steps, by the names under which they are logged.
+    """
+    probabilities = trajectory.stack("selection_probabilities")
+    metrics = {
+        "reward": trajectory.avg_reward.mean(),
+        "reward_std": trajectory.avg_reward.std(correction=0),
+        "reward_max": trajectory.avg_reward.max(),
+        "query_gain": trajectory.stack("query_gain").mean(),
+        "model_gain": trajectory.stack("model_gain").mean(),
+        "query_entropy": trajectory.stack("query_entropy").mean(),
+        "selector_entropy": entropy(probabilities).mean(),
+        "selector_max": probabilities.max(dim=-1).values.mean(),
+    }
+    if trajectory.steps[0].order_gain is not None:
+        metrics["order_gain"] = trajectory.stack("order_gain").mean()
+    return {name: value.item() for name, value in metrics.items()}

@@ -1,0 +1,39 @@
+"""Tiny models and tokenizers, built in process. The test options in setup.cfg refuse the network."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tiny import article_texts, byte_level_tokenizer, tiny_gpt2, tiny_llama
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Thirty articles of made-up prose, long enough for every test."""
+    return article_texts(30)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with one special and one added token."""
+    return byte_level_tokenizer(texts)
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A tiny Llama (4 query heads, 2 groups) or GPT-2, in float32."""
+    return tiny_llama() if request.param == "llama" else tiny_gpt2()
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny_llama()

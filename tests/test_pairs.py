@@ -1,0 +1,178 @@
+"""Pairs by index arithmetic, subsets by seed, skipped articles by count."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from attention_rl_trainer.articles import Article, ArticleStream, StreamPosition
+from attention_rl_trainer.pairs import (
+    ArticlePairsDataset,
+    PairShape,
+    add_embeddings,
+    chunk_tokens,
+    collate_article_pairs,
+    draw_pairs,
+    iter_article_pairs,
+    iter_key_value_pairs,
+    sample_chunks,
+    split_key_values,
+)
+from attention_rl_trainer.tokenization import PlainTextEncoder
+
+SHAPE = PairShape(num_kv_pairs=6, subset_fraction=0.5, tokens_per_key=3, tokens_per_value=2)
+
+
+def stream_of(texts: list[str], **options: object) -> ArticleStream:
+    articles = [Article(f"article {i}", text, "made up") for i, text in enumerate(texts)]
+    return ArticleStream(articles, source="made up", seed=0, **options)
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "fraction", "size"),
+    [(32, 0.25, 8), (10, 0.25, 3), (6, 0.5, 3), (2, 0.01, 1), (8, 1.0, 7), (30, 0.25, 8), (4, 0.99, 3)],
+)
+def test_memory_size_by_hand(num_pairs: int, fraction: float, size: int) -> None:
+    assert PairShape(num_kv_pairs=num_pairs, subset_fraction=fraction).memory_size == size
+
+
+def test_chunks_are_views_at_multiples() -> None:
+    ids = torch.arange(23)
+    chunks = chunk_tokens(ids, 5)
+    assert chunks.tolist() == [[5 * i + j for j in range(5)] for i in range(4)]
+    assert chunks.data_ptr() == ids.data_ptr()
+    keys, values = split_key_values(chunks, 3)
+    assert keys[1].tolist() == [5, 6, 7]
+    assert values[1].tolist() == [8, 9]
+
+
+def test_unsplittable_chunks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"tokens_per_key must lie in 1\.\.4 for these chunks, got 5"):
+        split_key_values(torch.zeros(2, 5, dtype=torch.int64), 5)
+    with pytest.raises(ValueError, match="cannot draw 4 chunks from 3"):
+        sample_chunks(torch.zeros(9, 5), 4, np.arange(3), np.random.default_rng(0))
+
+
+def test_example_is_pair_zero_and_memory_is_a_subset_of_the_rest() -> None:
+    ids = list(range(100, 100 + 40))
+    for seed in range(50):
+        example, chunks, numbers = draw_pairs(ids, SHAPE, np.random.default_rng(seed))
+        assert example.tolist() == ids[:5]
+        assert len(set(numbers.tolist())) == 3
+        assert set(numbers.tolist()) <= {1, 2, 3, 4, 5}
+        for chunk, number in zip(chunks.tolist(), numbers.tolist(), strict=True):
+            assert chunk == ids[5 * number : 5 * number + 5]
+
+
+def test_random_window_takes_a_run_of_the_article() -> None:
+    shape = PairShape(num_kv_pairs=4, subset_fraction=1.0, tokens_per_key=3, tokens_per_value=2, window="random")
+    ids = list(range(52))  # ten whole pairs
+    starts = set()
+    for seed in range(200):
+        example, _, numbers = draw_pairs(ids, shape, np.random.default_rng(seed))
+        assert example.tolist() == [0, 1, 2, 3, 4]
+        run = sorted(numbers.tolist())
+        assert run == list(range(run[0], run[0] + 3))
+        starts.add(run[0])
+    assert starts == {1, 2, 3, 4, 5, 6, 7}
+
+
+def test_every_pair_is_drawn_equally_often() -> None:
+    counts = Counter(
+        number
+        for seed in range(3000)
+        for number in draw_pairs(list(range(30)), SHAPE, np.random.default_rng(seed))[2].tolist()
+    )
+    assert set(counts) == {1, 2, 3, 4, 5}
+    assert all(abs(count / 3000 - 0.6) < 0.035 for count in counts.values())  # four standard errors
+
+
+def test_subset_depends_on_seed_epoch_and_article_alone(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    encoder = PlainTextEncoder(tokenizer)
+
+    def draws(seed: int, position: StreamPosition, count: int) -> dict[tuple[int, int], list[int]]:
+        stream = ArticlePairsDataset(stream_of(texts[:6], position=position), encoder, SHAPE, seed)
+        rows = itertools.islice(stream, count)
+        return {(r.article.epoch, r.article.article_index): r.pair_numbers.tolist() for r in rows}
+
+    from_the_start, from_the_middle = draws(0, StreamPosition(), 12), draws(0, StreamPosition(0, 4), 8)
+    assert len(from_the_start) == 12
+    assert from_the_middle == {key: from_the_start[key] for key in from_the_middle}
+    assert draws(1, StreamPosition(), 12) != from_the_start
+    first_epoch = [numbers for (epoch, _), numbers in sorted(from_the_start.items()) if epoch == 0]
+    second_epoch = [numbers for (epoch, _), numbers in sorted(from_the_start.items()) if epoch == 1]
+    assert first_epoch != second_epoch
+
+
+def test_short_articles_are_counted_and_passed_over(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = PlainTextEncoder(tokenizer)
+    skipped: Counter[str] = Counter()
+    stream = stream_of([texts[0], "too short", "", texts[1]], shuffle=False, num_epochs=1)
+    rows = list(iter_article_pairs(stream, encoder, SHAPE, 0, skipped))
+    assert [row.article.title for row in rows] == ["article 0", "article 3"]
+    assert skipped["too_short"] == 1
+    assert stream.skipped["empty"] == 1
+    assert rows[-1].skipped["too_short"] == 1
+
+
+def test_length_limit_is_exact(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = PlainTextEncoder(tokenizer)
+    text = "".join(chr(ord("a") + i % 26) + " " for i in range(200))
+    ids = encoder.encode(text)
+    exact = encoder.decode(ids[:30])
+    one_short = encoder.decode(ids[:29])
+    assert (len(encoder.encode(exact)), len(encoder.encode(one_short))) == (30, 29)
+    skipped: Counter[str] = Counter()
+    rows = list(
+        iter_article_pairs(stream_of([exact, one_short], shuffle=False, num_epochs=1), encoder, SHAPE, 0, skipped)
+    )
+    assert len(rows) == 1
+    assert skipped == {"too_short": 1}
+
+
+def test_no_article_long_enough_is_an_error_with_the_numbers(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = PlainTextEncoder(tokenizer)
+    rows = ArticlePairsDataset(stream_of(["short", "shorter still"]), encoder, SHAPE, 0)
+    with pytest.raises(ValueError, match=r"2 were too short.*\(3 \+ 2\) · 6 = 30 tokens") as error:
+        next(iter(rows))
+    assert "num_kv_pairs" in str(error.value)
+
+
+def test_a_resumed_epoch_without_usable_rest_goes_on(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    stream = stream_of([texts[0], "short"], shuffle=False, position=StreamPosition(0, 1))
+    row = next(iter(ArticlePairsDataset(stream, PlainTextEncoder(tokenizer), SHAPE, 0)))
+    assert (row.article.epoch, row.article.title) == (1, "article 0")
+
+
+def test_collated_batch_and_embeddings(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    stream = stream_of(texts[:4], shuffle=False, num_epochs=1)
+    rows = list(iter_article_pairs(stream, PlainTextEncoder(tokenizer), SHAPE, 0, Counter()))
+    batch = collate_article_pairs(rows, SHAPE.tokens_per_key)
+    assert batch.key_tokens.shape == (4, 3, 3)
+    assert batch.value_tokens.shape == (4, 3, 2)
+    assert batch.position_after == StreamPosition(0, 4)
+    part = batch.select_rows([2, 0])
+    assert torch.equal(part.key_tokens, batch.key_tokens[[2, 0]])
+    assert [article.title for article in part.articles] == ["article 2", "article 0"]
+    # The embedding function sees every key once, as rows, and its answers go back to their places.
+    pairs = add_embeddings(batch, lambda keys: keys.float().mean(dim=1)[:, None, None].expand(-1, 2, 4))
+    assert pairs.key_vectors.shape == (4, 3, 2, 4)
+    torch.testing.assert_close(pairs.key_vectors[:, :, 0, 0], batch.key_tokens.float().mean(dim=2))
+
+
+def test_iter_key_value_pairs_batches(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    stream = stream_of(texts[:5], shuffle=False, num_epochs=1)
+    batches = list(
+        iter_key_value_pairs(
+            stream, PlainTextEncoder(tokenizer), SHAPE, 2, lambda keys: keys[:, None, :1].float(), seed=0
+        )
+    )
+    assert len(batches) == 2
+    assert batches[0].key_tokens.shape == (2, 3, 3)

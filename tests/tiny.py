@@ -1,0 +1,184 @@
+"""Builders of tiny models, tokenizers, articles and trainers for the tests."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from attention_rl_trainer.articles import StreamPosition
+from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.memory import KVMemoryEnvironment
+from attention_rl_trainer.pairs import ArticleBatch, ArticleReference
+from attention_rl_trainer.policy import PolicyModel
+from attention_rl_trainer.rollout import RolloutSettings, TrajectorySampler
+from attention_rl_trainer.tokenization import PlainTextEncoder, Separators, allowed_token_ids
+from attention_rl_trainer.trainer import AttentionGuidedRLTrainer, default_lora_config
+
+VOCABULARY_SIZE = 420  # larger than the tokenizer's, so that there are padding ids
+WORDS = (
+    "the river flows from a mountain lake to the northern sea and its valley was settled early by people who kept sheep "
+    "built stone bridges traded salt wool and iron wrote letters that still exist in libraries of several old towns where "
+    "kings once met bishops judges farmers sailors all of them left records about weather harvest war peace law music"
+).split()
+
+
+def article_texts(count: int, num_words: int = 400, seed: int = 0) -> list[str]:
+    """Make articles of random words."""
+    source = random.Random(seed)
+    return [" ".join(source.choice(WORDS) for _ in range(num_words)) for _ in range(count)]
+
+
+def byte_level_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer that has a special and an added token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([*texts, " Query: Response:"] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    tokenizer.add_tokens(["<tool_call>"])
+    return tokenizer
+
+
+def tiny_llama(**changes: Any) -> PreTrainedModel:
+    """A Llama of 2 layers, 4 query heads, 2 key-value groups of 8."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": VOCABULARY_SIZE,
+        "max_position_embeddings": 512,
+        "attention_dropout": 0.1,
+        # Larger than the default, so that the tiny model's predictions are far from uniform.
+        "initializer_range": 0.3,
+    }
+    return LlamaForCausalLM(LlamaConfig(**options | changes)).eval()
+
+
+def tiny_gpt2(**changes: Any) -> PreTrainedModel:
+    """A GPT-2 of 2 layers and 4 heads of 8."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": VOCABULARY_SIZE,
+        "n_positions": 512,
+        "initializer_range": 0.3,
+    }
+    return GPT2LMHeadModel(GPT2Config(**options | changes)).eval()
+
+
+def adapted(model: PreTrainedModel, scale: float = 0.3) -> PeftModel:
+    """Put the default adapter on a model, with weights that make it differ from the base."""
+    peft_model = get_peft_model(model, default_lora_config(model))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=scale)
+    return peft_model
+
+
+def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **options: Any) -> PolicyModel:
+    """An adapted policy over a tiny model."""
+    return PolicyModel(adapted(model), allowed_token_ids(tokenizer, VOCABULARY_SIZE), **options)
+
+
+def make_sampler(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    environment: KVMemoryEnvironment | None = None,
+    policy_options: dict[str, Any] | None = None,
+    **settings: Any,
+) -> TrajectorySampler:
+    """A sampler of 3 steps with queries of 4 tokens."""
+    policy = make_policy(model, tokenizer, **policy_options or {})
+    defaults: dict[str, Any] = {"num_steps": 3, "tokens_per_query": 4, "seed": 7}
+    return TrajectorySampler(
+        policy,
+        environment or KVMemoryEnvironment(temperature=0.2),
+        Separators.encode(PlainTextEncoder(tokenizer)),
+        RolloutSettings(**defaults | settings),
+    )
+
+
+def random_batch(rows: int, num_pairs: int = 5, key_length: int = 6, value_length: int = 5, seed: int = 3) -> ArticleBatch:
+    """Articles of random ordinary tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randint(1, 380, shape, generator=generator)
+
+    return ArticleBatch(
+        example_keys=draw(rows, key_length),
+        example_values=draw(rows, value_length),
+        key_tokens=draw(rows, num_pairs, key_length),
+        value_tokens=draw(rows, num_pairs, value_length),
+        pair_numbers=torch.arange(1, num_pairs + 1).expand(rows, -1).clone(),
+        articles=[
+            ArticleReference(f"title {row}", "made up", 0, row, StreamPosition(0, row + 1)) for row in range(rows)
+        ],
+    )
+
+
+def tiny_config(folder: Path, **changes: Any) -> AttentionGuidedRLConfig:
+    """Options of a run that takes a second."""
+    options: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "num_episodes": 48,
+        "generation_batch_size": 8,
+        "training_batch_size": 4,
+        "num_kv_pairs": 8,
+        "subset_fraction": 0.5,
+        "num_steps": 3,
+        "tokens_per_query": 4,
+        "tokens_per_key": 6,
+        "tokens_per_value": 6,
+        "learning_rate": 1e-2,
+        "optim": "adamw_torch",
+        "use_cpu": True,
+        "save_episodes": 1000,
+        "log_trajectory_steps": 0,
+        "report_at_end": False,
+        "disable_tqdm": True,
+    }
+    return AttentionGuidedRLConfig(**options | changes)
+
+
+def tiny_trainer(
+    folder: Path,
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerFast,
+    model: PreTrainedModel | PeftModel | None = None,
+    trainer_options: dict[str, Any] | None = None,
+    **changes: Any,
+) -> AttentionGuidedRLTrainer:
+    """A trainer over a tiny Llama and made-up articles."""
+    rows = [{"title": f"article {number}", "text": text} for number, text in enumerate(texts)]
+    return AttentionGuidedRLTrainer(
+        model=tiny_llama() if model is None else model,
+        args=tiny_config(folder, **changes),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        **trainer_options or {},
+    )
