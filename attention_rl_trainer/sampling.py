@@ -52,7 +52,9 @@ def sample_by_inverse(probabilities: Tensor, noise: Tensor) -> Tensor:
     total = cumulative[:, -1:]
     # Rounding may lift the product to the total itself, past the last outcome that has any mass.
     target = torch.minimum(noise.to(cumulative)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # Only NaN gets past the end; the caller's check on finite numbers must come before an index error.
+    return index.clamp(max=probabilities.shape[-1] - 1)
 
 
 def entropy(probabilities: Tensor) -> Tensor:

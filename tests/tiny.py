@@ -69,7 +69,7 @@ def tiny_llama(**changes: Any) -> PreTrainedModel:
         "max_position_embeddings": 512,
         "attention_dropout": 0.1,
         # Larger than the default, so that the tiny model's predictions are far from uniform.
-        "initializer_range": 0.3,
+        "initializer_range": 0.1,
     }
     return LlamaForCausalLM(LlamaConfig(**options | changes)).eval()
 
@@ -83,12 +83,12 @@ def tiny_gpt2(**changes: Any) -> PreTrainedModel:
         "n_head": 4,
         "vocab_size": VOCABULARY_SIZE,
         "n_positions": 512,
-        "initializer_range": 0.3,
+        "initializer_range": 0.1,
     }
     return GPT2LMHeadModel(GPT2Config(**options | changes)).eval()
 
 
-def adapted(model: PreTrainedModel, scale: float = 0.3) -> PeftModel:
+def adapted(model: PreTrainedModel, scale: float = 0.1) -> PeftModel:
     """Put the default adapter on a model, with weights that make it differ from the base."""
     peft_model = get_peft_model(model, default_lora_config(model))
     torch.manual_seed(1)
