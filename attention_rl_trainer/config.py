@@ -8,6 +8,7 @@ nothing about models.
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import math
 from dataclasses import dataclass, field
@@ -71,10 +72,6 @@ class AttentionGuidedRLConfig(TrainingArguments):
         ValueError: an option is out of range, or two contradict each other; names the option, its value and the range.
     """
 
-    # Fields that the command line gives as JSON; read by TrainingArguments.
-    # Unannotated as in the base class: a ClassVar may not override that, and another annotation makes it an option.
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
-
     # Articles and pairs
     dataset_text_column: str = field(default="text", metadata=_help("Column of the data set that holds the articles."))
     shuffle: bool = field(default=True, metadata=_help("Shuffle the articles, anew in every epoch."))
@@ -128,7 +125,7 @@ class AttentionGuidedRLConfig(TrainingArguments):
     )
     filter_threshold: float | None = field(
         default=1.0,
-        metadata=_help("Keep trajectories above the historical mean + this many SD. -inf keeps every trajectory."),
+        metadata=_help("Keep trajectories above the historical mean + this many SD; none keeps every trajectory."),
     )
 
     # Loss
@@ -209,6 +206,7 @@ class AttentionGuidedRLConfig(TrainingArguments):
         self._check_ranges()
         self._refuse_derived_options()
         self._resolve_optimizer()
+        self._parse_model_init_kwargs()
         self.per_device_train_batch_size = self.generation_batch_size
         super().__post_init__()  # type: ignore[no-untyped-call]  # transformers does not annotate it
 
@@ -232,6 +230,9 @@ class AttentionGuidedRLConfig(TrainingArguments):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in (*_AT_LEAST_ONE, "num_kv_pairs"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
         for name in _AT_LEAST_ONE:
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -251,6 +252,8 @@ class AttentionGuidedRLConfig(TrainingArguments):
 
     def _check_steps(self) -> None:
         memory_size = self.pair_shape.memory_size
+        if self.num_steps is not None and type(self.num_steps) is not int:
+            raise ValueError(f"num_steps must be an integer or none, got {self.num_steps!r}")
         if self.num_steps is not None and not 1 <= self.num_steps <= memory_size:
             raise ValueError(
                 f"num_steps must lie in 1..{memory_size}, the pairs of a memory "
@@ -289,3 +292,18 @@ class AttentionGuidedRLConfig(TrainingArguments):
                 self.optim,
             )
             self.optim = "adamw_torch"
+
+    def _parse_model_init_kwargs(self) -> None:
+        """Read the JSON of the command line."""
+        if not isinstance(self.model_init_kwargs, str):
+            return
+        try:
+            parsed = json.loads(self.model_init_kwargs)
+        except json.JSONDecodeError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise ValueError(
+                "model_init_kwargs must be a JSON object such as '{\"attn_implementation\": \"eager\"}', "
+                f"got {self.model_init_kwargs!r}"
+            )
+        self.model_init_kwargs = parsed

@@ -11,7 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -37,7 +37,7 @@ from attention_rl_trainer.ledger import Ledger, LedgerRow
 from attention_rl_trainer.losses import step_advantages
 from attention_rl_trainer.memory import DifferentiableEnvironment, KVMemoryEnvironment, MemoryEnvironment
 from attention_rl_trainer.pairs import ArticleBatch, ArticlePairsDataset, collate_article_pairs
-from attention_rl_trainer.policy import PolicyModel, base_language_model, output_head
+from attention_rl_trainer.policy import PolicyModel, dropout_disabled, base_language_model, output_head
 from attention_rl_trainer.preflight import (
     context_length,
     expect_fitting_context,
@@ -175,13 +175,20 @@ class AttentionGuidedRLTrainer(Trainer):
 
     @staticmethod
     def _adapt(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftModel:
-        if not isinstance(model, PeftModel):
-            return get_peft_model(model, peft_config or default_lora_config(model))
-        if peft_config is not None:
-            raise ValueError(
-                "the model has an adapter already; give a base model beside peft_config, or no peft_config"
-            )
-        return model
+        if isinstance(model, PeftModel):
+            if peft_config is not None:
+                raise ValueError(
+                    "the model has an adapter already; give a base model beside peft_config, or no peft_config"
+                )
+            return model
+        if peft_config is None:
+            peft_config = default_lora_config(model)
+        elif isinstance(peft_config, LoraConfig) and not peft_config.target_modules:
+            # PEFT's own default would leave half of the projections out.
+            default = default_lora_config(model)
+            peft_config.target_modules = default.target_modules
+            peft_config.fan_in_fan_out = default.fan_in_fan_out
+        return get_peft_model(model, peft_config)
 
     def _expect_fitting_context(self, model: PeftModel, args: AttentionGuidedRLConfig) -> None:
         settings = self._rollout_settings(args)
@@ -405,9 +412,11 @@ class AttentionGuidedRLTrainer(Trainer):
         for batch in batches:
             sums: dict[str, float] = defaultdict(float)
             for micro_batch in batch.split(self.args.training_batch_size):
-                with self.compute_loss_context_manager():
-                    loss, terms = self.compute_loss(model, {"trajectories": micro_batch}, return_outputs=True)
-                self.accelerator.backward(loss)
+                # Activation checkpointing runs the layers again in the backward, which must see the same dropout.
+                with dropout_disabled(model) if self.args.disable_dropout else nullcontext():
+                    with self.compute_loss_context_manager():
+                        loss, terms = self.compute_loss(model, {"trajectories": micro_batch}, return_outputs=True)
+                    self.accelerator.backward(loss)
                 total += loss.detach()
                 sums["policy_loss"] += terms.policy.item()
                 sums["kl"] += terms.kl.item() / self._weight_of_tokens(batch)

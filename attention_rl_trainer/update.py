@@ -150,7 +150,8 @@ def compute_loss_terms(
 ) -> LossTerms:
     """Compute the loss of a micro-batch in one forward over whole trajectories.
 
-    Each step's context is a prefix of the trajectory, so one forward gives every query token's log-probability.
+    Each step's context is a prefix of the trajectory, so one forward gives every query token's log-probability. Where
+    activation checkpointing runs layers again in the backward, the caller must keep dropout disabled until after it.
 
     Args:
         policy: the adapted model.

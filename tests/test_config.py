@@ -1,0 +1,372 @@
+"""The options: defaults of the design, refusals, and how YAML and command line reach them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+from tiny import tiny_config
+from train_wiki import AdapterConfig, DataArguments
+from trl import TrlParser
+
+from attention_rl_trainer.config import AttentionGuidedRLConfig
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+
+Parsed: TypeAlias = tuple[DataArguments, AttentionGuidedRLConfig, AdapterConfig]
+Parse: TypeAlias = Callable[..., Parsed]
+
+
+def make_parser() -> TrlParser:
+    return TrlParser((DataArguments, AttentionGuidedRLConfig, AdapterConfig))
+
+
+@pytest.fixture
+def parse(tmp_path: Path) -> Parse:
+    """Parse YAML text and flags as examples/train_wiki.py does."""
+
+    def run(yaml: str = "", *flags: str) -> Parsed:
+        path = tmp_path / "config.yaml"
+        path.write_text(f"output_dir: {tmp_path / 'run'}\nuse_cpu: true\n{yaml}\n")
+        return make_parser().parse_args_and_config(["--config", str(path), *flags])
+
+    return run
+
+
+class TestDefaults:
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        {
+            "generation_batch_size": 64,
+            "training_batch_size": 16,
+            "num_kv_pairs": 32,
+            "subset_fraction": 0.25,
+            "num_steps": None,
+            "tokens_per_query": 20,
+            "tokens_per_key": 20,
+            "tokens_per_value": 20,
+            "beta": 0.1,
+            "credit": "trajectory",
+            "advantage": "centered",
+            "filter_threshold": 1.0,
+            "warmup_episodes": 15,
+            "kl_reference": "previous",
+            "query_temperature": 1.0,
+            "selection_temperature": 1.0,
+            "attention_layer": -1,
+            "head_aggregation": "probabilities",
+            "window": "start",
+            "include_key_in_context": False,
+            "num_iterations": 1,
+            "epsilon": 0.2,
+            "disable_dropout": True,
+            "learning_rate": 2e-4,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "max_grad_norm": 1.0,
+            "optim": "adamw_bnb_8bit",
+            "weight_decay": 0.0,
+            "num_episodes": 10000,
+            "save_episodes": 100,
+            "logging_steps": 1,
+            "gradient_accumulation_steps": 1,
+            "selector_coef": 0.0,
+            "reward_gradient_coef": 0.0,
+            "order_coef": 0.0,
+            "entropy_coef": 0.0,
+            "dataset_text_column": "text",
+        }.items(),
+    )
+    def test_is_that_of_the_design(self, tmp_path: Path, name: str, value: object) -> None:
+        assert getattr(AttentionGuidedRLConfig(output_dir=str(tmp_path), use_cpu=True), name) == value
+
+    def test_adapter_of_the_example_is_that_of_the_design(self, parse: Parse) -> None:
+        adapter = parse()[2]
+        assert (adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout) == (8, 16, 0.05)
+        assert adapter.lora_target_modules is None
+        assert adapter.use_peft
+
+    def test_the_trainer_takes_the_batch_of_the_rollout(self, tmp_path: Path) -> None:
+        assert tiny_config(tmp_path, generation_batch_size=12).per_device_train_batch_size == 12
+
+    def test_making_the_options_again_from_their_values_changes_nothing(self, tmp_path: Path) -> None:
+        config = tiny_config(tmp_path, num_steps=2)
+        assert dataclasses.replace(config).to_dict() == config.to_dict()
+
+
+class TestStepsPerTrajectory:
+    @pytest.mark.parametrize(("num_kv_pairs", "fraction", "steps"), [(32, 0.25, 8), (8, 0.5, 4), (2, 0.1, 1), (6, 1, 5)])
+    def test_is_the_memory_by_default(self, tmp_path: Path, num_kv_pairs: int, fraction: float, steps: int) -> None:
+        config = tiny_config(tmp_path, num_kv_pairs=num_kv_pairs, subset_fraction=fraction, num_steps=None)
+        assert config.steps_per_trajectory == steps == config.pair_shape.memory_size
+
+    def test_is_num_steps_where_given(self, tmp_path: Path) -> None:
+        assert tiny_config(tmp_path, num_steps=2).steps_per_trajectory == 2
+
+    def test_pair_shape_carries_every_length(self, tmp_path: Path) -> None:
+        config = tiny_config(tmp_path, tokens_per_key=5, tokens_per_value=7, window="random")
+        shape = config.pair_shape
+        assert (shape.tokens_per_key, shape.tokens_per_value, shape.window, shape.num_kv_pairs) == (5, 7, "random", 8)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("value", [0, -1])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "tokens_per_query",
+            "tokens_per_key",
+            "tokens_per_value",
+            "generation_batch_size",
+            "training_batch_size",
+            "eval_episodes",
+            "num_episodes",
+            "save_episodes",
+            "warmup_episodes",
+            "num_iterations",
+            "logits_chunk_size",
+            "embedding_batch_size",
+            "shuffle_buffer_size",
+        ],
+    )
+    def test_a_count_below_one(self, tmp_path: Path, name: str, value: int) -> None:
+        with pytest.raises(ValueError, match=f"^{name} must be at least 1, got {value}$"):
+            tiny_config(tmp_path, **{name: value})
+
+    @pytest.mark.parametrize(("name", "value"), [("tokens_per_key", 3.5), ("num_episodes", True), ("num_kv_pairs", 8.0)])
+    def test_a_count_that_is_no_integer(self, tmp_path: Path, name: str, value: object) -> None:
+        with pytest.raises(ValueError, match=f"^{name} must be an integer, got {value}$"):
+            tiny_config(tmp_path, **{name: value})
+
+    @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
+    @pytest.mark.parametrize(
+        "name",
+        ["beta", "selector_coef", "reward_gradient_coef", "order_coef", "entropy_coef", "log_trajectory_steps"],
+    )
+    def test_a_coefficient_out_of_range(self, tmp_path: Path, name: str, value: float) -> None:
+        with pytest.raises(ValueError, match=f"^{name} must be at least 0 and finite, got {value}$"):
+            tiny_config(tmp_path, **{name: value})
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+    @pytest.mark.parametrize("name", ["query_temperature", "selection_temperature", "epsilon", "learning_rate"])
+    def test_a_positive_number_out_of_range(self, tmp_path: Path, name: str, value: float) -> None:
+        with pytest.raises(ValueError, match=f"^{name} must be above 0 and finite, got {value}$"):
+            tiny_config(tmp_path, **{name: value})
+
+    @pytest.mark.parametrize("value", [0.0, -0.5, 1.01, math.nan])
+    def test_a_subset_fraction_out_of_range(self, tmp_path: Path, value: float) -> None:
+        with pytest.raises(ValueError, match=rf"^subset_fraction must lie in \(0, 1\], got {value}$"):
+            tiny_config(tmp_path, subset_fraction=value)
+
+    def test_too_few_pairs_to_read_any(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"^num_kv_pairs must be at least 2 \(the example and one .*, got 1$"):
+            tiny_config(tmp_path, num_kv_pairs=1)
+
+    @pytest.mark.parametrize("value", [0, -1, 5])
+    def test_more_steps_than_pairs_or_none(self, tmp_path: Path, value: int) -> None:
+        message = rf"^num_steps must lie in 1\.\.4, .*subset_fraction 0\.5 of num_kv_pairs 8\), got {value}; raise"
+        with pytest.raises(ValueError, match=message):
+            tiny_config(tmp_path, num_steps=value)
+
+    def test_steps_that_are_no_integer(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"^num_steps must be an integer or none, got 2\.5$"):
+            tiny_config(tmp_path, num_steps=2.5)
+
+    @pytest.mark.parametrize(
+        ("name", "choices"),
+        [
+            ("window", "start, random"),
+            ("head_aggregation", "probabilities, scores"),
+            ("advantage", "reward, centered, whitened"),
+            ("credit", "trajectory, return_to_go, step"),
+            ("kl_reference", "previous, base"),
+        ],
+    )
+    def test_an_unknown_choice(self, tmp_path: Path, name: str, choices: str) -> None:
+        with pytest.raises(ValueError, match=f"^{name} must be one of {choices}, got 'other'$"):
+            tiny_config(tmp_path, **{name: "other"})
+
+    def test_a_threshold_that_is_no_number(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="^filter_threshold must be a number, got nan$"):
+            tiny_config(tmp_path, filter_threshold=math.nan)
+
+    @pytest.mark.parametrize("value", [None, math.inf, -math.inf, -1.0, 0.0])
+    def test_any_other_threshold_is_taken(self, tmp_path: Path, value: float | None) -> None:
+        assert tiny_config(tmp_path, filter_threshold=value).filter_threshold == value
+
+    @pytest.mark.parametrize(
+        ("name", "value", "instead"),
+        [
+            ("max_steps", 7, "num_episodes"),
+            ("num_train_epochs", 2.0, "num_episodes"),
+            ("save_steps", 10, "save_episodes"),
+            ("per_device_train_batch_size", 16, "generation_batch_size"),
+        ],
+    )
+    def test_an_option_that_follows_from_another(self, tmp_path: Path, name: str, value: float, instead: str) -> None:
+        message = rf"^{name} is {value}, but it follows from {instead} \(\d+\).*Set {instead} alone$"
+        with pytest.raises(ValueError, match=message):
+            tiny_config(tmp_path, **{name: value})
+
+    @pytest.mark.parametrize(
+        ("name", "value", "fixed"),
+        [
+            ("save_strategy", "epoch", "'no'"),
+            ("save_strategy", "steps", "'no'"),
+            ("logging_nan_inf_filter", True, "False"),
+            ("remove_unused_columns", True, "False"),
+            ("ignore_data_skip", False, "True"),
+        ],
+    )
+    def test_an_option_that_must_stay(self, tmp_path: Path, name: str, value: object, fixed: str) -> None:
+        message = f"^{name} must stay {fixed}, got {re.escape(repr(value))}: Must stay {fixed.lower()}"
+        with pytest.raises(ValueError, match=message):
+            tiny_config(tmp_path, **{name: value})
+
+
+class TestOptimizer:
+    @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit"])
+    def test_without_bitsandbytes_is_adamw(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, optim: str
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        with caplog.at_level(logging.WARNING, logger="attention_rl_trainer.config"):
+            assert tiny_config(tmp_path, optim=optim).optim == "adamw_torch"
+        assert f"optim={optim} needs bitsandbytes, which is not installed; adamw_torch is used" in caplog.text
+
+    def test_without_bitsandbytes_others_stay(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        assert tiny_config(tmp_path, optim="sgd").optim == "sgd"
+        assert not caplog.records
+
+
+class TestModelInitKwargs:
+    @pytest.mark.parametrize("text", ['{"attn_implementation": "eager", "revision": "1"}', " {}", '{"a": {"b": [1.5]}}'])
+    def test_json_is_read(self, tmp_path: Path, text: str) -> None:
+        assert tiny_config(tmp_path, model_init_kwargs=text).model_init_kwargs == json.loads(text)
+
+    @pytest.mark.parametrize("value", [None, {"dtype": "float32"}])
+    def test_what_is_no_text_stays(self, tmp_path: Path, value: dict[str, Any] | None) -> None:
+        assert tiny_config(tmp_path, model_init_kwargs=value).model_init_kwargs == value
+
+    @pytest.mark.parametrize("text", ["[1]", "3", "null", "eager", "{eager}", "{'a': 1}", ""])
+    def test_what_is_no_object_is_refused(self, tmp_path: Path, text: str) -> None:
+        message = rf"^model_init_kwargs must be a JSON object such as .*, got {re.escape(repr(text))}$"
+        with pytest.raises(ValueError, match=message):
+            tiny_config(tmp_path, model_init_kwargs=text)
+
+
+class TestYamlAndCommandLine:
+    @pytest.mark.parametrize(
+        ("yaml", "name", "value"),
+        [
+            # YAML 1.1 reads the first as text.
+            ("learning_rate: 1e-4", "learning_rate", 1e-4),
+            ("learning_rate: 0.0001", "learning_rate", 1e-4),
+            ("filter_threshold: null", "filter_threshold", None),
+            ("filter_threshold: .inf", "filter_threshold", math.inf),
+            ("filter_threshold: -.inf", "filter_threshold", -math.inf),
+            ("filter_threshold: -inf", "filter_threshold", -math.inf),
+            ("num_steps: 3", "num_steps", 3),
+            ("num_steps: null", "num_steps", None),
+            ("shuffle: false", "shuffle", False),
+            ("window: random", "window", "random"),
+            ("model_init_kwargs: {attn_implementation: eager}", "model_init_kwargs", {"attn_implementation": "eager"}),
+        ],
+    )
+    def test_yaml_values_get_their_type(self, parse: Parse, yaml: str, name: str, value: object) -> None:
+        parsed = getattr(parse(yaml)[1], name)
+        assert parsed == value
+        assert type(parsed) is type(value)
+
+    @pytest.mark.parametrize(
+        ("flags", "value"),
+        [
+            (["--filter_threshold=-inf"], -math.inf),
+            (["--filter_threshold", "inf"], math.inf),
+            (["--filter_threshold", "none"], None),
+            (["--filter_threshold", "-1.5"], -1.5),
+        ],
+    )
+    def test_threshold_on_the_command_line(self, parse: Parse, flags: list[str], value: float | None) -> None:
+        assert parse("filter_threshold: 2.0", *flags)[1].filter_threshold == value
+
+    def test_an_unknown_key_is_named(self, parse: Parse) -> None:
+        with pytest.raises(ValueError, match=r"Unknown arguments from config file: \['--tokens_per_question', '5'\]"):
+            parse("tokens_per_question: 5")
+
+    def test_an_unknown_flag_is_named(self, parse: Parse) -> None:
+        with pytest.raises(ValueError, match="--tokens_per_question"):
+            parse("", "--tokens_per_question", "5")
+
+    def test_a_yaml_value_out_of_range_is_named(self, parse: Parse) -> None:
+        with pytest.raises(ValueError, match=r"^tokens_per_value must be an integer, got 2\.5$"):
+            parse("tokens_per_value: 2.5")
+
+    def test_command_line_overrides_yaml(self, parse: Parse) -> None:
+        data, args, model = parse(
+            "beta: 0.3\nseed: 5\ndataset_name: there\nlora_r: 4", "--beta", "0.5", "--dataset_name", "here", "--lora_r=2"
+        )
+        assert (args.beta, args.seed, data.dataset_name, model.lora_r) == (0.5, 5, "here", 2)
+
+    def test_seeds_flags(self, parse: Parse) -> None:
+        flags = ["--batch-size", "4", "--episodes", "9", "--dataset", "articles.jsonl", "--resume"]
+        data, args, _ = parse("generation_batch_size: 32\nnum_episodes: 99", *flags)
+        assert (args.generation_batch_size, args.num_episodes, data.dataset_name) == (4, 9, "articles.jsonl")
+        assert args.per_device_train_batch_size == 4
+        assert data.resume
+
+    def test_without_resume_a_run_starts_anew(self, parse: Parse) -> None:
+        assert not parse()[0].resume
+
+
+class TestExampleConfigs:
+    def test_there_are_those_that_the_documents_name(self) -> None:
+        assert {path.name for path in CONFIGS.glob("*.yaml")} >= {
+            "demo.yaml",
+            "seed.yaml",
+            "llama3.2_3b.yaml",
+            "gpt2.yaml",
+        }
+
+    @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+    def test_parses(self, path: Path, tmp_path: Path) -> None:
+        # A config may ask for bf16, which the Trainer refuses without a device for it; what is tested is the parsing.
+        parser = make_parser()
+        data, args, _ = parser.parse_args_and_config(
+            ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"]
+        )
+        assert data.dataset_name
+        assert args.steps_per_trajectory >= 1
+
+
+class TestHelp:
+    def test_every_option_is_explained(self) -> None:
+        text = " ".join(make_parser().format_help().split())
+        for option in dataclasses.fields(AttentionGuidedRLConfig):
+            if not option.init:
+                continue
+            explanation = option.metadata.get("help")
+            assert f"--{option.name}" in text
+            assert explanation, f"{option.name} has no help text"
+
+    @pytest.mark.parametrize("flag", ["--batch-size", "--episodes", "--dataset", "--resume"])
+    def test_seeds_flags_are_listed(self, flag: str) -> None:
+        assert re.search(rf"{flag}\b", make_parser().format_help())
+
+    def test_own_options_say_what_they_mean(self) -> None:
+        # Option lists are wrapped and hyphenated by argparse, so the texts are compared without their blanks.
+        text = "".join(make_parser().format_help().split())
+        for name in AttentionGuidedRLConfig.__annotations__:
+            explanation = AttentionGuidedRLConfig.__dataclass_fields__[name].metadata["help"]
+            assert "".join(explanation.split()) in text, name
