@@ -23,11 +23,12 @@ demo: setup
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		examples/train_wiki.py --config examples/configs/demo.yaml $(ARGS)
 
+# One thread for each of two workers: two models on two threads each would wait for one another.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 -m slow $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -38,6 +38,17 @@ class EpisodeSaveCallback(TrainerCallback):
             control.should_save = True
 
 
+class ShareOfRunCallback(TrainerCallback):
+    """Sets the Trainer's ``epoch`` to the share of the run's steps done.
+
+    The Trainer derives it from the batches since the process began, which a resumed run would count from 0 again.
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Set the share."""
+        state.epoch = state.global_step / state.max_steps
+
+
 class BeforeOptimizerStepCallback(TrainerCallback):
     """Calls a function immediately before each of the Trainer's optimizer steps.
 

@@ -303,7 +303,7 @@ class AttentionGuidedRLConfig(TrainingArguments):
             parsed = None
         if not isinstance(parsed, dict):
             raise ValueError(
-                "model_init_kwargs must be a JSON object such as '{\"attn_implementation\": \"eager\"}', "
+                'model_init_kwargs must be a JSON object such as \'{"attn_implementation": "eager"}\', '
                 f"got {self.model_init_kwargs!r}"
             )
         self.model_init_kwargs = parsed

@@ -69,9 +69,9 @@ class RewardStatistics:
         """Reward that a trajectory must exceed, mean + ``num_stds`` · SD.
 
         Args:
-            num_stds: ``filter_threshold``.
+            num_stds: ``filter_threshold``; -inf is below every reward, even where all were equal.
         """
-        return self.mean + num_stds * self.std
+        return num_stds if math.isinf(num_stds) else self.mean + num_stds * self.std
 
     def state_dict(self) -> dict[str, float | int]:
         """Return the state as JSON-able numbers, exact to the last bit."""

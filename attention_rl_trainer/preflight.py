@@ -15,6 +15,8 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel
 
 from attention_rl_trainer.attention import AttentionHeads
 from attention_rl_trainer.config import AttentionGuidedRLConfig
@@ -24,6 +26,28 @@ from attention_rl_trainer.policy import base_language_model
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 # How architectures name the number of positions that they were made for.
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
+
+def expect_one_process(world_size: int, num_gpus: int) -> None:
+    """Refuse what would filter and normalize each process's trajectories by themselves.
+
+    Args:
+        world_size: processes that train together.
+        num_gpus: GPUs that this process would spread each forward over.
+
+    Raises:
+        ValueError: there is more than one of either.
+    """
+    if world_size > 1:
+        raise ValueError(
+            f"training runs in {world_size} processes, but the reward history and the filter are kept by one; "
+            "launch with --num_processes 1"
+        )
+    if num_gpus > 1:
+        raise ValueError(
+            f"the process sees {num_gpus} GPUs and would split every forward over them; "
+            "launch with CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def expect_writable(folder: Path) -> None:
@@ -107,7 +131,7 @@ def run_facts(
     free = free_memory_gib(device)
     shape = config.pair_shape
     return {
-        "model": base.config.name_or_path or type(base).__name__,
+        "model": _model_name(base),
         "architecture": f"{type(base).__name__}, {base.config.get_text_config().num_hidden_layers} layers",
         "attention": f"layer {layer}: {heads.num_query_heads} query heads, {heads.num_key_value_groups} key-value "
         f"groups of {heads.head_dim}",
@@ -125,6 +149,12 @@ def run_facts(
         "seed": config.seed,
         "versions": f"python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in _versions().items()),
     }
+
+
+def _model_name(model: PreTrainedModel) -> str:
+    """Name the model; a local folder by its last part, because a report is read elsewhere too."""
+    name = str(model.config.name_or_path)
+    return (Path(name).name if Path(name).is_dir() else name) or type(model).__name__
 
 
 def _device_name(device: torch.device) -> str:
@@ -149,5 +179,6 @@ def print_facts(facts: Mapping[str, str | int | float | bool | None], console: C
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, str(value))
+        # Text, because a folder's name may hold brackets, which a plain string would give as markup.
+        table.add_row(name, Text(str(value)))
     (console or Console(stderr=True)).print(table)

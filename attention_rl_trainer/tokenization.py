@@ -61,7 +61,7 @@ class PlainTextEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise ValueError(  # noqa: TRY004 - an option's value is refused, as every other option's
+            raise ValueError(
                 "processing_class must be a fast tokenizer (a PreTrainedTokenizerFast), got "
                 f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained, or choose a model whose "
                 "repository holds a tokenizer.json"

@@ -28,7 +28,12 @@ from attention_rl_trainer.adapters import AdapterSnapshot
 from attention_rl_trainer.articles import Article, ArticleStream, ArticleTable, StreamPosition
 from attention_rl_trainer.attention import find_attention_projections
 from attention_rl_trainer.base_models import choose_base_model, load_base_model, load_tokenizer
-from attention_rl_trainer.callbacks import BeforeOptimizerStepCallback, EpisodeSaveCallback, TrainEndCallback
+from attention_rl_trainer.callbacks import (
+    BeforeOptimizerStepCallback,
+    EpisodeSaveCallback,
+    ShareOfRunCallback,
+    TrainEndCallback,
+)
 from attention_rl_trainer.checkpointing import RunState, load_run_state, save_run_state
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.diagnostics import peak_memory_gib, phase
@@ -37,10 +42,11 @@ from attention_rl_trainer.ledger import Ledger, LedgerRow
 from attention_rl_trainer.losses import step_advantages
 from attention_rl_trainer.memory import DifferentiableEnvironment, KVMemoryEnvironment, MemoryEnvironment
 from attention_rl_trainer.pairs import ArticleBatch, ArticlePairsDataset, collate_article_pairs
-from attention_rl_trainer.policy import PolicyModel, dropout_disabled, base_language_model, output_head
+from attention_rl_trainer.policy import PolicyModel, base_language_model, dropout_disabled, output_head
 from attention_rl_trainer.preflight import (
     context_length,
     expect_fitting_context,
+    expect_one_process,
     expect_writable,
     print_facts,
     run_facts,
@@ -126,6 +132,7 @@ class AttentionGuidedRLTrainer(Trainer):
         if args is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             args = AttentionGuidedRLConfig(output_dir=f"{Path(name or 'model').name}-attention-rl")
+        expect_one_process(args.world_size, args.n_gpu)
         expect_writable(Path(str(args.output_dir)))
         if isinstance(model, str):
             model, processing_class = self._load(model, args, processing_class)
@@ -247,6 +254,7 @@ class AttentionGuidedRLTrainer(Trainer):
         episodes_per_step = args.generation_batch_size * args.world_size * args.gradient_accumulation_steps
         for replaced in (ProgressCallback, PrinterCallback):
             self.remove_callback(replaced)
+        self.add_callback(ShareOfRunCallback())
         self.add_callback(BeforeOptimizerStepCallback(self._before_optimizer_step))
         self.add_callback(EpisodeSaveCallback(args.save_episodes, lambda: self.run_state.num_episodes))
         every = args.log_trajectory_steps * episodes_per_step
@@ -628,7 +636,7 @@ def _parse_dtype(name: str, default: torch.dtype) -> torch.dtype:
         return default
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(  # noqa: TRY004 - the name has the right type and a wrong value
+        raise ValueError(
             f"model_init_kwargs['dtype'] must name a torch dtype such as 'bfloat16', got {name!r}"
         )
     return dtype

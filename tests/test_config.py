@@ -103,7 +103,9 @@ class TestDefaults:
 
 
 class TestStepsPerTrajectory:
-    @pytest.mark.parametrize(("num_kv_pairs", "fraction", "steps"), [(32, 0.25, 8), (8, 0.5, 4), (2, 0.1, 1), (6, 1, 5)])
+    @pytest.mark.parametrize(
+        ("num_kv_pairs", "fraction", "steps"), [(32, 0.25, 8), (8, 0.5, 4), (2, 0.1, 1), (6, 1, 5)]
+    )
     def test_is_the_memory_by_default(self, tmp_path: Path, num_kv_pairs: int, fraction: float, steps: int) -> None:
         config = tiny_config(tmp_path, num_kv_pairs=num_kv_pairs, subset_fraction=fraction, num_steps=None)
         assert config.steps_per_trajectory == steps == config.pair_shape.memory_size
@@ -141,7 +143,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match=f"^{name} must be at least 1, got {value}$"):
             tiny_config(tmp_path, **{name: value})
 
-    @pytest.mark.parametrize(("name", "value"), [("tokens_per_key", 3.5), ("num_episodes", True), ("num_kv_pairs", 8.0)])
+    @pytest.mark.parametrize(
+        ("name", "value"), [("tokens_per_key", 3.5), ("num_episodes", True), ("num_kv_pairs", 8.0)]
+    )
     def test_a_count_that_is_no_integer(self, tmp_path: Path, name: str, value: object) -> None:
         with pytest.raises(ValueError, match=f"^{name} must be an integer, got {value}$"):
             tiny_config(tmp_path, **{name: value})
@@ -251,7 +255,9 @@ class TestOptimizer:
 
 
 class TestModelInitKwargs:
-    @pytest.mark.parametrize("text", ['{"attn_implementation": "eager", "revision": "1"}', " {}", '{"a": {"b": [1.5]}}'])
+    @pytest.mark.parametrize(
+        "text", ['{"attn_implementation": "eager", "revision": "1"}', " {}", '{"a": {"b": [1.5]}}']
+    )
     def test_json_is_read(self, tmp_path: Path, text: str) -> None:
         assert tiny_config(tmp_path, model_init_kwargs=text).model_init_kwargs == json.loads(text)
 
@@ -315,7 +321,12 @@ class TestYamlAndCommandLine:
 
     def test_command_line_overrides_yaml(self, parse: Parse) -> None:
         data, args, model = parse(
-            "beta: 0.3\nseed: 5\ndataset_name: there\nlora_r: 4", "--beta", "0.5", "--dataset_name", "here", "--lora_r=2"
+            "beta: 0.3\nseed: 5\ndataset_name: there\nlora_r: 4",
+            "--beta",
+            "0.5",
+            "--dataset_name",
+            "here",
+            "--lora_r=2",
         )
         assert (args.beta, args.seed, data.dataset_name, model.lora_r) == (0.5, 5, "here", 2)
 
@@ -341,7 +352,6 @@ class TestExampleConfigs:
 
     @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
     def test_parses(self, path: Path, tmp_path: Path) -> None:
-        # A config may ask for bf16, which the Trainer refuses without a device for it; what is tested is the parsing.
         parser = make_parser()
         data, args, _ = parser.parse_args_and_config(
             ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"]

@@ -124,9 +124,7 @@ class Toy:
             advantages=step_advantages(step_rewards, baseline, 1.0, advantage="centered", credit=credit),
             weights=probability,
         )
-        terms = compute_loss_terms(
-            self.policy, self.policy.model, self.environment, self.snapshot, kept, settings
-        )
+        terms = compute_loss_terms(self.policy, self.policy.model, self.environment, self.snapshot, kept, settings)
         return self.gradient(-terms.loss)
 
 

@@ -80,6 +80,7 @@ def test_threshold_by_hand() -> None:
     assert mask.tolist() == [False, False, True, True, False]  # exactly at the threshold is not above it
     assert keep_mask(rewards, history(20), filter_threshold=None, warmup_episodes=15).all()
     assert keep_mask(rewards, history(20), filter_threshold=-math.inf, warmup_episodes=15).all()
+    assert keep_mask(rewards, history(20, std=0.0), filter_threshold=-math.inf, warmup_episodes=15).all()
 
 
 def test_a_batch_is_not_judged_by_itself() -> None:

@@ -141,9 +141,7 @@ def test_chunks_do_not_change_the_gradient_and_do_not_keep_logits() -> None:
 
     def gradient(chunk_size: int) -> Tensor:
         tokens.hidden.grad = None
-        terms = query_terms(
-            tokens, lambda h: (h @ head).log_softmax(-1), with_entropy=True, chunk_size=chunk_size
-        )
+        terms = query_terms(tokens, lambda h: (h @ head).log_softmax(-1), with_entropy=True, chunk_size=chunk_size)
         (terms.policy + 0.1 * terms.kl - 0.01 * terms.entropy).backward()
         assert tokens.hidden.grad is not None
         return tokens.hidden.grad.clone()

@@ -28,7 +28,9 @@ def test_every_pair_is_read_exactly_once() -> None:
     for _ in range(4):
         selection = environment.step(torch.randn(3, 4, 4), torch.rand(3))
         assert torch.equal(selection.pairs.value_tokens, pairs.value_tokens[torch.arange(3), selection.index])
-        assert torch.equal(selection.pairs.key_embedding, pairs.key_vectors[torch.arange(3), selection.index].flatten(1))
+        assert torch.equal(
+            selection.pairs.key_embedding, pairs.key_vectors[torch.arange(3), selection.index].flatten(1)
+        )
         drawn.append(selection.index)
     assert [sorted(row) for row in torch.stack(drawn, dim=1).tolist()] == [[0, 1, 2, 3]] * 3
     with pytest.raises(ValueError, match="used up"):

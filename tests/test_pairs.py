@@ -92,9 +92,7 @@ def test_every_pair_is_drawn_equally_often() -> None:
     assert all(abs(count / 3000 - 0.6) < 0.035 for count in counts.values())  # four standard errors
 
 
-def test_subset_depends_on_seed_epoch_and_article_alone(
-    texts: list[str], tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_subset_depends_on_seed_epoch_and_article_alone(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = PlainTextEncoder(tokenizer)
 
     def draws(seed: int, position: StreamPosition, count: int) -> dict[tuple[int, int], list[int]]:

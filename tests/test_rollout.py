@@ -87,7 +87,9 @@ def new_sampler(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **op
 def test_cached_rollout_equals_full_forwards(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, include_key: bool
 ) -> None:
-    sampler = new_sampler(model, tokenizer, include_key_in_context=include_key, policy_options={"query_temperature": 0.7})
+    sampler = new_sampler(
+        model, tokenizer, include_key_in_context=include_key, policy_options={"query_temperature": 0.7}
+    )
     trajectory = sampler.sample(random_batch(4), range(4))
     check_against_full_forwards(sampler, trajectory)
     settings = sampler.settings
@@ -151,9 +153,7 @@ def test_permuting_the_batch_permutes_the_result(model: PreTrainedModel, tokeniz
     assert_same_rows(permuted, {name: value[order] for name, value in plain.items()})
 
 
-def test_one_batch_of_eight_is_eight_batches_of_one(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_one_batch_of_eight_is_eight_batches_of_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     sampler, batch = make_sampler(model, tokenizer), random_batch(8)
     together = rows_of(sampler.sample(batch, range(20, 28)))
     alone = [rows_of(sampler.sample(batch.select_rows([row]), [20 + row])) for row in range(8)]

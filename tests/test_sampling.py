@@ -19,10 +19,7 @@ def test_an_episode_has_its_stream_wherever_it_stands() -> None:
 
 def test_streams_differ_by_seed_episode_and_purpose() -> None:
     streams = [
-        episode_noise(seed, [episode], purpose, (8,))
-        for seed in (1, 2)
-        for episode in (0, 1)
-        for purpose in Purpose
+        episode_noise(seed, [episode], purpose, (8,)) for seed in (1, 2) for episode in (0, 1) for purpose in Purpose
     ]
     assert len({tuple(stream.flatten().tolist()) for stream in streams}) == 12
 

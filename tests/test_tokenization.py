@@ -95,7 +95,9 @@ def test_every_control_token_of_gpt2_stays_text(gpt2_tokenizer: PreTrainedTokeni
     encoder = PlainTextEncoder(gpt2_tokenizer)
     assert len(encoder.control_ids) == 4
     for token in ("<|endoftext|>", "<tool_call>", "[INST]", "<|im_start|>"):
-        assert encoder.control_ids.intersection(gpt2_tokenizer.encode(f"a {token} b")), "the tokenizer itself matches it"
+        assert encoder.control_ids.intersection(gpt2_tokenizer.encode(f"a {token} b")), (
+            "the tokenizer itself matches it"
+        )
         for text in (token, f"a{token}", f"{token} b", f"a {token} b"):
             ids = encoder.encode(text)
             assert not encoder.control_ids.intersection(ids)

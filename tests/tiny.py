@@ -122,7 +122,9 @@ def make_sampler(
     )
 
 
-def random_batch(rows: int, num_pairs: int = 5, key_length: int = 6, value_length: int = 5, seed: int = 3) -> ArticleBatch:
+def random_batch(
+    rows: int, num_pairs: int = 5, key_length: int = 6, value_length: int = 5, seed: int = 3
+) -> ArticleBatch:
     """Articles of random ordinary tokens."""
     generator = torch.Generator().manual_seed(seed)
 

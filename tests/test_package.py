@@ -1,0 +1,122 @@
+"""The package as it is imported and as it is shipped."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import attention_rl_trainer
+
+REPOSITORY = Path(__file__).parent.parent
+PACKAGE = REPOSITORY / "attention_rl_trainer"
+HEAVY = ("torch", "transformers", "numpy", "datasets", "peft", "accelerate", "trl", "rich", "huggingface_hub")
+MEASURE_IMPORT = """\
+import json, sys, time
+started = time.perf_counter()
+import attention_rl_trainer
+seconds = time.perf_counter() - started
+print(json.dumps({"seconds": seconds, "modules": sorted(sys.modules)}))
+"""
+
+
+def import_afresh() -> tuple[float, set[str]]:
+    """Import the package in a new interpreter: seconds that it took, modules that it loaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE_IMPORT], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60
+    )
+    found = json.loads(done.stdout)
+    return found["seconds"], set(found["modules"])
+
+
+class TestImport:
+    def test_is_quick_and_loads_nothing_heavy(self) -> None:
+        runs = [import_afresh() for _ in range(3)]
+        assert min(seconds for seconds, _ in runs) < 0.5
+        loaded = runs[0][1]
+        assert not loaded & set(HEAVY)
+        assert {name for name in loaded if name.startswith("attention_rl_trainer")} == {
+            "attention_rl_trainer",
+            "attention_rl_trainer._version",
+        }
+
+
+class TestPublicNames:
+    @pytest.mark.parametrize("name", attention_rl_trainer.__all__)
+    def test_is_there(self, name: str) -> None:
+        value = getattr(attention_rl_trainer, name)
+        assert value is getattr(attention_rl_trainer, name)
+        if name in attention_rl_trainer._MODULES:
+            module = importlib.import_module(f"attention_rl_trainer.{attention_rl_trainer._MODULES[name]}")
+            assert value is getattr(module, name)
+
+    def test_lists_agree(self) -> None:
+        assert {*attention_rl_trainer._MODULES, "__version__"} == set(attention_rl_trainer.__all__)
+        assert len(set(attention_rl_trainer.__all__)) == len(attention_rl_trainer.__all__)
+        assert dir(attention_rl_trainer) == sorted(attention_rl_trainer.__all__)
+
+    def test_type_checkers_see_the_same_names_in_the_same_modules(self) -> None:
+        tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+        block = next(node for node in tree.body if isinstance(node, ast.If))
+        seen = {
+            alias.name: node.module
+            for node in block.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        lazy = {name: f"attention_rl_trainer.{module}" for name, module in attention_rl_trainer._MODULES.items()}
+        assert seen == lazy
+
+    def test_an_unknown_name_is_an_attribute_error(self) -> None:
+        with pytest.raises(AttributeError, match="^module 'attention_rl_trainer' has no attribute 'nonsense'$"):
+            _ = attention_rl_trainer.nonsense
+        assert not hasattr(attention_rl_trainer, "nonsense")
+
+    def test_star_import_gives_them_all(self) -> None:
+        names: dict[str, object] = {}
+        exec("from attention_rl_trainer import *", names)
+        assert set(attention_rl_trainer.__all__) <= set(names)
+
+    def test_a_submodule_is_still_reached_by_import(self) -> None:
+        from attention_rl_trainer import ledger
+
+        assert ledger.read_ledger is attention_rl_trainer.read_ledger
+
+
+class TestWheel:
+    @pytest.fixture(scope="class")
+    def names(self, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+        """Names in a wheel that is built from a copy of the sources."""
+        folder = tmp_path_factory.mktemp("wheel")
+        source = folder / "source"
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        for name in ("attention_rl_trainer", "tests", "examples", "docs"):
+            shutil.copytree(REPOSITORY / name, source / name, ignore=ignored)
+        for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(REPOSITORY / name, source / name)
+        command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (wheel,) = folder.glob("*.whl")
+        assert wheel.name == f"attention_rl_trainer-{attention_rl_trainer.__version__}-py3-none-any.whl"
+        with zipfile.ZipFile(wheel) as archive:
+            return set(archive.namelist())
+
+    def test_holds_every_module(self, names: set[str]) -> None:
+        modules = {path.relative_to(REPOSITORY).as_posix() for path in PACKAGE.rglob("*.py")}
+        assert modules <= names
+        assert "attention_rl_trainer/py.typed" in names
+
+    def test_holds_nothing_else(self, names: set[str]) -> None:
+        metadata = f"attention_rl_trainer-{attention_rl_trainer.__version__}.dist-info"
+        assert {name.split("/")[0] for name in names} == {"attention_rl_trainer", metadata}
+        package = {name for name in names if name.startswith("attention_rl_trainer/")}
+        assert {Path(name).suffix for name in package} == {".py", ".typed"}
+        assert f"{metadata}/licenses/LICENSE" in names

@@ -1,0 +1,144 @@
+"""What is refused before a run, and the facts that are printed."""
+
+from __future__ import annotations
+
+import io
+import platform
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from rich.console import Console
+from tiny import adapted, tiny_config, tiny_gpt2, tiny_llama, tiny_trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from attention_rl_trainer.preflight import context_length, expect_fitting_context, expect_writable, print_facts
+from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
+
+
+class TestExpectWritable:
+    def test_makes_the_folder_and_leaves_it_empty(self, tmp_path: Path) -> None:
+        expect_writable(tmp_path / "a" / "b")
+        assert not list((tmp_path / "a" / "b").iterdir())
+
+    def test_a_folder_that_is_there_keeps_its_files(self, tmp_path: Path) -> None:
+        (tmp_path / "kept").touch()
+        expect_writable(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+    @pytest.mark.parametrize("below", ["run", "deep/run", "."])
+    def test_a_path_below_a_file_is_refused(self, tmp_path: Path, below: str) -> None:
+        (tmp_path / "file").write_text("text")
+        folder = tmp_path / "file" / below
+        message = rf"^output_dir '{re.escape(str(folder))}' cannot be written: \w.*Choose a folder that you own$"
+        with pytest.raises(ValueError, match=message):
+            expect_writable(folder)
+        assert (tmp_path / "file").read_text() == "text"
+
+    def test_the_trainer_asks_before_it_touches_the_model(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        (tmp_path / "file").touch()
+        model = tiny_llama()
+        with pytest.raises(ValueError, match="cannot be written"):
+            tiny_trainer(tmp_path, texts, tokenizer, model, output_dir=str(tmp_path / "file" / "run"))
+        assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+class TestContext:
+    def test_length_is_read_from_either_architecture(self) -> None:
+        assert context_length(adapted(tiny_llama(max_position_embeddings=300))) == 300
+        assert context_length(adapted(tiny_gpt2(n_positions=200))) == 200
+
+    @pytest.mark.parametrize("available", [98, 99, None])
+    def test_a_fitting_trajectory_is_taken(self, tmp_path: Path, available: int | None) -> None:
+        expect_fitting_context(98, available, tiny_config(tmp_path), 4)
+
+    @pytest.mark.parametrize(("include_key", "response"), [(False, 6), (True, 12)])
+    def test_arithmetic_is_said_and_right(self, tmp_path: Path, include_key: bool, response: int) -> None:
+        config = tiny_config(tmp_path, include_key_in_context=include_key)
+        needed = (4 + 6 + 6) + 3 * (4 + 4 + response)
+        with pytest.raises(ValueError, match="Lower num_steps") as caught:
+            expect_fitting_context(needed, needed - 1, config, 4)
+        expected = (
+            f"a trajectory has {needed} tokens, but the model's context holds {needed - 1}: "
+            f"example 4 + 6 + 6, and 3 steps of 4 + 4 + {response}."
+        )
+        assert str(caught.value).startswith(expected)
+
+    def test_the_trainer_counts_the_same_tokens(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        small = tiny_llama(max_position_embeddings=40)
+        with pytest.raises(ValueError, match="the model's context holds 40") as caught:
+            tiny_trainer(tmp_path, texts, tokenizer, small)
+        needed, _, *parts = [int(number) for number in re.findall(r"\d+", str(caught.value))]
+        example, (steps, *of_step) = parts[:3], parts[3:7]
+        assert needed == sum(example) + steps * sum(of_step)
+
+
+@pytest.fixture
+def trainer(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+) -> AttentionGuidedRLTrainer:
+    return tiny_trainer(tmp_path, texts, tokenizer, model, seed=9)
+
+
+class TestFacts:
+    def test_say_what_was_found(self, trainer: AttentionGuidedRLTrainer) -> None:
+        facts = trainer.facts()
+        name = type(trainer.policy.model.get_base_model()).__name__
+        groups = 2 if "Llama" in name else 4
+        assert facts["architecture"] == f"{name}, 2 layers"
+        assert facts["attention"] == f"layer 1: 4 query heads, {groups} key-value groups of 8"
+        assert facts["precision"] == "weights float32, adapter float32"
+        assert str(facts["device"]).startswith("cpu (")
+        assert str(facts["device"]).endswith(f"{torch.get_num_threads()} threads), 1 process(es)")
+        assert re.fullmatch(r"\d+\.\d GiB|unknown", str(facts["memory free"]))
+
+    def test_say_what_is_trained(self, trainer: AttentionGuidedRLTrainer) -> None:
+        parameters = list(trainer.model.parameters())
+        trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        total = sum(parameter.numel() for parameter in parameters)
+        assert 0 < trainable < total
+        assert trainer.facts()["parameters"] == f"{trainable:,} trainable of {total:,}"
+
+    def test_say_what_will_run(self, trainer: AttentionGuidedRLTrainer) -> None:
+        facts = trainer.facts()
+        assert facts["run"] == "48 episodes in 6 steps of 8"
+        assert facts["pairs"] == "8 an article of 6 + 6 tokens, 4 in a memory, 3 read"
+        assert facts["trajectory"] == f"{trainer.trajectory_tokens} tokens of a context of 512"
+        assert facts["optimizer"] == "adamw_torch, learning rate 0.01"
+        assert facts["selection"] == "temperature 1, heads averaged as probabilities"
+        assert facts["seed"] == 9
+
+    def test_say_the_versions(self, trainer: AttentionGuidedRLTrainer) -> None:
+        versions = str(trainer.facts()["versions"])
+        assert versions.startswith(f"python {platform.python_version()}, torch ")
+        assert f"transformers {transformers.__version__}" in versions
+        for name in ("trl", "peft", "accelerate", "datasets"):
+            assert re.search(rf"\b{name} \d", versions)
+
+    def test_precision_is_that_of_the_weights(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        trainer = tiny_trainer(tmp_path, texts, tokenizer, tiny_llama().to(torch.bfloat16))
+        assert trainer.facts()["precision"] == "weights bfloat16, adapter float32"
+
+    def test_table_shows_each_fact_in_full(self) -> None:
+        written = io.StringIO()
+        facts = {"model": "[bold]name[/]", "seed": 3, "memory free": None, "versions": "torch 2 " * 30}
+        print_facts(facts, Console(file=written, width=60))
+        text = written.getvalue()
+        assert "What will run" in text
+        assert text.count("torch 2") == 30
+        assert "[bold]name[/]" in text
+        assert re.search(r"seed\s*│ 3", text)
+
+    def test_table_goes_to_standard_error(self, capsys: pytest.CaptureFixture[str]) -> None:
+        print_facts({"model": "here"})
+        printed = capsys.readouterr()
+        assert "here" in printed.err
+        assert printed.out == ""

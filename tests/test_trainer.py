@@ -1,0 +1,612 @@
+"""Whole runs of the trainer on tiny models: what moves, what does not, what is logged, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from tiny import adapted, article_texts, tiny_config, tiny_gpt2, tiny_llama, tiny_trainer
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.ledger import read_ledger
+from attention_rl_trainer.memory import KVMemoryEnvironment, Selection
+from attention_rl_trainer.rollout import NonFiniteError
+from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
+from attention_rl_trainer.types import KeyValuePairs
+
+NEVER = 1e9  # a threshold that no reward exceeds
+ALWAYS = -math.inf
+
+
+def steps_of(trainer: AttentionGuidedRLTrainer) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if "reward" in entry]
+
+
+def adapter_bytes(trainer: AttentionGuidedRLTrainer) -> dict[str, bytes]:
+    parameters = trainer.policy.model.named_parameters()
+    return {name: p.detach().numpy().tobytes() for name, p in parameters if p.requires_grad}
+
+
+def base_bytes(trainer: AttentionGuidedRLTrainer) -> dict[str, bytes]:
+    parameters = trainer.policy.model.named_parameters()
+    return {name: p.detach().numpy().tobytes() for name, p in parameters if not p.requires_grad}
+
+
+class Recorder(TrainerCallback):
+    """Writes down the adapter and the optimizer's state after every step."""
+
+    def __init__(self) -> None:
+        self.trainer: AttentionGuidedRLTrainer | None = None
+        self.adapters: list[dict[str, bytes]] = []
+        self.optimizers: list[str] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        self.adapters.append(adapter_bytes(self.trainer))
+        self.optimizers.append(repr(flat_state(self.trainer.optimizer.state_dict())))
+
+
+def flat_state(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(key): flat_state(item) for key, item in value.items()}
+    return value
+
+
+def recorded(trainer: AttentionGuidedRLTrainer) -> Recorder:
+    recorder = Recorder()
+    recorder.trainer = trainer
+    trainer.add_callback(recorder)
+    return recorder
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_only_the_adapter_changes(
+    build: Any, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, model=build())
+    adapter, base = adapter_bytes(trainer), base_bytes(trainer)
+    trainer.train()
+    assert steps_of(trainer)[-1]["updates"] >= 2
+    assert base_bytes(trainer) == base
+    assert adapter_bytes(trainer) != adapter
+    assert all(".lora_" in name for name in adapter)
+
+
+def test_the_same_seed_gives_the_same_numbers(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    timing = {"tokens_per_second", "rollout_seconds", "update_seconds", "peak_memory_gib"}
+
+    def run(name: str, seed: int) -> tuple[list[dict[str, float]], dict[str, bytes]]:
+        trainer = tiny_trainer(tmp_path / name, texts, tokenizer, seed=seed)
+        trainer.train()
+        logs = [{k: v for k, v in entry.items() if k not in timing} for entry in steps_of(trainer)]
+        return logs, adapter_bytes(trainer)
+
+    first, again, other = run("first", 1), run("again", 1), run("other", 2)
+    assert first == again
+    assert first[0] != other[0]
+
+
+def test_kl_is_zero_at_the_first_update_and_positive_from_the_second(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, filter_threshold=ALWAYS)
+    trainer.train()
+    updates = [entry for entry in steps_of(trainer) if "kl" in entry]
+    assert len(updates) == 4  # two of six batches of eight are warm-up
+    assert updates[0]["kl"] == 0.0
+    assert all(entry["kl"] > 0 for entry in updates[1:])
+
+
+def test_kl_survives_a_skipped_batch(tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    """After an update, a skipped batch and an update, the previous adapter is still the one before the last step."""
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, filter_threshold=ALWAYS)
+
+    class SkipFourth(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer.args.filter_threshold = NEVER if state.global_step == 3 else ALWAYS
+
+    trainer.add_callback(SkipFourth())
+    trainer.train()
+    entries = steps_of(trainer)
+    assert [entry["kept_trajectories"] for entry in entries] == [0, 0, 8, 0, 8, 8]
+    assert [entry["updates"] for entry in entries] == [0, 0, 1, 1, 2, 3]
+    assert entries[2]["kl"] == 0.0
+    assert "kl" not in entries[3]
+    assert entries[4]["kl"] > 0
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_bnb_8bit"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_batch_without_a_kept_trajectory_changes_no_byte(
+    optim: str, steps: int, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    # Hidden size 1024 makes the LoRA matrices large enough for the 8-bit states of bitsandbytes.
+    model = tiny_llama(hidden_size=1024, num_attention_heads=8, head_dim=16) if "bnb" in optim else tiny_llama()
+    trainer = tiny_trainer(
+        tmp_path, texts, tokenizer, model=model, filter_threshold=ALWAYS, optim=optim, weight_decay=0.1,
+        gradient_accumulation_steps=steps, num_episodes=48 * steps,
+    )  # fmt: skip
+
+    class SkipLater(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer.args.filter_threshold = ALWAYS if state.global_step == 3 else NEVER
+
+    recorder = recorded(trainer)
+    trainer.add_callback(SkipLater())
+    trainer.train()
+    assert len(recorder.adapters) == 6
+    changed = [recorder.adapters[i] != recorder.adapters[i - 1] for i in range(1, 6)]
+    assert changed == [False, False, True, False, False]
+    assert recorder.optimizers[3] == recorder.optimizers[4] == recorder.optimizers[5]
+    assert recorder.optimizers[2] != recorder.optimizers[3]
+    if "bnb" in optim:
+        states = [s for s in trainer.optimizer.state.values() if s.get("state1") is not None]
+        assert any(state["state1"].dtype == torch.uint8 for state in states)
+
+
+def test_warm_up_trains_nothing(tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer = tiny_trainer(
+        tmp_path, texts, tokenizer, filter_threshold=ALWAYS, generation_batch_size=5, num_episodes=20
+    )
+    trainer.train()
+    # Batches begin after 0, 5, 10 and 15 episodes: only the last one has 15 rewards before it.
+    assert [entry["kept_trajectories"] for entry in steps_of(trainer)] == [0, 0, 0, 5]
+    assert [row.verdict for row in read_ledger(trainer.ledger.path)] == ["warmup"] * 15 + ["kept"] * 5
+
+
+def test_verdicts_follow_the_history_before_the_batch(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, num_episodes=64)
+    trainer.train()
+    rows = read_ledger(trainer.ledger.path)
+    assert [row.episode for row in rows] == list(range(64))
+    for number, row in enumerate(rows):
+        before = torch.tensor([r.reward for r in rows[: number // 8 * 8]], dtype=torch.float64)
+        if len(before) < 15:
+            assert (row.verdict, row.threshold) == ("warmup", None)
+            continue
+        threshold = (before.mean() + before.std(correction=0)).item()
+        assert row.threshold == pytest.approx(threshold, abs=1e-9)
+        assert (row.verdict == "kept") == (row.reward > threshold)
+    assert {row.verdict for row in rows} == {"warmup", "kept", "below_threshold"}
+
+
+def test_exactly_num_episodes_run(tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, num_episodes=21)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert len(read_ledger(trainer.ledger.path)) == 21
+    assert steps_of(trainer)[-1]["episodes"] == 21
+    accumulating = tiny_trainer(tmp_path / "g", texts, tokenizer, num_episodes=17, gradient_accumulation_steps=2)
+    accumulating.train()
+    assert accumulating.state.global_step == 2  # ceil(17 / 16); its last batch of eight has one row, the next none
+    assert len(read_ledger(accumulating.ledger.path)) == 17
+
+
+def test_no_article_is_read_twice_in_an_epoch(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, num_episodes=90)
+    trainer.train()
+    rows = read_ledger(trainer.ledger.path)
+    for epoch in range(3):
+        assert sorted(row.article_index for row in rows if row.epoch == epoch) == list(range(30))
+    assert [row.article_index for row in rows[:30]] != [row.article_index for row in rows[30:60]]
+
+
+def test_accumulating_two_batches_is_one_update_over_both(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    options: dict[str, Any] = {"filter_threshold": ALWAYS, "advantage": "reward", "warmup_episodes": 1, "optim": "sgd"}
+    options |= {"max_grad_norm": 1000.0, "learning_rate": 1.0}
+    halves = tiny_trainer(tmp_path / "a", texts, tokenizer, **options, gradient_accumulation_steps=2, num_episodes=32)
+    whole = tiny_trainer(tmp_path / "b", texts, tokenizer, **options, generation_batch_size=16, num_episodes=32)
+    halves.run_state.statistics.update(torch.zeros(1))
+    whole.run_state.statistics.update(torch.zeros(1))
+    halves.train()
+    whole.train()
+    assert [e["updates"] for e in steps_of(halves)] == [e["updates"] for e in steps_of(whole)] == [1, 2]
+    for entry, expected in zip(steps_of(halves), steps_of(whole), strict=True):
+        assert entry["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+        assert entry["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert entry["reward"] == pytest.approx(expected["reward"], abs=1e-5)
+
+
+def test_several_iterations_are_several_updates(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, num_iterations=3, filter_threshold=ALWAYS)
+    trainer.train()
+    assert [entry["updates"] for entry in steps_of(trainer)] == [0, 0, 3, 6, 9, 12]
+    assert trainer.state.global_step == 6
+
+
+def test_micro_batches_do_not_change_the_update(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    norms = []
+    for size in (1, 3, 8):
+        trainer = tiny_trainer(
+            tmp_path / str(size), texts, tokenizer, filter_threshold=ALWAYS, training_batch_size=size, num_episodes=24
+        )
+        trainer.train()
+        norms.append(steps_of(trainer)[-1]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[2], rel=1e-4)
+    assert norms[1] == pytest.approx(norms[2], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"credit": "return_to_go", "advantage": "whitened"},
+        {"credit": "step", "advantage": "reward", "head_aggregation": "scores"},
+        {"selector_coef": 1.0, "reward_gradient_coef": 0.5, "order_coef": 0.5, "entropy_coef": 0.01},
+        {"kl_reference": "base", "include_key_in_context": True, "window": "random"},
+        {"attention_layer": 0, "selection_temperature": 0.1, "query_temperature": 0.8, "beta": 0.0},
+        {"disable_dropout": False, "activation_checkpointing": True},
+        {"bf16": True},
+    ],
+)
+def test_every_option_runs(
+    options: dict[str, Any], tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, num_episodes=32, filter_threshold=0.0, **options)
+    before = adapter_bytes(trainer)
+    trainer.train()
+    assert adapter_bytes(trainer) != before
+    assert all(math.isfinite(value) for entry in steps_of(trainer) for value in entry.values())
+
+
+def test_activation_checkpointing_gives_the_same_run(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    runs = []
+    for switch in (False, True):
+        trainer = tiny_trainer(tmp_path / str(switch), texts, tokenizer, activation_checkpointing=switch)
+        trainer.train()
+        runs.append([(e["loss"], e["grad_norm"], e["reward"]) for e in steps_of(trainer)])
+    for plain, checkpointed in zip(*runs, strict=True):
+        assert checkpointed == pytest.approx(plain, rel=1e-4, abs=1e-6)
+
+
+def test_logged_metrics_are_the_documented_ones(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, order_coef=0.1, filter_threshold=0.0)
+    trainer.train()
+    logged = {name for entry in steps_of(trainer) for name in entry}
+    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    assert logged == set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE))
+    trainer.eval_dataset = [{"text": text} for text in texts[:4]]
+    evaluated = {name for name in trainer.evaluate() if name.startswith("eval_")}
+    assert evaluated == set(re.findall(r"`(eval_\w+)`", page))
+
+
+def test_metrics_between_two_logs_are_joined(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    every = tiny_trainer(tmp_path / "1", texts, tokenizer)
+    every.train()
+    third = tiny_trainer(tmp_path / "3", texts, tokenizer, logging_steps=3)
+    third.train()
+    single, joined = steps_of(every), steps_of(third)
+    assert len(joined) == 2
+    assert joined[1]["reward"] == pytest.approx(sum(entry["reward"] for entry in single[3:]) / 3, abs=1e-7)
+    assert joined[1]["reward_max"] == max(entry["reward_max"] for entry in single[3:])
+    assert joined[1]["kept_trajectories"] == sum(entry["kept_trajectories"] for entry in single[3:])
+    assert joined[1]["episodes"] == 48
+
+
+def test_evaluation_trains_nothing_and_repeats_itself(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    held_out = [{"text": text} for text in article_texts(12, seed=9)]
+    trainer = tiny_trainer(
+        tmp_path, texts, tokenizer, model=adapted(tiny_llama()), eval_episodes=10,
+        trainer_options={"eval_dataset": held_out},
+    )  # fmt: skip
+    adapter, state = adapter_bytes(trainer), trainer.run_state.state_dict()
+    first, again = trainer.evaluate(), trainer.evaluate()
+    assert first == again
+    assert first["eval_episodes"] == 10
+    assert first["eval_reward"] == pytest.approx(first["eval_query_gain"] + first["eval_model_gain"], abs=1e-5)
+    assert adapter_bytes(trainer) == adapter
+    assert trainer.run_state.state_dict() == state
+    few = trainer.evaluate(held_out[:3], metric_key_prefix="few")
+    assert few["few_episodes"] == 3
+
+
+def test_an_unadapted_policy_has_no_model_gain(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer)
+    metrics = trainer.evaluate([{"text": text} for text in texts])
+    assert metrics["eval_model_gain"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_checkpoints_come_at_multiples_of_save_episodes_and_at_the_end(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, save_episodes=20, num_episodes=60)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    # Steps of eight pass 20 at step 3, 40 at step 5, and 60 at the last, the eighth.
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-5", "checkpoint-8"]
+    names = {path.name for path in (folder / "checkpoint-3").iterdir()}
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "attention_rl_state.json",
+        "previous_adapter.safetensors",
+        "optimizer.pt",
+        "trainer_state.json",
+        "rng_state.pth",
+    } <= names
+    state = json.loads((folder / "checkpoint-3" / "attention_rl_state.json").read_text())
+    assert state["num_episodes"] == state["statistics"]["count"] == 24
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(
+    streaming: bool, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    from datasets import Dataset
+
+    rows = Dataset.from_dict({"title": [f"article {i}" for i in range(30)], "text": texts})
+    articles = rows.to_iterable_dataset(num_shards=3) if streaming else rows
+
+    def build(name: str, **options: Any) -> AttentionGuidedRLTrainer:
+        return AttentionGuidedRLTrainer(
+            model=tiny_llama(),
+            args=tiny_config(tmp_path / name, num_episodes=64, filter_threshold=0.0, shuffle_buffer_size=7, **options),
+            train_dataset=articles,
+            processing_class=tokenizer,
+        )
+
+    whole = build("whole")
+    whole.train()
+    broken = build("broken", save_episodes=32)
+    broken.train()
+    resumed = build("broken", save_episodes=32)
+    resumed.train(resume_from_checkpoint=str(Path(broken.args.output_dir) / "checkpoint-4"))
+    assert adapter_bytes(resumed) == adapter_bytes(whole)
+    assert resumed.run_state == whole.run_state
+    timing = {"tokens_per_second", "rollout_seconds", "update_seconds", "peak_memory_gib"}
+    for entry, expected in zip(steps_of(resumed)[4:], steps_of(whole)[4:], strict=True):
+        assert {k: v for k, v in entry.items() if k not in timing} == {
+            k: v for k, v in expected.items() if k not in timing
+        }
+    assert read_ledger(resumed.ledger.path) == read_ledger(whole.ledger.path)
+
+
+def test_a_second_run_in_the_same_folder_sets_the_old_ledger_aside(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for _ in range(2):
+        trainer = tiny_trainer(tmp_path, texts, tokenizer, num_episodes=8)
+        trainer.train()
+    folder = Path(trainer.args.output_dir)
+    assert len(read_ledger(folder / "trajectories.jsonl")) == 8
+    assert len(read_ledger(folder / "trajectories.1.jsonl")) == 8
+
+
+def test_the_saved_adapter_is_the_trained_one(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, filter_threshold=ALWAYS)
+    trainer.train()
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(tiny_llama(), trainer.args.output_dir)
+    ids = torch.randint(1, 380, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, trainer.policy.model.eval()(input_ids=ids).logits)
+        assert not torch.allclose(loaded(input_ids=ids).logits, tiny_llama()(input_ids=ids).logits)
+
+
+def test_report_and_config_are_written(tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    pytest.importorskip("matplotlib")
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, report_at_end=True, hub_token="hf_secret")
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    names = {path.name for path in (folder / "report").iterdir()}
+    assert names == {"summary.md", "rewards.png", "gains.png", "kl.png", "selection.png"}
+    saved = json.loads((folder / "attention_rl_config.json").read_text())
+    assert saved["num_episodes"] == 48
+    assert "hf_secret" not in (folder / "attention_rl_config.json").read_text()
+
+
+def test_a_model_can_be_given_by_name(tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    trainer = AttentionGuidedRLTrainer(
+        model=str(tmp_path / "model"),
+        args=tiny_config(tmp_path, num_episodes=8, model_init_kwargs={"dtype": "float32"}),
+        train_dataset=[{"text": text} for text in texts],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+    with pytest.raises(ValueError, match="model_init_kwargs\\['dtype'\\].*'float33'"):
+        AttentionGuidedRLTrainer(
+            str(tmp_path / "model"), args=tiny_config(tmp_path, model_init_kwargs={"dtype": "float33"})
+        )
+
+
+def test_a_users_own_environment_is_used(tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    class InOrder:
+        """Reads the pairs in the order in which they lie in the memory."""
+
+        def reset(self, pairs: KeyValuePairs) -> None:
+            self.pairs, self.next = pairs, 0
+
+        def step(self, query_vectors: Tensor, noise: Tensor) -> Selection:
+            index = torch.full((query_vectors.shape[0],), self.next)
+            self.next += 1
+            chosen = torch.nn.functional.one_hot(index, self.pairs.pair_numbers.shape[1]).float()
+            return Selection(self.pairs.gather(index), index, chosen)
+
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, num_episodes=8, trainer_options={"environment": InOrder()})
+    trainer.train()
+    assert all(row.order == row.pair_numbers[:3] for row in read_ledger(trainer.ledger.path))
+    with pytest.raises(ValueError, match=r"selector_coef is 1.0, but the environment InOrder has no log_prob"):
+        tiny_trainer(tmp_path, texts, tokenizer, selector_coef=1.0, trainer_options={"environment": InOrder()})
+
+
+def test_adapters_given_in_three_ways(tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    def targets(trainer: AttentionGuidedRLTrainer) -> set[str]:
+        return {name.split(".lora_")[0].split(".")[-1] for name in adapter_bytes(trainer)}
+
+    default = tiny_trainer(tmp_path, texts, tokenizer)
+    assert targets(default) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    config = default.policy.model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 16, 0.05)
+    untargeted = tiny_trainer(tmp_path, texts, tokenizer, trainer_options={"peft_config": LoraConfig(r=2)})
+    assert targets(untargeted) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    given = tiny_trainer(tmp_path, texts, tokenizer, model=adapted(tiny_llama()))
+    assert targets(given) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with pytest.raises(ValueError, match="has an adapter already"):
+        tiny_trainer(
+            tmp_path, texts, tokenizer, model=adapted(tiny_llama()), trainer_options={"peft_config": LoraConfig()}
+        )
+
+
+def test_a_nan_in_the_model_stops_before_statistics_and_weights(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, filter_threshold=ALWAYS)
+
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                self.before = adapter_bytes(trainer), trainer.run_state.state_dict()
+                with torch.no_grad():
+                    trainer.model.get_base_model().lm_head.weight[3] = float("nan")
+
+    poison = Poison()
+    trainer.add_callback(poison)
+    with pytest.raises(NonFiniteError, match=r"not finite at step 1 .* article 'article \d+'"):
+        trainer.train()
+    assert (adapter_bytes(trainer), trainer.run_state.state_dict()) == poison.before
+    assert len(read_ledger(trainer.ledger.path)) == 24
+    assert all(not module._forward_hooks for module in trainer.policy.model.modules())
+
+
+def test_a_nan_gradient_stops_before_the_optimizer(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, filter_threshold=ALWAYS)
+    before = adapter_bytes(trainer)
+    poisoned = next(p for p in trainer.policy.model.parameters() if p.requires_grad)
+    poisoned.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NonFiniteError, match="the gradient of step 3 is not finite"):
+        trainer.train()
+    assert adapter_bytes(trainer) == before
+
+
+def test_a_runtime_error_carries_the_state_of_the_run(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer)
+
+    def exhausted(*args: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    handle = trainer.policy.backbone.register_forward_hook(exhausted)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        trainer.train()
+    handle.remove()
+    (note,) = error.value.__notes__
+    for part in ("rollout of step 1", "trajectories 8", "steps 3", "GiB", "lower generation_batch_size"):
+        assert part in note
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"num_kv_pairs": 60, "subset_fraction": 1.0, "num_steps": 59},
+            r"a trajectory has \d+ tokens.*holds 512.*59 steps",
+        ),
+        ({"attention_layer": 7}, r"attention_layer must lie in -2\.\.1"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_the_start(
+    options: dict[str, Any], message: str, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, texts, tokenizer, **options)
+
+
+def test_training_without_articles_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer = AttentionGuidedRLTrainer(tiny_llama(), args=tiny_config(tmp_path), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="needs a train_dataset"):
+        trainer.train()
+    with pytest.raises(ValueError, match="needs an eval_dataset"):
+        trainer.evaluate()
+
+
+def test_articles_that_are_too_short_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer = tiny_trainer(tmp_path, ["too short", "also too short"], tokenizer)
+    with pytest.raises(ValueError, match=r"2 were too short.*\(6 \+ 6\) · 8 = 96 tokens"):
+        trainer.train()
+
+
+def test_unwritable_output_dir_is_refused(tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir '.*file/run' cannot be written: Not a directory"):
+        tiny_trainer(tmp_path / "file", texts, tokenizer)
+
+
+def test_rows_without_the_text_column_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer = AttentionGuidedRLTrainer(
+        tiny_llama(), args=tiny_config(tmp_path), processing_class=tokenizer, train_dataset=[{"body": "words"}]
+    )
+    with pytest.raises(ValueError, match="no column 'text'; its columns are 'body'"):
+        trainer.train()
+
+
+def test_several_processes_are_refused() -> None:
+    from attention_rl_trainer.preflight import expect_one_process
+
+    with pytest.raises(ValueError, match="4 processes.*--num_processes 1"):
+        expect_one_process(4, 1)
+    with pytest.raises(ValueError, match="2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
+        expect_one_process(1, 2)
+    expect_one_process(1, 0)
+
+
+def test_the_parts_of_upstream_that_are_leant_on() -> None:
+    """Fails when transformers moves what the trainer overrides or reads."""
+    import inspect
+
+    from transformers import Trainer
+
+    parameters = {
+        name: list(inspect.signature(getattr(Trainer, name)).parameters)
+        for name in ("training_step", "compute_loss", "log", "_save_rng_state", "_load_optimizer_and_scheduler")
+    }
+    assert parameters == {
+        "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+        "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+        "log": ["self", "logs", "start_time"],
+        "_save_rng_state": ["self", "output_dir"],
+        "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    }
+    source = inspect.getsource(Trainer._save_checkpoint)
+    assert source.index("_save_rng_state") < source.index("_push_from_checkpoint") < source.index("rotate_checkpoints")
+    loop = inspect.getsource(Trainer._run_epoch)
+    order = ["training_step(", "_clip_grad_norm", "on_pre_optimizer_step", "optimizer.step()", "global_step += 1"]
+    assert [loop.index(part) for part in order] == sorted(loop.index(part) for part in order)
+    assert AttentionGuidedRLConfig.__dataclass_fields__["save_strategy"].default == "no"
