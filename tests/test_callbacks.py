@@ -10,7 +10,12 @@ import torch
 from tiny import tiny_trainer
 from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState, TrainingArguments
 
-from attention_rl_trainer.callbacks import BeforeOptimizerStepCallback, EpisodeSaveCallback, TrainEndCallback
+from attention_rl_trainer.callbacks import (
+    BeforeOptimizerStepCallback,
+    EpisodeSaveCallback,
+    ShareOfRunCallback,
+    TrainEndCallback,
+)
 
 
 @pytest.fixture
@@ -54,9 +59,7 @@ class TestEpisodeSave:
     ) -> None:
         assert saved_steps(args, per_step, save_episodes) == expected
 
-    @pytest.mark.parametrize(
-        ("before", "expected"), [(16, [32, 40]), (24, [32, 48]), (8, [16, 32]), (15, [23, 39])]
-    )
+    @pytest.mark.parametrize(("before", "expected"), [(16, [32, 40]), (24, [32, 48]), (8, [16, 32]), (15, [23, 39])])
     def test_a_resumed_run_saves_at_the_next_multiple(
         self, args: TrainingArguments, before: int, expected: list[int]
     ) -> None:
@@ -82,6 +85,14 @@ class TestEpisodeSave:
         }
 
 
+class TestShareOfRun:
+    def test_counts_the_steps_of_the_whole_run(self, args: TrainingArguments) -> None:
+        # As after a resume: the Trainer counted 3 batches of this process, the run is at step 30 of 40.
+        state = TrainerState(global_step=30, max_steps=40, epoch=0.075)
+        ShareOfRunCallback().on_step_end(args, state, TrainerControl())
+        assert state.epoch == 0.75
+
+
 class TestBeforeOptimizerStep:
     def test_is_called_before_the_weights_move(
         self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
@@ -104,9 +115,7 @@ class TestBeforeOptimizerStep:
 
 class TestTrainEnd:
     @pytest.mark.parametrize(("is_main", "expected"), [(True, ["begin", "end"]), (False, [])])
-    def test_calls_on_the_main_process_alone(
-        self, args: TrainingArguments, is_main: bool, expected: list[str]
-    ) -> None:
+    def test_calls_on_the_main_process_alone(self, args: TrainingArguments, is_main: bool, expected: list[str]) -> None:
         calls: list[str] = []
         callback = TrainEndCallback(lambda: calls.append("begin"), lambda: calls.append("end"))
         state = TrainerState(is_world_process_zero=is_main)

@@ -104,5 +104,15 @@ class TestNoPickle:
                 found |= {f"{node.module}.{alias.name}" for alias in node.names}
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 found |= {f"{node.value.id}.{node.attr}"}
-        forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch.load", "torch.save"}
+        forbidden = {
+            "pickle",
+            "cPickle",
+            "dill",
+            "cloudpickle",
+            "joblib",
+            "shelve",
+            "marshal",
+            "torch.load",
+            "torch.save",
+        }
         assert not found & forbidden

@@ -199,7 +199,7 @@ class TestRefusals:
             tiny_config(tmp_path, **{name: "other"})
 
     def test_a_threshold_that_is_no_number(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="^filter_threshold must be a number, got nan$"):
+        with pytest.raises(ValueError, match=r"^filter_threshold must be a number, got nan$"):
             tiny_config(tmp_path, filter_threshold=math.nan)
 
     @pytest.mark.parametrize("value", [None, math.inf, -math.inf, -1.0, 0.0])

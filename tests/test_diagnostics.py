@@ -81,7 +81,9 @@ class TestPhase:
         assert result == 2
 
     def test_a_failing_forward_is_noted(self) -> None:
-        with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
-            with phase("update", 7, CPU, {"vocabulary": 420}, "training_batch_size"):
-                torch.ones(2, 3) @ torch.ones(2, 3)
+        with (
+            pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught,
+            phase("update", 7, CPU, {"vocabulary": 420}, "training_batch_size"),
+        ):
+            torch.ones(2, 3) @ torch.ones(2, 3)
         assert "In the update of step 7 (vocabulary 420)" in caught.value.__notes__[0]

@@ -64,7 +64,9 @@ class TestAppend:
         ledger.append([])
         assert ledger.path.read_bytes() == b""
 
-    @pytest.mark.parametrize("text", ["Ærø, 東京 and 🙂", "two\nlines\r\n\u2028 and a \x00 and \\", '"quoted"', "\ufffd"])
+    @pytest.mark.parametrize(
+        "text", ["Ærø, 東京 and 🙂", "two\nlines\r\n\u2028 and a \x00 and \\", '"quoted"', "\ufffd"]
+    )
     def test_any_text_is_one_line(self, tmp_path: Path, text: str) -> None:
         ledger = Ledger(tmp_path)
         ledger.append([make_row(0, title=text, queries=[text]), make_row(1)])
@@ -158,9 +160,7 @@ HISTORY = RewardStatistics(20, -0.5, 0.8)
 @pytest.fixture
 def rows(trajectory: Trajectory, batch: ArticleBatch, tokenizer: PreTrainedTokenizerFast) -> list[LedgerRow]:
     encoder = PlainTextEncoder(tokenizer)
-    return ledger_rows(
-        trajectory, batch, encoder, step=6, history=HISTORY, threshold=-0.3, keep=KEEP, is_warmup=False
-    )
+    return ledger_rows(trajectory, batch, encoder, step=6, history=HISTORY, threshold=-0.3, keep=KEEP, is_warmup=False)
 
 
 class TestLedgerRows:
@@ -233,9 +233,7 @@ class TestLedgerRows:
         with_gains = make_sampler(tiny_llama(), tokenizer, compute_order_gain=True).sample(batch, range(4))
         encoder = PlainTextEncoder(tokenizer)
         for number, row in enumerate(
-            ledger_rows(
-                with_gains, batch, encoder, step=1, history=HISTORY, threshold=None, keep=KEEP, is_warmup=False
-            )
+            ledger_rows(with_gains, batch, encoder, step=1, history=HISTORY, threshold=None, keep=KEEP, is_warmup=False)
         ):
             assert row.order_gains == tuple(with_gains.stack("order_gain")[number].tolist())
 

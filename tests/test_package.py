@@ -66,16 +66,13 @@ class TestPublicNames:
         tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
         block = next(node for node in tree.body if isinstance(node, ast.If))
         seen = {
-            alias.name: node.module
-            for node in block.body
-            if isinstance(node, ast.ImportFrom)
-            for alias in node.names
+            alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
         }
         lazy = {name: f"attention_rl_trainer.{module}" for name, module in attention_rl_trainer._MODULES.items()}
         assert seen == lazy
 
     def test_an_unknown_name_is_an_attribute_error(self) -> None:
-        with pytest.raises(AttributeError, match="^module 'attention_rl_trainer' has no attribute 'nonsense'$"):
+        with pytest.raises(AttributeError, match=r"^module 'attention_rl_trainer' has no attribute 'nonsense'$"):
             _ = attention_rl_trainer.nonsense
         assert not hasattr(attention_rl_trainer, "nonsense")
 
@@ -90,33 +87,34 @@ class TestPublicNames:
         assert ledger.read_ledger is attention_rl_trainer.read_ledger
 
 
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names in a wheel that is built from a copy of the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("attention_rl_trainer", "tests", "examples", "docs"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=ignored)
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = folder.glob("*.whl")
+    assert wheel.name == f"attention_rl_trainer-{attention_rl_trainer.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
 class TestWheel:
-    @pytest.fixture(scope="class")
-    def names(self, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-        """Names in a wheel that is built from a copy of the sources."""
-        folder = tmp_path_factory.mktemp("wheel")
-        source = folder / "source"
-        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-        for name in ("attention_rl_trainer", "tests", "examples", "docs"):
-            shutil.copytree(REPOSITORY / name, source / name, ignore=ignored)
-        for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(REPOSITORY / name, source / name)
-        command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-        (wheel,) = folder.glob("*.whl")
-        assert wheel.name == f"attention_rl_trainer-{attention_rl_trainer.__version__}-py3-none-any.whl"
-        with zipfile.ZipFile(wheel) as archive:
-            return set(archive.namelist())
-
-    def test_holds_every_module(self, names: set[str]) -> None:
+    def test_holds_every_module(self, wheel_names: set[str]) -> None:
         modules = {path.relative_to(REPOSITORY).as_posix() for path in PACKAGE.rglob("*.py")}
-        assert modules <= names
-        assert "attention_rl_trainer/py.typed" in names
+        assert modules <= wheel_names
+        assert "attention_rl_trainer/py.typed" in wheel_names
 
-    def test_holds_nothing_else(self, names: set[str]) -> None:
+    def test_holds_nothing_else(self, wheel_names: set[str]) -> None:
         metadata = f"attention_rl_trainer-{attention_rl_trainer.__version__}.dist-info"
-        assert {name.split("/")[0] for name in names} == {"attention_rl_trainer", metadata}
-        package = {name for name in names if name.startswith("attention_rl_trainer/")}
+        assert {name.split("/")[0] for name in wheel_names} == {"attention_rl_trainer", metadata}
+        package = {name for name in wheel_names if name.startswith("attention_rl_trainer/")}
         assert {Path(name).suffix for name in package} == {".py", ".typed"}
-        assert f"{metadata}/licenses/LICENSE" in names
+        assert f"{metadata}/licenses/LICENSE" in wheel_names

@@ -14,7 +14,13 @@ from rich.console import Console
 from tiny import adapted, tiny_config, tiny_gpt2, tiny_llama, tiny_trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from attention_rl_trainer.preflight import context_length, expect_fitting_context, expect_writable, print_facts
+from attention_rl_trainer.preflight import (
+    context_length,
+    expect_fitting_context,
+    expect_one_process,
+    expect_writable,
+    print_facts,
+)
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 
 
@@ -45,6 +51,20 @@ class TestExpectWritable:
         with pytest.raises(ValueError, match="cannot be written"):
             tiny_trainer(tmp_path, texts, tokenizer, model, output_dir=str(tmp_path / "file" / "run"))
         assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+class TestExpectOneProcess:
+    def test_one_process_with_at_most_one_gpu_is_taken(self) -> None:
+        expect_one_process(1, 0)
+        expect_one_process(1, 1)
+
+    def test_several_processes_are_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"^training runs in 3 processes, .*launch with --num_processes 1$"):
+            expect_one_process(3, 1)
+
+    def test_several_gpus_are_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"^the process sees 2 GPUs .*CUDA_VISIBLE_DEVICES=0$"):
+            expect_one_process(1, 2)
 
 
 class TestContext:
@@ -126,6 +146,22 @@ class TestFacts:
     ) -> None:
         trainer = tiny_trainer(tmp_path, texts, tokenizer, tiny_llama().to(torch.bfloat16))
         assert trainer.facts()["precision"] == "weights bfloat16, adapter float32"
+
+    @pytest.mark.parametrize(("given", "shown"), [("", "LlamaForCausalLM"), ("someone/model", "someone/model")])
+    def test_model_is_named_by_where_it_came_from(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast, given: str, shown: str
+    ) -> None:
+        model = tiny_llama()
+        model.config.name_or_path = given
+        assert tiny_trainer(tmp_path, texts, tokenizer, model).facts()["model"] == shown
+
+    def test_a_model_folder_is_named_without_its_parents(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        model = tiny_llama()
+        model.config.name_or_path = str(tmp_path / "my-model")
+        (tmp_path / "my-model").mkdir()
+        assert tiny_trainer(tmp_path, texts, tokenizer, model).facts()["model"] == "my-model"
 
     def test_table_shows_each_fact_in_full(self) -> None:
         written = io.StringIO()
