@@ -1,4 +1,4 @@
-"""The adapter as it was before the last optimizer step that moved weights (design §9).
+"""The adapter that is trained, and a copy of it from before the last optimizer step that moved weights (design §9).
 
 KL between an adapter and a copy made just before its own single update is zero with zero gradient: a penalty that does
 nothing. So the copy lags by one update: refreshed immediately before each optimizer step, after the loss was computed
@@ -13,7 +13,55 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from attention_rl_trainer.attention import find_attention_projections
+
+
+def default_lora_config(model: PreTrainedModel) -> LoraConfig:
+    """Rank 8, alpha 16, dropout 0.05 on all attention projections.
+
+    Args:
+        model: the base model.
+    """
+    return LoraConfig(
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0.05,
+        target_modules=find_attention_projections(model),
+        # GPT-2's Conv1D stores its weight transposed.
+        fan_in_fan_out=model.config.model_type == "gpt2",
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftModel:
+    """Put an adapter on a base model, or take the one that is there.
+
+    Args:
+        model: a base model, or one with an adapter.
+        peft_config: the adapter; LoRA without target modules gets all attention projections. ``None`` for the default.
+
+    Raises:
+        ValueError: the model has an adapter already and ``peft_config`` asks for another.
+    """
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise ValueError(
+                "the model has an adapter already; give a base model beside peft_config, or no peft_config"
+            )
+        return model
+    if peft_config is None:
+        peft_config = default_lora_config(model)
+    elif isinstance(peft_config, LoraConfig) and not peft_config.target_modules:
+        # PEFT's own default would leave half of the projections out.
+        default = default_lora_config(model)
+        peft_config.target_modules = default.target_modules
+        peft_config.fan_in_fan_out = default.fan_in_fan_out
+    adapted: PeftModel = get_peft_model(model, peft_config)
+    return adapted
 
 
 class AdapterSnapshot:

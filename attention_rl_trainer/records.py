@@ -1,9 +1,12 @@
-"""A rolled-out batch into what is written down: rows of the ledger and metrics.
+"""A rolled-out batch into what is written down: rows of the ledger, metrics, and metrics joined between two logs.
 
 Knows nothing about files or trackers.
 """
 
 from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -102,3 +105,43 @@ def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
     if trajectory.steps[0].order_gain is not None:
         metrics["order_gain"] = trajectory.stack("order_gain").mean()
     return {name: value.item() for name, value in metrics.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _latest(values: Sequence[float]) -> float:
+    return values[-1]
+
+
+# How a metric that is collected several times between two logs becomes one number; the others are averaged.
+_REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
+    "reward_max": max,
+    "peak_memory_gib": max,
+    **dict.fromkeys(("kept_trajectories", "rollout_seconds", "update_seconds"), sum),
+    **dict.fromkeys(("episodes", "updates", "history_mean", "history_std", "threshold"), _latest),
+}
+
+
+class MetricsBuffer:
+    """Collects the metrics of the steps between two logs."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, values: Mapping[str, float | None]) -> None:
+        """Collect some numbers.
+
+        Args:
+            values: numbers by name; ``None`` stands for one that does not exist this time.
+        """
+        for name, value in values.items():
+            if value is not None:
+                self._values[name].append(float(value))
+
+    def drain(self) -> dict[str, float]:
+        """Join what was collected, one number for each name, and forget it."""
+        joined = {name: float(_REDUCTIONS.get(name, _mean)(values)) for name, values in self._values.items()}
+        self._values.clear()
+        return joined

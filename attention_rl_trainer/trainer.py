@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,14 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from attention_rl_trainer.adapters import AdapterSnapshot
+from attention_rl_trainer.adapters import AdapterSnapshot, add_adapter
 from attention_rl_trainer.articles import Article, ArticleStream, ArticleTable, StreamPosition
-from attention_rl_trainer.attention import find_attention_projections
 from attention_rl_trainer.base_models import choose_base_model, load_base_model, load_tokenizer
 from attention_rl_trainer.callbacks import (
     BeforeOptimizerStepCallback,
@@ -37,6 +36,7 @@ from attention_rl_trainer.callbacks import (
 from attention_rl_trainer.checkpointing import RunState, load_run_state, save_run_state
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.diagnostics import peak_memory_gib, phase
+from attention_rl_trainer.evaluation import evaluate_policy
 from attention_rl_trainer.filtering import RewardStatistics, keep_mask
 from attention_rl_trainer.ledger import Ledger, LedgerRow
 from attention_rl_trainer.losses import step_advantages
@@ -51,7 +51,7 @@ from attention_rl_trainer.preflight import (
     print_facts,
     run_facts,
 )
-from attention_rl_trainer.records import ledger_rows, trajectory_metrics
+from attention_rl_trainer.records import MetricsBuffer, ledger_rows, trajectory_metrics
 from attention_rl_trainer.report.console import EpisodeProgressCallback
 from attention_rl_trainer.report.summary import write_report
 from attention_rl_trainer.rollout import NonFiniteError, RolloutSettings, TrajectorySampler, trajectory_length
@@ -65,32 +65,8 @@ Articles: TypeAlias = ArticleTable | Sequence[Mapping[str, object]] | Sequence[A
 Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 
 RUN_CONFIG_NAME = "attention_rl_config.json"
-# How a metric that is collected several times between two logs becomes one number; the others are averaged.
-_REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
-    "reward_max": max,
-    "peak_memory_gib": max,
-    **dict.fromkeys(("kept_trajectories", "rollout_seconds", "update_seconds"), sum),
-    **dict.fromkeys(("episodes", "updates", "history_mean", "history_std", "threshold"), lambda values: values[-1]),
-}
 # Evaluation episodes have streams of their own, far from any training seed.
 _EVALUATION_SEED_OFFSET = 2**32
-
-
-def default_lora_config(model: PreTrainedModel) -> LoraConfig:
-    """Rank 8, alpha 16, dropout 0.05 on all attention projections.
-
-    Args:
-        model: the base model.
-    """
-    return LoraConfig(
-        r=8,
-        lora_alpha=16,
-        lora_dropout=0.05,
-        target_modules=find_attention_projections(model),
-        # GPT-2's Conv1D stores its weight transposed.
-        fan_in_fan_out=model.config.model_type == "gpt2",
-        task_type="CAUSAL_LM",
-    )
 
 
 class AttentionGuidedRLTrainer(Trainer):
@@ -138,7 +114,7 @@ class AttentionGuidedRLTrainer(Trainer):
             model, processing_class = self._load(model, args, processing_class)
         if processing_class is None:
             processing_class = load_tokenizer(model.config.name_or_path or "")
-        adapted = self._adapt(model, peft_config)
+        adapted = add_adapter(model, peft_config)
         self.encoder = PlainTextEncoder(processing_class)
         self.separators = Separators.encode(self.encoder)
         self.environment = environment or KVMemoryEnvironment(args.selection_temperature, args.head_aggregation)
@@ -179,23 +155,6 @@ class AttentionGuidedRLTrainer(Trainer):
         revision = options.get("revision")
         model = load_base_model(choice, **options)
         return model, tokenizer or load_tokenizer(choice.name_or_path, revision=revision)
-
-    @staticmethod
-    def _adapt(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftModel:
-        if isinstance(model, PeftModel):
-            if peft_config is not None:
-                raise ValueError(
-                    "the model has an adapter already; give a base model beside peft_config, or no peft_config"
-                )
-            return model
-        if peft_config is None:
-            peft_config = default_lora_config(model)
-        elif isinstance(peft_config, LoraConfig) and not peft_config.target_modules:
-            # PEFT's own default would leave half of the projections out.
-            default = default_lora_config(model)
-            peft_config.target_modules = default.target_modules
-            peft_config.fan_in_fan_out = default.fan_in_fan_out
-        return get_peft_model(model, peft_config)
 
     def _expect_fitting_context(self, model: PeftModel, args: AttentionGuidedRLConfig) -> None:
         settings = self._rollout_settings(args)
@@ -242,7 +201,7 @@ class AttentionGuidedRLTrainer(Trainer):
         self.run_state = RunState()
         self._stream: ArticleStream | None = None
         self._window: list[KeptTrajectories] = []
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._metrics = MetricsBuffer()
 
     def _new_sampler(self, settings: RolloutSettings) -> TrajectorySampler:
         return TrajectorySampler(self.policy, self.environment, self.separators, settings)
@@ -354,7 +313,7 @@ class AttentionGuidedRLTrainer(Trainer):
         with self._phase("update", int(keep.sum()), "training_batch_size or logits_chunk_size"):
             loss = self._update(model, trajectory, history, keep)
         self._record(batch, trajectory, history, keep)
-        self._collect_times(trajectory, rolled_out - started, time.perf_counter() - rolled_out)
+        self._record_times(trajectory, rolled_out - started, time.perf_counter() - rolled_out)
         return loss
 
     def _cut_to_run(self, batch: ArticleBatch) -> ArticleBatch:
@@ -428,8 +387,7 @@ class AttentionGuidedRLTrainer(Trainer):
                 total += loss.detach()
                 sums["policy_loss"] += terms.policy.item()
                 sums["kl"] += terms.kl.item() / self._weight_of_tokens(batch)
-            for name, value in sums.items():
-                self._metrics[name].append(value)
+            self._metrics.add(sums)
         return total
 
     @staticmethod
@@ -513,29 +471,27 @@ class AttentionGuidedRLTrainer(Trainer):
         )
         self.ledger.append(rows)
         self._latest_row = max(rows, key=lambda row: row.reward)
-        for name, value in trajectory_metrics(trajectory).items():
-            self._metrics[name].append(value)
-        self._collect(
-            history_mean=self.run_state.statistics.mean,
-            history_std=self.run_state.statistics.std,
-            threshold=threshold,
-            kept_fraction=keep.float().mean().item(),
-            kept_trajectories=int(keep.sum()),
-            episodes=self.run_state.num_episodes,
+        self._metrics.add(trajectory_metrics(trajectory))
+        self._metrics.add(
+            {
+                "history_mean": self.run_state.statistics.mean,
+                "history_std": self.run_state.statistics.std,
+                "threshold": threshold,
+                "kept_fraction": keep.float().mean().item(),
+                "kept_trajectories": int(keep.sum()),
+                "episodes": self.run_state.num_episodes,
+            }
         )
 
-    def _collect_times(self, trajectory: Trajectory, rollout_seconds: float, update_seconds: float) -> None:
-        self._collect(
-            tokens_per_second=trajectory.forward_tokens / rollout_seconds,
-            rollout_seconds=rollout_seconds,
-            update_seconds=update_seconds,
-            peak_memory_gib=peak_memory_gib(self.policy.device),
+    def _record_times(self, trajectory: Trajectory, rollout_seconds: float, update_seconds: float) -> None:
+        self._metrics.add(
+            {
+                "tokens_per_second": trajectory.forward_tokens / rollout_seconds,
+                "rollout_seconds": rollout_seconds,
+                "update_seconds": update_seconds,
+                "peak_memory_gib": peak_memory_gib(self.policy.device),
+            }
         )
-
-    def _collect(self, **values: float | None) -> None:
-        for name, value in values.items():
-            if value is not None:
-                self._metrics[name].append(float(value))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's numbers together with what the steps since the last log collected.
@@ -544,11 +500,9 @@ class AttentionGuidedRLTrainer(Trainer):
             logs: the Trainer's numbers.
             start_time: when training began.
         """
-        if "loss" in logs and self._metrics:
-            self._collect(updates=self.run_state.num_updates)
-            collected = {name: _REDUCTIONS.get(name, _mean)(values) for name, values in self._metrics.items()}
-            self._metrics.clear()
-            logs = {**logs, **collected}
+        if "loss" in logs:
+            self._metrics.add({"updates": self.run_state.num_updates})
+            logs = {**logs, **self._metrics.drain()}
         super().log(logs, start_time)
 
     # ---- Evaluation ----
@@ -580,24 +534,10 @@ class AttentionGuidedRLTrainer(Trainer):
             raise ValueError("evaluation needs an eval_dataset of articles; give one to the trainer or to evaluate()")
         stream = self._article_stream(articles, StreamPosition(), evaluation=True)
         sampler = self._new_sampler(self._rollout_settings(self.args, evaluation=True))
-        done, sums = 0, dict[str, float]()
-        rewards: list[Tensor] = []
-        for inputs in self._loader(stream, min(self.args.generation_batch_size, self.args.eval_episodes)):
-            batch = inputs["articles"]
-            batch = batch.select_rows(range(min(len(batch), self.args.eval_episodes - done)))
-            with self.accelerator.autocast():
-                trajectory = sampler.sample(batch, range(done, done + len(batch)))
-            done += len(batch)
-            rewards.append(trajectory.avg_reward.cpu())
-            for name, value in trajectory_metrics(trajectory).items():
-                sums[name] = sums.get(name, 0.0) + value * len(batch)
-            if done >= self.args.eval_episodes:
-                break
-        metrics = {f"{metric_key_prefix}_{name}": value / done for name, value in sums.items()}
-        all_rewards = torch.cat(rewards)
-        metrics[f"{metric_key_prefix}_reward_std"] = all_rewards.std(correction=0).item()
-        metrics[f"{metric_key_prefix}_reward_max"] = all_rewards.max().item()
-        metrics[f"{metric_key_prefix}_episodes"] = done
+        loader = self._loader(stream, min(self.args.generation_batch_size, self.args.eval_episodes))
+        with self.accelerator.autocast():
+            results = evaluate_policy(sampler, (inputs["articles"] for inputs in loader), self.args.eval_episodes)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -627,18 +567,12 @@ def _collate(rows: Sequence[Any], tokens_per_key: int) -> dict[str, Any]:
     return {"articles": collate_article_pairs(rows, tokens_per_key)}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _parse_dtype(name: str, default: torch.dtype) -> torch.dtype:
     if name == "auto":
         return default
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(
-            f"model_init_kwargs['dtype'] must name a torch dtype such as 'bfloat16', got {name!r}"
-        )
+        raise ValueError(f"model_init_kwargs['dtype'] must name a torch dtype such as 'bfloat16', got {name!r}")
     return dtype
 
 

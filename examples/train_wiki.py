@@ -1,8 +1,8 @@
 """Train a language model to direct its own reading of Wikipedia.
 
-What differs from a textbook fine-tuning script: there are no labels and no fixed inputs. The model writes queries, its own
-attention draws the passage that it reads next, and the reward is how much better the passage is predicted than by the
-untouched base model.
+What differs from a textbook fine-tuning script: there are no labels and no fixed inputs. The model writes queries, its
+own attention draws the passage that it reads next, and the reward is how much better the passage is predicted than by
+the untouched base model.
 
 On any machine, with the embedded model and articles (`make demo` sets everything up and runs this):
 
@@ -12,9 +12,9 @@ With the Hub and a GPU of 16 GB:
 
     accelerate launch examples/train_wiki.py --config examples/configs/llama3.2_3b.yaml
 
-Every option of the config file can be overridden on the command line; `--help` lists them all. The flags `--batch-size`,
-`--episodes`, `--dataset` and `--resume` are short for `--generation_batch_size`, `--num_episodes`, `--dataset_name` and
-`--resume_from_checkpoint` with the newest checkpoint.
+Every option of the config file can be overridden on the command line; `--help` lists them all. The flags
+`--batch-size`, `--episodes`, `--dataset` and `--resume` are short for `--generation_batch_size`, `--num_episodes`,
+`--dataset_name` and `--resume_from_checkpoint` with the newest checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Query and key vectors off real attention layers, split and fused, compared with what the attention itself receives."""
+"""Query and key vectors off real attention layers, split and fused, compared with what the attention receives."""
 
 from __future__ import annotations
 

@@ -108,10 +108,10 @@ def test_decoding_equals_generating_step_by_step(model: PreTrainedModel, tokeniz
             log_probabilities = policy.query_log_probabilities(policy.forward(sequence)[:, -1])
             for row in range(3):
                 running, target = 0.0, noise[row, position].item()
-                for index, probability in enumerate(log_probabilities[row].exp().tolist()):
-                    running += probability
-                    if running > target:
-                        break
+                index = -1
+                while running <= target:
+                    index += 1
+                    running += log_probabilities[row, index].exp().item()
                 assert query.token_ids[row, position] == policy.allowed_ids[index]
                 expected = log_probabilities[row, index].item()
                 assert query.logprobs[row, position].item() == pytest.approx(expected, abs=1e-5)

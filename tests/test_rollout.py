@@ -243,7 +243,7 @@ def test_non_finite_numbers_name_step_article_and_place(
             attention.q_proj.base_layer.weight[0, 0] = float("nan")
         else:
             llama.lm_head.weight[7, 3] = float("inf")
-    with pytest.raises(NonFiniteError, match="is not finite at step [01] .* article 'title 0'") as error:
+    with pytest.raises(NonFiniteError, match=r"is not finite at step [01] .* article 'title 0'") as error:
         sampler.sample(random_batch(2), [0, 1])
     if place != "query embedding":  # a NaN query makes the whole forward NaN, so the logits are found first
         assert place in str(error.value)
@@ -254,7 +254,7 @@ def test_one_bad_article_is_the_one_that_is_named(llama: PreTrainedModel, tokeni
     with torch.no_grad():
         llama.model.embed_tokens.weight[395] = float("nan")
     batch.value_tokens[2] = 395
-    with pytest.raises(NonFiniteError, match="value log-probability.*step 1.*'title 2'.*row 2"):
+    with pytest.raises(NonFiniteError, match=r"value log-probability.*step 1.*'title 2'.*row 2"):
         sampler.sample(batch, range(4))
 
 

@@ -57,7 +57,8 @@ def test_two_heads_worked_by_hand() -> None:
     assert similarity.tolist() == [[[2.0, 0.0], [0.0, 2.0]]]
     everything = torch.ones(1, 2, dtype=torch.bool)
     assert selection_log_probabilities(similarity, everything).exp().tolist() == [[0.5, 0.5]]
-    # A third head that scores (2, 0) breaks the tie: averaged probabilities 2/3 σ(2) + 1/3 σ(-2), averaged scores σ(2/3).
+    # A third head that scores (2, 0) breaks the tie: averaged probabilities give 2/3 σ(2) + 1/3 σ(-2), averaged
+    # scores σ(2/3).
     similarity = torch.cat([similarity, similarity[:, :1]], dim=1)
     sigmoid = 1 / (1 + math.exp(-2))
     by_probabilities = selection_log_probabilities(similarity, everything).exp()[0, 0].item()

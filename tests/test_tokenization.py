@@ -56,11 +56,11 @@ def test_llama_like_prompt_is_pinned() -> None:
 
     encoder = PlainTextEncoder(load_tokenizer("offline"))
     separators = Separators.encode(encoder)
-    assert separators.query == (25267, 42)
-    assert separators.response == (19842, 42)
+    assert separators.query == (32351, 42)
+    assert separators.response == (14212, 42)
     ids = prompt_ids(encoder, "An article about the long history of the city of Amsterdam in the Netherlands")
     assert encoder.decode(ids) == " Query: the long history Response: of the city Query:"
-    assert ids == [25267, 42, 260, 986, 1463, 19842, 42, 282, 260, 2389, 25267, 42]
+    assert ids == [32351, 42, 260, 986, 1463, 14212, 42, 282, 260, 2240, 32351, 42]
 
 
 def test_tiny_prompt_text(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -128,7 +128,7 @@ def test_allowed_ids_leave_out_special_added_and_padding(tokenizer: PreTrainedTo
 def test_a_tokenizer_without_a_fast_backend_is_refused() -> None:
     from transformers import ByT5Tokenizer
 
-    with pytest.raises(ValueError, match="must be a fast tokenizer.*ByT5Tokenizer"):
+    with pytest.raises(ValueError, match=r"must be a fast tokenizer.*ByT5Tokenizer"):
         PlainTextEncoder(ByT5Tokenizer())
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.ledger import read_ledger
-from attention_rl_trainer.memory import KVMemoryEnvironment, Selection
+from attention_rl_trainer.memory import Selection
 from attention_rl_trainer.rollout import NonFiniteError
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 from attention_rl_trainer.types import KeyValuePairs
@@ -438,7 +438,7 @@ def test_a_model_can_be_given_by_name(tmp_path: Path, texts: list[str], tokenize
     )
     trainer.train()
     assert trainer.state.global_step == 1
-    with pytest.raises(ValueError, match="model_init_kwargs\\['dtype'\\].*'float33'"):
+    with pytest.raises(ValueError, match=r"model_init_kwargs\['dtype'\].*'float33'"):
         AttentionGuidedRLTrainer(
             str(tmp_path / "model"), args=tiny_config(tmp_path, model_init_kwargs={"dtype": "float33"})
         )
@@ -580,9 +580,9 @@ def test_rows_without_the_text_column_are_refused(tmp_path: Path, tokenizer: Pre
 def test_several_processes_are_refused() -> None:
     from attention_rl_trainer.preflight import expect_one_process
 
-    with pytest.raises(ValueError, match="4 processes.*--num_processes 1"):
+    with pytest.raises(ValueError, match=r"4 processes.*--num_processes 1"):
         expect_one_process(4, 1)
-    with pytest.raises(ValueError, match="2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(ValueError, match=r"2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
         expect_one_process(1, 2)
     expect_one_process(1, 0)
 

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from attention_rl_trainer.adapters import default_lora_config
 from attention_rl_trainer.articles import StreamPosition
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.memory import KVMemoryEnvironment
@@ -25,14 +26,15 @@ from attention_rl_trainer.pairs import ArticleBatch, ArticleReference
 from attention_rl_trainer.policy import PolicyModel
 from attention_rl_trainer.rollout import RolloutSettings, TrajectorySampler
 from attention_rl_trainer.tokenization import PlainTextEncoder, Separators, allowed_token_ids
-from attention_rl_trainer.trainer import AttentionGuidedRLTrainer, default_lora_config
+from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 
 VOCABULARY_SIZE = 420  # larger than the tokenizer's, so that there are padding ids
-WORDS = (
-    "the river flows from a mountain lake to the northern sea and its valley was settled early by people who kept sheep "
-    "built stone bridges traded salt wool and iron wrote letters that still exist in libraries of several old towns where "
-    "kings once met bishops judges farmers sailors all of them left records about weather harvest war peace law music"
-).split()
+PROSE = """
+the river flows from a mountain lake to the northern sea and its valley was settled early by people who kept sheep built
+stone bridges traded salt wool and iron wrote letters that still exist in libraries of several old towns where kings once
+met bishops judges farmers sailors all of them left records about weather harvest war peace law music
+"""
+WORDS = PROSE.split()
 
 
 def article_texts(count: int, num_words: int = 400, seed: int = 0) -> list[str]:
