@@ -1,8 +1,8 @@
 """The expected gradient estimate equals the gradient of the expected reward, by enumerating every outcome of a toy.
 
 The toy is a real Llama with a real memory: three keys, queries of two tokens over a vocabulary of three allowed ids,
-two steps; 9 · 3 · 9 · 2 = 486 trajectories. Each goes through `compute_loss_terms`, as shipped, with its probability as its
-weight, so that the loss's gradient is the expected estimate. The other side is autograd through the enumerated sum.
+two steps; 9 · 3 · 9 · 2 = 486 trajectories. Each goes through `compute_loss_terms`, as shipped, with its probability as
+its weight, so that the loss's gradient is the expected estimate. The other side is autograd through the enumerated sum.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 VOCABULARY_SIZE = 420  # larger than the tokenizer's, so that there are padding ids
 PROSE = """
 the river flows from a mountain lake to the northern sea and its valley was settled early by people who kept sheep built
-stone bridges traded salt wool and iron wrote letters that still exist in libraries of several old towns where kings once
-met bishops judges farmers sailors all of them left records about weather harvest war peace law music
+stone bridges traded salt wool and iron wrote letters that still exist in libraries of several old towns where kings
+once met bishops judges farmers sailors all of them left records about weather harvest war peace law music
 """
 WORDS = PROSE.split()
 
