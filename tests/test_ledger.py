@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -188,6 +189,16 @@ class TestLedgerRows:
                 assert all(probabilities[column] == 0 for column in used)
                 index = int(trajectory.steps[step].selected_index[number])
                 assert row.chosen_probabilities[step] == probabilities[index] > 0
+
+    def test_a_probability_above_one_by_rounding_is_written_as_one(
+        self, trajectory: Trajectory, batch: ArticleBatch, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        certain = torch.nn.functional.one_hot(trajectory.steps[0].selected_index, 5) * (1 + 2**-23)
+        first = dataclasses.replace(trajectory.steps[0], selection_probabilities=certain)
+        rounded = dataclasses.replace(trajectory, steps=[first, *trajectory.steps[1:]])
+        encoder = PlainTextEncoder(tokenizer)
+        rows = ledger_rows(rounded, batch, encoder, step=1, history=HISTORY, threshold=None, keep=KEEP, is_warmup=False)
+        assert [row.chosen_probabilities[0] for row in rows] == [1.0] * 4
 
     def test_gains_sum_to_the_reward(self, rows: list[LedgerRow], trajectory: Trajectory) -> None:
         for number, row in enumerate(rows):

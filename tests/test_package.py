@@ -52,7 +52,8 @@ class TestPublicNames:
     @pytest.mark.parametrize("name", attention_rl_trainer.__all__)
     def test_is_there(self, name: str) -> None:
         value = getattr(attention_rl_trainer, name)
-        assert value is getattr(attention_rl_trainer, name)
+        # Kept after the first use, so that it is looked up once.
+        assert vars(attention_rl_trainer)[name] is value
         if name in attention_rl_trainer._MODULES:
             module = importlib.import_module(f"attention_rl_trainer.{attention_rl_trainer._MODULES[name]}")
             assert value is getattr(module, name)
