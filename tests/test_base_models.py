@@ -236,9 +236,14 @@ def hub_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str]
 
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
-    [({"amx_bf16": True}, torch.bfloat16), ({"amx_bf16": False}, torch.float32), ({"neon": True}, torch.float32)],
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": False, "avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": False, "avx512_bf16": False}, torch.float32),
+        ({"neon": True}, torch.float32),
+    ],
 )
-def test_native_dtype_of_a_cpu_follows_amx(
+def test_native_dtype_of_a_cpu_follows_its_instructions(
     capabilities: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
@@ -248,8 +253,8 @@ def test_native_dtype_of_a_cpu_follows_amx(
 def test_native_dtype_reads_a_capability_that_torch_lists_on_x86() -> None:
     capabilities = torch.cpu.get_capabilities()
     if capabilities["architecture"] != "x86_64":
-        pytest.skip("AMX belongs to x86")
-    assert "amx_bf16" in capabilities
+        pytest.skip("AMX and AVX512 belong to x86")
+    assert {"amx_bf16", "avx512_bf16"} <= set(capabilities)
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
