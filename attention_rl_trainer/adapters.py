@@ -45,13 +45,16 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
         peft_config: the adapter; LoRA without target modules gets all attention projections. ``None`` for the default.
 
     Raises:
-        ValueError: the model has an adapter already and ``peft_config`` asks for another.
+        ValueError: the model has an adapter already and ``peft_config`` asks for another, or the adapter changes more
+            than can be switched off to get the base model back.
     """
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError(
                 "the model has an adapter already; give a base model beside peft_config, or no peft_config"
             )
+        for config in model.peft_config.values():
+            _expect_reversible(config)
         return model
     if peft_config is None:
         peft_config = default_lora_config(model)
@@ -60,8 +63,24 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
         default = default_lora_config(model)
         peft_config.target_modules = default.target_modules
         peft_config.fan_in_fan_out = default.fan_in_fan_out
+    _expect_reversible(peft_config)
     adapted: PeftModel = get_peft_model(model, peft_config)
     return adapted
+
+
+def _expect_reversible(config: PeftConfig) -> None:
+    """Refuse an adapter beside which the reference would not be the base model, or that alters the prompt."""
+    options = config.to_dict()
+    changes = [name for name in ("modules_to_save", "trainable_token_indices") if options.get(name)]
+    if options.get("bias", "none") != "none":
+        changes.append(f"bias={options['bias']!r}")
+    if config.is_prompt_learning:
+        changes.append(f"prompt learning ({config.peft_type})")
+    if changes:
+        raise ValueError(
+            f"the adapter has {', '.join(changes)}, which changes the base model itself or the prompt; the reward is "
+            "measured against the untouched base model. Use LoRA without it"
+        )
 
 
 class AdapterSnapshot:

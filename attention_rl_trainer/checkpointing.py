@@ -15,6 +15,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from attention_rl_trainer.articles import StreamPosition
 from attention_rl_trainer.filtering import RewardStatistics
@@ -37,12 +40,14 @@ class RunState:
         num_episodes: trajectories rolled out.
         num_updates: optimizer steps that moved weights.
         position: place in the articles right after the last batch used.
+        skipped: articles passed over, by reason.
     """
 
     statistics: RewardStatistics = field(default_factory=RewardStatistics)
     num_episodes: int = 0
     num_updates: int = 0
     position: StreamPosition = field(default_factory=StreamPosition)
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a JSON-able mapping."""
@@ -52,6 +57,7 @@ class RunState:
             "num_episodes": self.num_episodes,
             "num_updates": self.num_updates,
             "position": self.position.to_dict(),
+            "skipped": self.skipped,
         }
 
     @classmethod
@@ -71,6 +77,7 @@ class RunState:
             int(state["num_episodes"]),
             int(state["num_updates"]),
             StreamPosition.from_dict(state["position"]),
+            {str(reason): int(count) for reason, count in state["skipped"].items()},
         )
 
 
@@ -106,3 +113,50 @@ def load_run_state(folder: Path) -> tuple[RunState, dict[str, Tensor]]:
             )
     state = RunState.from_state_dict(json.loads((folder / STATE_NAME).read_text(encoding="utf-8")))
     return state, load_file(folder / PREVIOUS_ADAPTER_NAME)
+
+
+def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path) -> Path | None:
+    """Find the checkpoint to go on from.
+
+    Args:
+        resume_from_checkpoint: a folder, true for the newest in ``output_dir``, or nothing.
+        output_dir: the run's folder.
+
+    Returns:
+        The folder, or ``None`` for a run from the start.
+
+    Raises:
+        CheckpointError: there is no such folder, or no checkpoint.
+    """
+    if not resume_from_checkpoint:
+        return None
+    if resume_from_checkpoint is True:
+        newest: str | None = None
+        if output_dir.is_dir():
+            newest = get_last_checkpoint(str(output_dir))  # type: ignore[no-untyped-call]  # not annotated there
+        if newest is None:
+            raise CheckpointError(f"there is no checkpoint in {output_dir}; start without resume_from_checkpoint")
+        return Path(newest)
+    folder = Path(resume_from_checkpoint)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint {folder}; check the path, or start without it")
+    return folder
+
+
+def steps_and_episodes(checkpoint: Path) -> tuple[int, int]:
+    """Read how far a checkpoint's run had come.
+
+    Args:
+        checkpoint: its folder.
+
+    Returns:
+        The Trainer's steps and the episodes.
+
+    Raises:
+        CheckpointError: a file is missing; names it.
+    """
+    trainer_state = checkpoint / TRAINER_STATE_NAME
+    if not trainer_state.is_file():
+        raise CheckpointError(f"{trainer_state} is missing, so the run cannot go on from {checkpoint}")
+    steps = TrainerState.load_from_json(str(trainer_state)).global_step
+    return steps, load_run_state(checkpoint)[0].num_episodes

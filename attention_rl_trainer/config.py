@@ -205,10 +205,20 @@ class AttentionGuidedRLConfig(TrainingArguments):
         """Check every option and derive the Trainer's own."""
         self._check_ranges()
         self._refuse_derived_options()
+        self._refuse_unsupported_options()
         self._resolve_optimizer()
         self._parse_model_init_kwargs()
-        self.per_device_train_batch_size = self.generation_batch_size
         super().__post_init__()  # type: ignore[no-untyped-call]  # transformers does not annotate it
+
+    @property
+    def train_batch_size(self) -> int:
+        """Trajectories of a rollout batch; what the Trainer calls the training batch."""
+        return self.generation_batch_size
+
+    @property
+    def episodes_per_step(self) -> int:
+        """Trajectories of one Trainer step."""
+        return self.generation_batch_size * self.gradient_accumulation_steps
 
     @property
     def pair_shape(self) -> PairShape:
@@ -269,8 +279,7 @@ class AttentionGuidedRLConfig(TrainingArguments):
             "per_device_train_batch_size": (8, "generation_batch_size"),
         }
         for name, (default, instead) in derived.items():
-            allowed = {default, self.generation_batch_size} if "batch" in name else {default}
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) != default:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, but it follows from {instead} ({getattr(self, instead)}): a run "
                     f"is counted in episodes, not in optimizer steps. Set {instead} alone"
@@ -279,6 +288,28 @@ class AttentionGuidedRLConfig(TrainingArguments):
         for name, value in {**fixed, "ignore_data_skip": True}.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} must stay {value!r}, got {getattr(self, name)!r}: {self._help_of(name)}")
+
+    def _refuse_unsupported_options(self) -> None:
+        own_precision = (
+            "the rollout and the update must compute alike, so precision is that of the weights; "
+            "set model_init_kwargs={'dtype': 'bfloat16'} instead"
+        )
+        unsupported = {
+            "bf16": own_precision,
+            "fp16": own_precision,
+            "bf16_full_eval": own_precision,
+            "fp16_full_eval": own_precision,
+            "auto_find_batch_size": "a retried step would count its episodes twice; lower generation_batch_size",
+            "load_best_model_at_end": "a checkpoint is written by save_episodes, not at evaluations",
+        }
+        for name, reason in unsupported.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is not supported: {reason}")
+        if self.dataloader_num_workers not in (0, 1):
+            raise ValueError(
+                f"dataloader_num_workers must be 0 or 1, got {self.dataloader_num_workers}: the articles are one "
+                "stream in a fixed order"
+            )
 
     @classmethod
     def _help_of(cls, name: str) -> str:

@@ -73,6 +73,9 @@ def phase(name: str, step: int, device: torch.device, shapes: Mapping[str, int],
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        # An inner phase knows better.
+        if hasattr(error, "__notes__"):
+            raise
         sizes = ", ".join(f"{key} {value}" for key, value in shapes.items())
         error.add_note(
             f"In the {name} of step {step} ({sizes}); memory in use {used_memory_gib(device):.2f} GiB, "

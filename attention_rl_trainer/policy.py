@@ -77,6 +77,15 @@ def base_language_model(model: PeftModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model())
 
 
+def input_embeddings(model: PreTrainedModel) -> nn.Embedding:
+    """Return the layer that turns ids into hidden states.
+
+    Args:
+        model: a causal language model, without a PEFT wrapper.
+    """
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
 def output_head(model: PreTrainedModel) -> nn.Linear:
     """Take the layer that turns hidden states into vocabulary logits.
 
@@ -183,7 +192,7 @@ class PolicyModel:
     @property
     def device(self) -> torch.device:
         """The device that token ids must lie on."""
-        return cast(nn.Embedding, self.causal_lm.get_input_embeddings()).weight.device
+        return input_embeddings(self.causal_lm).weight.device
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ Knows nothing about training itself: facts come in, a table and errors come out.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -41,13 +42,26 @@ def expect_one_process(world_size: int, num_gpus: int) -> None:
     if world_size > 1:
         raise ValueError(
             f"training runs in {world_size} processes, but the reward history and the filter are kept by one; "
-            "launch with --num_processes 1"
+            "launch with CUDA_VISIBLE_DEVICES=0 accelerate launch --num_processes 1"
         )
     if num_gpus > 1:
         raise ValueError(
             f"the process sees {num_gpus} GPUs and would split every forward over them; "
             "launch with CUDA_VISIBLE_DEVICES=0"
         )
+
+
+def expect_double_precision(device: torch.device) -> None:
+    """Refuse a device without float64, in which draws and thresholds are computed.
+
+    Args:
+        device: where the model would run.
+
+    Raises:
+        ValueError: it is an Apple GPU.
+    """
+    if device.type == "mps":
+        raise ValueError("Apple GPUs have no float64, in which queries are drawn; set use_cpu=True")
 
 
 def expect_writable(folder: Path) -> None:
@@ -144,11 +158,16 @@ def run_facts(
         "pairs": f"{shape.num_kv_pairs} an article of {shape.tokens_per_key} + {shape.tokens_per_value} tokens, "
         f"{shape.memory_size} in a memory, {config.steps_per_trajectory} read",
         "trajectory": f"{trajectory_tokens} tokens of a context of {context_length(model) or 'unknown length'}",
-        "run": f"{config.num_episodes} episodes in {config.max_steps} steps of {config.generation_batch_size}",
+        "run": f"{config.num_episodes} episodes in {_num_steps(config)} steps of {config.episodes_per_step}",
         "selection": f"temperature {config.selection_temperature:g}, heads averaged as {config.head_aggregation}",
         "seed": config.seed,
         "versions": f"python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in _versions().items()),
     }
+
+
+def _num_steps(config: AttentionGuidedRLConfig) -> int:
+    """Read the steps of the present run, or, outside of one, count those of a run from the start."""
+    return config.max_steps if config.max_steps > 0 else math.ceil(config.num_episodes / config.episodes_per_step)
 
 
 def _model_name(model: PreTrainedModel) -> str:

@@ -120,7 +120,7 @@ _REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
     "reward_max": max,
     "peak_memory_gib": max,
     **dict.fromkeys(("kept_trajectories", "rollout_seconds", "update_seconds"), sum),
-    **dict.fromkeys(("episodes", "updates", "history_mean", "history_std", "threshold"), _latest),
+    **dict.fromkeys(("episodes", "updates", "skipped_articles", "history_mean", "history_std", "threshold"), _latest),
 }
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from attention_rl_trainer.memory import MemoryEnvironment, Selection
 from attention_rl_trainer.pairs import ArticleBatch, ArticleReference, add_embeddings
@@ -94,8 +95,9 @@ class _Reader:
         return self._policy.decode_query(self.cache, self.last_hidden, noise, read_last=read_last)
 
     def mark(self) -> None:
-        """Remember the present context for `roll_back`; a copy where a layer forgets its oldest tokens."""
-        self._saved = copy.deepcopy(self.cache) if any(self.cache.is_sliding) else None
+        """Remember the present context for `roll_back`: a copy where a layer forgets old tokens or has a state."""
+        can_crop = all(type(layer) is DynamicLayer for layer in self.cache.layers)
+        self._saved = None if can_crop else copy.deepcopy(self.cache)
 
     def roll_back(self, num_tokens: int) -> None:
         """Forget the tokens that were read since `mark`."""

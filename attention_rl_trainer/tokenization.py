@@ -69,6 +69,7 @@ class PlainTextEncoder:
         self.tokenizer = tokenizer
         self._plain = plain_text_tokenizer(tokenizer)
         self.control_ids = control_token_ids(tokenizer)
+        self.max_token_id = max(self._plain.get_vocab(with_added_tokens=False).values())
         self._refuse_leaks()
 
     def encode(self, text: str) -> list[int]:

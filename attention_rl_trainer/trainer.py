@@ -6,12 +6,14 @@ micro-batches. Everything that is computed lives in the modules before this one;
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import logging
 import math
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -22,7 +24,9 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from attention_rl_trainer.adapters import AdapterSnapshot, add_adapter
 from attention_rl_trainer.articles import Article, ArticleStream, ArticleTable, StreamPosition
@@ -33,7 +37,13 @@ from attention_rl_trainer.callbacks import (
     ShareOfRunCallback,
     TrainEndCallback,
 )
-from attention_rl_trainer.checkpointing import RunState, load_run_state, save_run_state
+from attention_rl_trainer.checkpointing import (
+    RunState,
+    find_checkpoint,
+    load_run_state,
+    save_run_state,
+    steps_and_episodes,
+)
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.diagnostics import peak_memory_gib, phase
 from attention_rl_trainer.evaluation import evaluate_policy
@@ -42,9 +52,16 @@ from attention_rl_trainer.ledger import Ledger, LedgerRow
 from attention_rl_trainer.losses import step_advantages
 from attention_rl_trainer.memory import DifferentiableEnvironment, KVMemoryEnvironment, MemoryEnvironment
 from attention_rl_trainer.pairs import ArticleBatch, ArticlePairsDataset, collate_article_pairs
-from attention_rl_trainer.policy import PolicyModel, base_language_model, dropout_disabled, output_head
+from attention_rl_trainer.policy import (
+    PolicyModel,
+    base_language_model,
+    dropout_disabled,
+    input_embeddings,
+    output_head,
+)
 from attention_rl_trainer.preflight import (
     context_length,
+    expect_double_precision,
     expect_fitting_context,
     expect_one_process,
     expect_writable,
@@ -64,6 +81,7 @@ logger = logging.getLogger(__name__)
 Articles: TypeAlias = ArticleTable | Sequence[Mapping[str, object]] | Sequence[Article]
 Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 
+_MODEL_OPTIONS = {"attn_implementation", "dtype", "quantization_config", "revision"}
 RUN_CONFIG_NAME = "attention_rl_config.json"
 # Evaluation episodes have streams of their own, far from any training seed.
 _EVALUATION_SEED_OFFSET = 2**32
@@ -88,8 +106,6 @@ class AttentionGuidedRLTrainer(Trainer):
     """
 
     _tag_names = ("attention-guided-rl", "reinforcement-learning", "lora")
-    # `training_step` divides by the accumulation steps itself.
-    loss_is_scaled_for_ga = True
 
     args: AttentionGuidedRLConfig
 
@@ -98,7 +114,7 @@ class AttentionGuidedRLTrainer(Trainer):
         model: str | PreTrainedModel | PeftModel,
         args: AttentionGuidedRLConfig | None = None,
         train_dataset: Articles | None = None,
-        eval_dataset: Articles | None = None,
+        eval_dataset: Articles | dict[str, Articles] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -109,12 +125,14 @@ class AttentionGuidedRLTrainer(Trainer):
             name = model if isinstance(model, str) else model.config.name_or_path
             args = AttentionGuidedRLConfig(output_dir=f"{Path(name or 'model').name}-attention-rl")
         expect_one_process(args.world_size, args.n_gpu)
+        expect_double_precision(args.device)
         expect_writable(Path(str(args.output_dir)))
         if isinstance(model, str):
             model, processing_class = self._load(model, args, processing_class)
         if processing_class is None:
-            processing_class = load_tokenizer(model.config.name_or_path or "")
+            processing_class = self._load_tokenizer_of(model)
         adapted = add_adapter(model, peft_config)
+        adapted.add_model_tags(list(self._tag_names))
         self.encoder = PlainTextEncoder(processing_class)
         self.separators = Separators.encode(self.encoder)
         self.environment = environment or KVMemoryEnvironment(args.selection_temperature, args.head_aggregation)
@@ -124,19 +142,25 @@ class AttentionGuidedRLTrainer(Trainer):
                 "log_prob(query_vectors, index); give it one, or set selector_coef to 0"
             )
         self._expect_fitting_context(adapted, args)
-        args.max_steps = math.ceil(
-            args.num_episodes / (args.generation_batch_size * args.world_size * args.gradient_accumulation_steps)
-        )
-        super().__init__(
-            model=adapted,
-            args=args,
-            data_collator=partial(_collate, tokens_per_key=args.tokens_per_key),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        self._expect_fitting_vocabulary(adapted)
+        # The base class wants a number of steps for data without a length; a run's own number is set by `train`.
+        with _max_steps(args, math.ceil(args.num_episodes / args.episodes_per_step)):
+            super().__init__(
+                model=adapted,
+                args=args,
+                data_collator=partial(_collate, tokens_per_key=args.tokens_per_key),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+        if self.accelerator.mixed_precision != "no":
+            raise ValueError(
+                f"accelerate's mixed precision is {self.accelerator.mixed_precision!r}, but the rollout and the update "
+                "must compute alike; launch with --mixed_precision no and set the precision of the weights "
+                "(model_init_kwargs={'dtype': 'bfloat16'})"
+            )
         self._set_up_computation(adapted, processing_class)
         self._set_up_records()
 
@@ -150,11 +174,29 @@ class AttentionGuidedRLTrainer(Trainer):
         logger.warning("Base model %s: %s", choice.name_or_path, choice.reason)
         # TrainingArguments has parsed the JSON of the command line.
         options = dict(cast(dict[str, Any], args.model_init_kwargs or {}))
+        unknown = sorted(set(options) - _MODEL_OPTIONS)
+        if unknown:
+            raise ValueError(f"model_init_kwargs takes {', '.join(sorted(_MODEL_OPTIONS))}; got {', '.join(unknown)}")
         if isinstance(options.get("dtype"), str):
             options["dtype"] = _parse_dtype(options["dtype"], choice.dtype)
         revision = options.get("revision")
         model = load_base_model(choice, **options)
         return model, tokenizer or load_tokenizer(choice.name_or_path, revision=revision)
+
+    @staticmethod
+    def _load_tokenizer_of(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
+        name = model.config.name_or_path
+        if not name:
+            raise ValueError("the model does not say where it was loaded from; give its tokenizer as processing_class")
+        return load_tokenizer(name)
+
+    def _expect_fitting_vocabulary(self, model: PeftModel) -> None:
+        num_embeddings = input_embeddings(base_language_model(model)).weight.shape[0]
+        if self.encoder.max_token_id >= num_embeddings:
+            raise ValueError(
+                f"the tokenizer's ids go up to {self.encoder.max_token_id}, but the model embeds {num_embeddings}; "
+                "give the model's own tokenizer as processing_class"
+            )
 
     def _expect_fitting_context(self, model: PeftModel, args: AttentionGuidedRLConfig) -> None:
         settings = self._rollout_settings(args)
@@ -198,10 +240,17 @@ class AttentionGuidedRLTrainer(Trainer):
             use_importance_ratios=args.num_iterations > 1,
             disable_dropout=args.disable_dropout,
         )
-        self.run_state = RunState()
         self._stream: ArticleStream | None = None
-        self._window: list[KeptTrajectories] = []
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        """Forget the run before, but not what the model has learned in it."""
+        self.run_state = RunState()
+        self.snapshot.refresh()
         self._metrics = MetricsBuffer()
+        self._window: list[KeptTrajectories] = []
+        # Trajectories of the present update, known at its first batch; `None` between two updates.
+        self._window_trajectories: int | None = None
 
     def _new_sampler(self, settings: RolloutSettings) -> TrajectorySampler:
         return TrajectorySampler(self.policy, self.environment, self.separators, settings)
@@ -210,17 +259,17 @@ class AttentionGuidedRLTrainer(Trainer):
         args = self.args
         self.ledger = Ledger(Path(str(args.output_dir)))
         self._latest_row: LedgerRow | None = None
-        episodes_per_step = args.generation_batch_size * args.world_size * args.gradient_accumulation_steps
-        for replaced in (ProgressCallback, PrinterCallback):
-            self.remove_callback(replaced)
+        # By exact type: a subclass among the user's callbacks stays. Without a bar, the printer shows the metrics.
+        shown = self.callback_handler.callbacks
+        self.callback_handler.callbacks = [item for item in shown if type(item) is not DEFAULT_PROGRESS_CALLBACK]
         self.add_callback(ShareOfRunCallback())
         self.add_callback(BeforeOptimizerStepCallback(self._before_optimizer_step))
         self.add_callback(EpisodeSaveCallback(args.save_episodes, lambda: self.run_state.num_episodes))
-        every = args.log_trajectory_steps * episodes_per_step
+        every = args.log_trajectory_steps * args.episodes_per_step
         self.add_callback(
             EpisodeProgressCallback(
                 args.num_episodes,
-                episodes_per_step,
+                lambda: self.run_state.num_episodes,
                 table_episodes=every or None,
                 latest_trajectory=(lambda: self._latest_row) if every else None,
             )
@@ -241,8 +290,7 @@ class AttentionGuidedRLTrainer(Trainer):
 
     def _on_begin(self) -> None:
         folder = Path(str(self.args.output_dir))
-        options: str = self.args.to_json_string()  # type: ignore[no-untyped-call]  # transformers does not annotate it
-        (folder / RUN_CONFIG_NAME).write_text(options + "\n", encoding="utf-8")
+        self._write_config(folder)
         print_facts(self.facts())
         if self.state.global_step == 0:
             aside = self.ledger.set_aside()
@@ -250,9 +298,24 @@ class AttentionGuidedRLTrainer(Trainer):
                 logger.warning("%s held the ledger of an earlier run; it lies in %s now", folder, aside.name)
 
     def _on_end(self) -> None:
-        if self.args.report_at_end:
-            files = write_report(Path(str(self.args.output_dir)), self.state.log_history, self.facts())
-            logger.warning("Report: %s", files[0])
+        if not self.args.report_at_end or self.run_state.num_episodes == 0:
+            return
+        with_plots = importlib.util.find_spec("matplotlib") is not None
+        if not with_plots:
+            logger.warning(
+                'No plots: matplotlib is missing. Install it with: pip install "attention-rl-trainer[report]"'
+            )
+        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(self.run_state.skipped.items())) or "none"
+        facts = self.facts() | {"articles skipped": skipped}
+        folder = Path(str(self.args.output_dir))
+        files = write_report(folder, self.state.log_history, facts, with_plots=with_plots)
+        logger.warning("Report: %s", files[0])
+
+    def _write_config(self, folder: Path) -> None:
+        everything: dict[str, Any] = self.args.to_dict()  # type: ignore[no-untyped-call]  # not annotated there
+        options = {name: value for name, value in everything.items() if name != "max_steps"}
+        text = json.dumps(_jsonable(options), indent=2, allow_nan=False)
+        (folder / RUN_CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
     # ---- Data ----
 
@@ -272,18 +335,71 @@ class AttentionGuidedRLTrainer(Trainer):
 
     def _loader(self, stream: ArticleStream, batch_size: int) -> DataLoader[Any]:
         rows = ArticlePairsDataset(stream, self.encoder, self.args.pair_shape, self.args.seed)
-        return DataLoader(rows, batch_size=batch_size, collate_fn=self.data_collator)
+        return DataLoader(
+            rows,
+            batch_size=batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=False,
+        )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return an endless loader of article batches, from the position of the run on."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset of articles; give one to the trainer")
         self._stream = self._article_stream(self.train_dataset, self.run_state.position, evaluation=False)
+        self._skipped_before = dict(self.run_state.skipped)
         return self._loader(self._stream, self.args.generation_batch_size)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Return 0: a batch of articles is no model input whose operations the Trainer could count."""
         return 0
+
+    # ---- A run ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Run ``num_episodes`` episodes, or what is left of them after a checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or true for the newest in ``output_dir``.
+            trial: unused; there is no hyperparameter search.
+            ignore_keys_for_eval: unused.
+
+        Returns:
+            Steps, mean loss and the Trainer's speed metrics.
+
+        Raises:
+            CheckpointError: the checkpoint lacks a file, or there is none.
+        """
+        checkpoint = find_checkpoint(resume_from_checkpoint, Path(str(self.args.output_dir)))
+        self._start_afresh()
+        steps_before, episodes_before = 0, 0
+        if checkpoint is not None:
+            steps_before, episodes_before = steps_and_episodes(checkpoint)
+        remaining = self.args.num_episodes - episodes_before
+        if checkpoint is not None and remaining <= 0:
+            return self._stay_finished(checkpoint, steps_before)
+        max_steps = steps_before + math.ceil(remaining / self.args.episodes_per_step)
+        with _max_steps(self.args, max_steps), self._phase("run", self.args.episodes_per_step, "generation_batch_size"):
+            return super().train(None if checkpoint is None else str(checkpoint))
+
+    def _stay_finished(self, checkpoint: Path, steps: int) -> TrainOutput:
+        """Load what a finished run has learned, and run nothing."""
+        logger.warning("%s has all of num_episodes=%d behind it; nothing is run", checkpoint, self.args.num_episodes)
+        self._load_from_checkpoint(str(checkpoint))
+        self.run_state, previous_adapter = load_run_state(checkpoint)
+        self.snapshot.load_state_dict(previous_adapter)
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        return TrainOutput(steps, 0.0, {})
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Refuse: there are no labels to predict; `evaluate` measures a policy."""
+        raise NotImplementedError("there is nothing to predict; use evaluate()")
 
     # ---- A step ----
 
@@ -303,7 +419,10 @@ class AttentionGuidedRLTrainer(Trainer):
         model.train()
         batch = self._cut_to_run(inputs["articles"])
         if len(batch) == 0:
-            return torch.zeros((), device=self.args.device)
+            return self._end_of_window(torch.zeros((), device=self.args.device))
+        if self._window_trajectories is None:
+            remaining = self.args.num_episodes - self.run_state.num_episodes
+            self._window_trajectories = min(remaining, self.args.episodes_per_step)
         first = self.run_state.num_episodes
         started = time.perf_counter()
         with self._phase("rollout", len(batch), "generation_batch_size, num_steps or the tokens per query and value"):
@@ -314,6 +433,12 @@ class AttentionGuidedRLTrainer(Trainer):
             loss = self._update(model, trajectory, history, keep)
         self._record(batch, trajectory, history, keep)
         self._record_times(trajectory, rolled_out - started, time.perf_counter() - rolled_out)
+        return self._end_of_window(loss)
+
+    def _end_of_window(self, loss: Tensor) -> Tensor:
+        if self.accelerator.sync_gradients:
+            self._window.clear()
+            self._window_trajectories = None
         return loss
 
     def _cut_to_run(self, batch: ArticleBatch) -> ArticleBatch:
@@ -332,8 +457,7 @@ class AttentionGuidedRLTrainer(Trainer):
         return phase(name, self.state.global_step + 1, self.policy.device, shapes, options)
 
     def _roll_out(self, batch: ArticleBatch, episodes: Sequence[int]) -> Trajectory:
-        with self.accelerator.autocast():
-            return self.sampler.sample(batch, episodes)
+        return self.sampler.sample(batch, episodes)
 
     def _judge(self, trajectory: Trajectory) -> tuple[RewardStatistics, Tensor]:
         """Decide by the history before the batch, then add the batch to it."""
@@ -350,15 +474,13 @@ class AttentionGuidedRLTrainer(Trainer):
     def _update(self, model: nn.Module, trajectory: Trajectory, history: RewardStatistics, keep: Tensor) -> Tensor:
         """Accumulate the gradient of the kept trajectories; with several iterations, also step in between."""
         rows = keep.nonzero().squeeze(1)
-        if len(rows):
-            self._window.append(self._kept(trajectory, history, rows))
-        if not self.accelerator.sync_gradients:
-            return self._accumulate(model, self._window[-1:] if len(rows) else [])
-        window, self._window = self._window, []
-        loss = self._accumulate(model, window[-1:] if len(rows) else [])
-        for _ in range(self.args.num_iterations - 1 if window else 0):
-            self._step_optimizer(model)
-            loss = self._accumulate(model, window)
+        kept = [self._kept(trajectory, history, rows)] if len(rows) else []
+        self._window += kept
+        loss = self._accumulate(model, kept)
+        if self.accelerator.sync_gradients and self._window:
+            for _ in range(self.args.num_iterations - 1):
+                self._step_optimizer(model)
+                self._accumulate(model, self._window)
         return loss
 
     def _kept(self, trajectory: Trajectory, history: RewardStatistics, rows: Tensor) -> KeptTrajectories:
@@ -369,8 +491,8 @@ class AttentionGuidedRLTrainer(Trainer):
             advantage=self.args.advantage,
             credit=self.args.credit,
         )
-        num_trajectories = trajectory.avg_reward.shape[0] * self.current_gradient_accumulation_steps
-        weights = torch.full((len(rows),), 1 / num_trajectories, device=rows.device)
+        assert self._window_trajectories is not None
+        weights = torch.full((len(rows),), 1 / self._window_trajectories, device=rows.device)
         return KeptTrajectories.select(trajectory, rows, advantages, weights)
 
     def _accumulate(self, model: nn.Module, batches: Sequence[KeptTrajectories]) -> Tensor:
@@ -422,7 +544,8 @@ class AttentionGuidedRLTrainer(Trainer):
         if not bool(terms.loss.isfinite()):
             raise NonFiniteError(
                 f"the loss of step {self.state.global_step + 1} is {terms.loss.item()} (policy {terms.policy.item()}, "
-                f"KL {terms.kl.item()}). No weight was changed; lower learning_rate or raise the weights' precision"
+                f"KL {terms.kl.item()}). The optimizer step was not taken; lower learning_rate or raise the "
+                "weights' precision"
             )
         return (terms.loss, terms) if return_outputs else terms.loss
 
@@ -443,8 +566,8 @@ class AttentionGuidedRLTrainer(Trainer):
         norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(norm.isfinite()):
             raise NonFiniteError(
-                f"the gradient of step {self.state.global_step + 1} is not finite. No weight was changed; lower "
-                "learning_rate or raise the weights' precision"
+                f"the gradient of step {self.state.global_step + 1} is not finite. The optimizer step was not taken; "
+                "lower learning_rate or raise the weights' precision"
             )
         self.snapshot.refresh()
         self.run_state.num_updates += 1
@@ -455,6 +578,7 @@ class AttentionGuidedRLTrainer(Trainer):
         """Advance the run and write down what the batch gave."""
         self.run_state.num_episodes += len(batch)
         self.run_state.position = batch.position_after
+        self.run_state.skipped = dict(Counter(self._skipped_before) + Counter(batch.skipped))
         is_warmup = history.count < self.args.warmup_episodes
         threshold = None
         if not is_warmup and self.args.filter_threshold is not None and math.isfinite(self.args.filter_threshold):
@@ -480,6 +604,7 @@ class AttentionGuidedRLTrainer(Trainer):
                 "kept_fraction": keep.float().mean().item(),
                 "kept_trajectories": int(keep.sum()),
                 "episodes": self.run_state.num_episodes,
+                "skipped_articles": sum(self.run_state.skipped.values()),
             }
         )
 
@@ -509,7 +634,7 @@ class AttentionGuidedRLTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Articles | None = None,
+        eval_dataset: Articles | dict[str, Articles] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -519,7 +644,7 @@ class AttentionGuidedRLTrainer(Trainer):
         every call, so two evaluations differ by the policy alone.
 
         Args:
-            eval_dataset: articles; by default those given to the trainer.
+            eval_dataset: articles, or several sets by name; by default those given to the trainer.
             ignore_keys: unused.
             metric_key_prefix: put before each metric's name.
 
@@ -530,12 +655,15 @@ class AttentionGuidedRLTrainer(Trainer):
             ValueError: there are no articles to evaluate on.
         """
         articles = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(articles, dict):
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in articles.items()]
+            return {name: value for part in parts for name, value in part.items()}
         if articles is None:
             raise ValueError("evaluation needs an eval_dataset of articles; give one to the trainer or to evaluate()")
         stream = self._article_stream(articles, StreamPosition(), evaluation=True)
         sampler = self._new_sampler(self._rollout_settings(self.args, evaluation=True))
         loader = self._loader(stream, min(self.args.generation_batch_size, self.args.eval_episodes))
-        with self.accelerator.autocast():
+        with self._phase("evaluation", self.args.generation_batch_size, "generation_batch_size"):
             results = evaluate_policy(sampler, (inputs["articles"] for inputs in loader), self.args.eval_episodes)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         self.log(metrics)
@@ -543,6 +671,13 @@ class AttentionGuidedRLTrainer(Trainer):
         return metrics
 
     # ---- Checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or str(self.args.output_dir))
+        # The options as a pickle, with the Hub token in plain bytes; nothing needs it, and JSON says the same.
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        self._write_config(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # The one hook of the Trainer that runs after the optimizer is saved and before a checkpoint is pushed or
@@ -557,10 +692,30 @@ class AttentionGuidedRLTrainer(Trainer):
             return
         self.run_state, previous_adapter = load_run_state(Path(checkpoint))
         self.snapshot.load_state_dict(previous_adapter)
+        self._skipped_before = dict(self.run_state.skipped)
         if self._stream is not None:
             self._stream.position = self.run_state.position
         if self.args.should_save:
             self.ledger.cut(self.run_state.num_episodes)
+
+
+@contextmanager
+def _max_steps(args: AttentionGuidedRLConfig, steps: int) -> Iterator[None]:
+    """Tell the Trainer its number of steps; outside of a run the options stay as the user made them."""
+    args.max_steps = steps
+    try:
+        yield
+    finally:
+        args.max_steps = -1
+
+
+def _jsonable(value: Any) -> Any:
+    """Spell infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _jsonable(item) for name, item in value.items()}
+    if isinstance(value, float) and math.isinf(value):
+        return str(value)
+    return value
 
 
 def _collate(rows: Sequence[Any], tokens_per_key: int) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class DataArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_eval_split: str = field(default="train", metadata={"help": "Split of the evaluation articles."})
     dataset_eval_name: str | None = field(default=None, metadata={"help": "Articles to evaluate on at the end."})
     dataset_streaming: bool | None = field(
         default=None, metadata={"help": "Stream instead of preparing on disk. Default: by the kind of source."}
@@ -80,6 +81,8 @@ def main() -> None:
     data, args, model_args = parser.parse_args_and_config()
     if data.resume and args.resume_from_checkpoint is None:
         args.resume_from_checkpoint = newest_checkpoint(args.output_dir)
+    if not model_args.use_peft:
+        sys.exit("--use_peft must stay true: only an adapter is trained, and the base model is the reference")
     articles = load_articles(
         data.dataset_name,
         data.dataset_config,
@@ -87,6 +90,13 @@ def main() -> None:
         streaming=data.dataset_streaming,
         text_column=args.dataset_text_column,
     )
+    held_out = None
+    if data.dataset_eval_name is not None:
+        held_out = load_articles(
+            data.dataset_eval_name, split=data.dataset_eval_split, text_column=args.dataset_text_column
+        )
+    if model_args.dtype == "auto" and (model_args.load_in_4bit or model_args.load_in_8bit):
+        model_args.dtype = "bfloat16"  # what quantized weights are multiplied in
     options = {"dtype": model_args.dtype, "revision": model_args.model_revision}
     if model_args.attn_implementation is not None:
         options["attn_implementation"] = model_args.attn_implementation
@@ -97,11 +107,13 @@ def main() -> None:
         model=model_args.model_name_or_path,
         args=args,
         train_dataset=articles,
-        eval_dataset=load_articles(data.dataset_eval_name) if data.dataset_eval_name else None,
+        eval_dataset=held_out,
         peft_config=get_peft_config(model_args),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
+    if held_out is not None:
+        print(trainer.evaluate())
     if args.push_to_hub:
         trainer.push_to_hub()
 

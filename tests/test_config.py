@@ -95,7 +95,25 @@ class TestDefaults:
         assert adapter.use_peft
 
     def test_the_trainer_takes_the_batch_of_the_rollout(self, tmp_path: Path) -> None:
-        assert tiny_config(tmp_path, generation_batch_size=12).per_device_train_batch_size == 12
+        config = tiny_config(tmp_path, generation_batch_size=12, gradient_accumulation_steps=3)
+        assert (config.train_batch_size, config.episodes_per_step) == (12, 36)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"bf16": True}, r"bf16 is not supported: .*model_init_kwargs=\{'dtype': 'bfloat16'\}"),
+            ({"fp16": True}, "fp16 is not supported"),
+            ({"bf16_full_eval": True}, "bf16_full_eval is not supported"),
+            ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported: .*lower generation_batch_size"),
+            ({"load_best_model_at_end": True}, "load_best_model_at_end is not supported: .*save_episodes"),
+            ({"dataloader_num_workers": 2}, "dataloader_num_workers must be 0 or 1, got 2"),
+        ],
+    )
+    def test_options_of_the_trainer_that_cannot_work_are_refused(
+        self, options: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            tiny_config(tmp_path, **options)
 
     def test_making_the_options_again_from_their_values_changes_nothing(self, tmp_path: Path) -> None:
         config = tiny_config(tmp_path, num_steps=2)
@@ -334,7 +352,7 @@ class TestYamlAndCommandLine:
         flags = ["--batch-size", "4", "--episodes", "9", "--dataset", "articles.jsonl", "--resume"]
         data, args, _ = parse("generation_batch_size: 32\nnum_episodes: 99", *flags)
         assert (args.generation_batch_size, args.num_episodes, data.dataset_name) == (4, 9, "articles.jsonl")
-        assert args.per_device_train_batch_size == 4
+        assert args.train_batch_size == 4
         assert data.resume
 
     def test_without_resume_a_run_starts_anew(self, parse: Parse) -> None:

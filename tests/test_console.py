@@ -108,6 +108,9 @@ class Run:
     def end(self, callback: EpisodeProgressCallback) -> None:
         callback.on_train_end(self.args, self.state, self.control)
 
+    def done(self) -> int:
+        return self.state.global_step * 8
+
     @property
     def last_bar(self) -> str:
         return self.output.getvalue().rstrip().rsplit("\r", 1)[-1]
@@ -120,7 +123,7 @@ def run(tmp_path: Path) -> Run:
 
 class TestEpisodeProgress:
     def test_counts_episodes_and_shows_metrics(self, run: Run) -> None:
-        callback = EpisodeProgressCallback(20, 8, console=run.console)
+        callback = EpisodeProgressCallback(20, run.done, console=run.console)
         run.begin(callback)
         run.step(callback, {"episodes": 8, "reward": 0.0123, "kept_fraction": 0.25, "query_gain": -0.5, "kl": 1.0})
         assert " 8/20 " in run.last_bar
@@ -128,7 +131,7 @@ class TestEpisodeProgress:
         run.end(callback)
 
     def test_a_step_that_logs_nothing_moves_the_bar(self, run: Run) -> None:
-        callback = EpisodeProgressCallback(20, 8, console=run.console)
+        callback = EpisodeProgressCallback(20, run.done, console=run.console)
         run.begin(callback)
         run.step(callback, None)
         run.step(callback, None)
@@ -136,7 +139,7 @@ class TestEpisodeProgress:
         assert " 16/20 " in run.last_bar
 
     def test_the_last_step_ends_at_the_total(self, run: Run) -> None:
-        callback = EpisodeProgressCallback(20, 8, console=run.console)
+        callback = EpisodeProgressCallback(20, run.done, console=run.console)
         run.begin(callback)
         for _ in range(3):
             run.step(callback, None)
@@ -144,20 +147,20 @@ class TestEpisodeProgress:
         assert " 20/20 " in run.last_bar
 
     def test_the_logged_count_is_believed_over_the_estimate(self, run: Run) -> None:
-        callback = EpisodeProgressCallback(20, 8, console=run.console)
+        callback = EpisodeProgressCallback(20, run.done, console=run.console)
         run.begin(callback)
         run.step(callback, {"episodes": 5})
         run.end(callback)
         assert " 5/20 " in run.last_bar
 
     def test_a_resumed_run_starts_where_it_stopped(self, run: Run) -> None:
-        callback = EpisodeProgressCallback(100, 8, console=run.console)
+        callback = EpisodeProgressCallback(100, run.done, console=run.console)
         run.begin(callback, global_step=5)
         assert " 40/100 " in run.last_bar
         run.end(callback)
 
     def test_logs_without_episodes_are_left_alone(self, run: Run) -> None:
-        callback = EpisodeProgressCallback(20, 8, console=run.console)
+        callback = EpisodeProgressCallback(20, run.done, console=run.console)
         run.begin(callback)
         run.step(callback, {"eval_reward": 3.0, "reward": 5.0})
         callback.on_log(run.args, run.state, run.control)
@@ -166,7 +169,9 @@ class TestEpisodeProgress:
 
     def test_other_processes_are_silent(self, tmp_path: Path) -> None:
         run = Run(tmp_path, is_main=False)
-        callback = EpisodeProgressCallback(20, 8, console=run.console, table_episodes=1, latest_trajectory=make_row)
+        callback = EpisodeProgressCallback(
+            20, run.done, console=run.console, table_episodes=1, latest_trajectory=make_row
+        )
         run.begin(callback)
         run.step(callback, {"episodes": 8, "reward": 0.1})
         run.end(callback)
@@ -174,7 +179,9 @@ class TestEpisodeProgress:
 
     def test_a_disabled_bar_leaves_the_tables(self, tmp_path: Path) -> None:
         run = Run(tmp_path, disable_tqdm=True)
-        callback = EpisodeProgressCallback(20, 8, console=run.console, table_episodes=8, latest_trajectory=make_row)
+        callback = EpisodeProgressCallback(
+            20, run.done, console=run.console, table_episodes=8, latest_trajectory=make_row
+        )
         run.begin(callback)
         run.step(callback, {"episodes": 8, "reward": 0.1})
         run.end(callback)
@@ -182,7 +189,9 @@ class TestEpisodeProgress:
         assert "chosen key" in run.output.getvalue()
 
     def test_tables_come_at_every_multiple_reached_or_passed(self, run: Run) -> None:
-        callback = EpisodeProgressCallback(100, 8, console=run.console, table_episodes=20, latest_trajectory=make_row)
+        callback = EpisodeProgressCallback(
+            100, run.done, console=run.console, table_episodes=20, latest_trajectory=make_row
+        )
         run.begin(callback)
         printed = []
         for episodes in range(8, 49, 8):
@@ -194,7 +203,9 @@ class TestEpisodeProgress:
         assert printed == [24, 40]
 
     def test_a_resumed_run_does_not_repeat_tables(self, run: Run) -> None:
-        callback = EpisodeProgressCallback(100, 8, console=run.console, table_episodes=20, latest_trajectory=make_row)
+        callback = EpisodeProgressCallback(
+            100, run.done, console=run.console, table_episodes=20, latest_trajectory=make_row
+        )
         run.begin(callback, global_step=3)
         run.step(callback, {"episodes": 32})
         run.end(callback)
@@ -203,7 +214,7 @@ class TestEpisodeProgress:
     def test_a_table_waits_for_a_trajectory(self, run: Run) -> None:
         latest: list[LedgerRow | None] = [None]
         callback = EpisodeProgressCallback(
-            100, 8, console=run.console, table_episodes=8, latest_trajectory=lambda: latest[-1]
+            100, run.done, console=run.console, table_episodes=8, latest_trajectory=lambda: latest[-1]
         )
         run.begin(callback)
         run.step(callback, {"episodes": 8})
@@ -214,7 +225,7 @@ class TestEpisodeProgress:
         assert "chosen key" in run.output.getvalue()
 
     def test_a_table_is_written_above_the_bar(self, run: Run) -> None:
-        callback = EpisodeProgressCallback(20, 8, console=run.console)
+        callback = EpisodeProgressCallback(20, run.done, console=run.console)
         run.begin(callback)
         run.step(callback, {"episodes": 8})
         before = len(run.output.getvalue())
@@ -226,7 +237,7 @@ class TestEpisodeProgress:
         assert " 8/20 " in rest.rsplit("\r", 1)[-1]
 
     def test_a_second_training_opens_a_new_bar(self, run: Run) -> None:
-        callback = EpisodeProgressCallback(20, 8, console=run.console)
+        callback = EpisodeProgressCallback(20, run.done, console=run.console)
         run.begin(callback)
         run.step(callback, {"episodes": 8})
         run.begin(callback)
@@ -234,14 +245,14 @@ class TestEpisodeProgress:
         run.end(callback)
         run.end(callback)
 
-    @pytest.mark.parametrize("name", ["num_episodes", "episodes_per_step", "table_episodes"])
+    @pytest.mark.parametrize("name", ["num_episodes", "table_episodes"])
     def test_a_count_below_one_is_refused(self, name: str) -> None:
-        counts = {"num_episodes": 1, "episodes_per_step": 1, "table_episodes": 1} | {name: 0}
+        counts = {"num_episodes": 1, "table_episodes": 1} | {name: 0}
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            EpisodeProgressCallback(**counts, latest_trajectory=make_row)
+            EpisodeProgressCallback(**counts, episodes_done=int, latest_trajectory=make_row)
 
     def test_tables_need_a_source(self) -> None:
         with pytest.raises(ValueError, match="table_episodes and latest_trajectory go together"):
-            EpisodeProgressCallback(20, 8, table_episodes=5)
+            EpisodeProgressCallback(20, int, table_episodes=5)
         with pytest.raises(ValueError, match="table_episodes and latest_trajectory go together"):
-            EpisodeProgressCallback(20, 8, latest_trajectory=make_row)
+            EpisodeProgressCallback(20, int, latest_trajectory=make_row)

@@ -66,14 +66,14 @@ class TestPhase:
     def test_other_errors_are_left_alone(self, error: BaseException) -> None:
         assert self.note_on(error) == ""
 
-    def test_nested_phases_note_from_the_inside_out(self) -> None:
+    def test_the_innermost_of_nested_phases_is_noted(self) -> None:
         with (
             pytest.raises(RuntimeError) as caught,
             phase("update", 1, CPU, {}, "a"),
             phase("loss", 1, CPU, {}, "b"),
         ):
             raise RuntimeError
-        assert [note.split(" of step")[0] for note in caught.value.__notes__] == ["In the loss", "In the update"]
+        assert [note.split(" of step")[0] for note in caught.value.__notes__] == ["In the loss"]
 
     def test_without_a_failure_nothing_happens(self) -> None:
         with phase("rollout", 1, CPU, {}, "nothing"):

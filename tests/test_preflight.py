@@ -59,7 +59,7 @@ class TestExpectOneProcess:
         expect_one_process(1, 1)
 
     def test_several_processes_are_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"^training runs in 3 processes, .*launch with --num_processes 1$"):
+        with pytest.raises(ValueError, match=r"^training runs in 3 processes, .*launch --num_processes 1$"):
             expect_one_process(3, 1)
 
     def test_several_gpus_are_refused(self) -> None:

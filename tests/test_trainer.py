@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from accelerate.state import AcceleratorState
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import adapted, article_texts, tiny_config, tiny_gpt2, tiny_llama, tiny_trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
+from attention_rl_trainer.checkpointing import CheckpointError
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.ledger import read_ledger
 from attention_rl_trainer.memory import Selection
@@ -210,19 +213,18 @@ def test_no_article_is_read_twice_in_an_epoch(
 def test_accumulating_two_batches_is_one_update_over_both(
     tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    options: dict[str, Any] = {"filter_threshold": ALWAYS, "advantage": "reward", "warmup_episodes": 1, "optim": "sgd"}
-    options |= {"max_grad_norm": 1000.0, "learning_rate": 1.0}
-    halves = tiny_trainer(tmp_path / "a", texts, tokenizer, **options, gradient_accumulation_steps=2, num_episodes=32)
-    whole = tiny_trainer(tmp_path / "b", texts, tokenizer, **options, generation_batch_size=16, num_episodes=32)
-    halves.run_state.statistics.update(torch.zeros(1))
-    whole.run_state.statistics.update(torch.zeros(1))
+    # 44 episodes: 16 of warm-up, an update over 16, and a last one over the 12 that are left.
+    options: dict[str, Any] = {"filter_threshold": ALWAYS, "advantage": "reward", "warmup_episodes": 16, "optim": "sgd"}
+    options |= {"max_grad_norm": 1000.0, "learning_rate": 1.0, "num_episodes": 44}
+    halves = tiny_trainer(tmp_path / "a", texts, tokenizer, **options, gradient_accumulation_steps=2)
+    whole = tiny_trainer(tmp_path / "b", texts, tokenizer, **options, generation_batch_size=16)
     halves.train()
     whole.train()
-    assert [e["updates"] for e in steps_of(halves)] == [e["updates"] for e in steps_of(whole)] == [1, 2]
+    assert [e["updates"] for e in steps_of(halves)] == [e["updates"] for e in steps_of(whole)] == [0, 1, 2]
     for entry, expected in zip(steps_of(halves), steps_of(whole), strict=True):
         assert entry["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
         assert entry["loss"] == pytest.approx(expected["loss"], rel=1e-3)
-        assert entry["reward"] == pytest.approx(expected["reward"], abs=1e-5)
+        assert entry["kept_trajectories"] == expected["kept_trajectories"]
 
 
 def test_several_iterations_are_several_updates(
@@ -257,7 +259,7 @@ def test_micro_batches_do_not_change_the_update(
         {"kl_reference": "base", "include_key_in_context": True, "window": "random"},
         {"attention_layer": 0, "selection_temperature": 0.1, "query_temperature": 0.8, "beta": 0.0},
         {"disable_dropout": False, "activation_checkpointing": True},
-        {"bf16": True},
+        {"dataloader_num_workers": 1},
     ],
 )
 def test_every_option_runs(
@@ -392,6 +394,71 @@ def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(
     assert read_ledger(resumed.ledger.path) == read_ledger(whole.ledger.path)
 
 
+@pytest.mark.parametrize(("first", "batch_size", "second"), [(20, 8, 40), (20, 4, 40), (32, 16, 50)])
+def test_a_resumed_run_has_as_many_episodes_as_asked_for(
+    first: int, batch_size: int, second: int, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tiny_trainer(tmp_path, texts, tokenizer, num_episodes=first).train()
+    resumed = tiny_trainer(tmp_path, texts, tokenizer, num_episodes=second, generation_batch_size=batch_size)
+    resumed.train(resume_from_checkpoint=True)
+    assert [row.episode for row in read_ledger(resumed.ledger.path)] == list(range(second))
+    assert steps_of(resumed)[-1]["episodes"] == second
+    assert resumed.args.max_steps == -1
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, filter_threshold=ALWAYS)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    again = tiny_trainer(tmp_path, texts, tokenizer, filter_threshold=ALWAYS)
+    assert again.train(resume_from_checkpoint=True).global_step == 6
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == files
+    assert adapter_bytes(again) == adapter_bytes(trainer)  # so that saving it now loses nothing
+    assert again.run_state == trainer.run_state
+
+
+def test_resuming_without_a_checkpoint_is_refused(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer)
+    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="there is no checkpoint nowhere"):
+        trainer.train(resume_from_checkpoint="nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"trainer_state.json is missing"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "empty"))
+
+
+def test_training_again_starts_a_run_of_its_own(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, filter_threshold=ALWAYS)
+    trainer.train()
+    learned = adapter_bytes(trainer)
+    trainer.train()
+    assert steps_of(trainer)[-1]["episodes"] == 48
+    assert [entry["kept_trajectories"] for entry in steps_of(trainer)] == [0, 0, 8, 8, 8, 8]
+    assert steps_of(trainer)[2]["kl"] == 0.0
+    assert adapter_bytes(trainer) != learned
+    assert len(read_ledger(trainer.ledger.path)) == 48
+
+
+def test_skipped_articles_are_counted_and_survive_a_checkpoint(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    mixed = [text for pair in zip(texts, ["too short"] * 15, strict=False) for text in pair] + [""]
+    options: dict[str, Any] = {"shuffle": False, "save_episodes": 8}
+    whole = tiny_trainer(tmp_path / "a", mixed, tokenizer, num_episodes=16, **options)
+    whole.train()
+    assert [entry["skipped_articles"] for entry in steps_of(whole)] == [7, 16]
+    assert whole.run_state.skipped == {"too_short": 15, "empty": 1}
+    resumed = tiny_trainer(tmp_path / "a", mixed, tokenizer, num_episodes=16, **options)
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-1"))
+    assert resumed.run_state.skipped == whole.run_state.skipped
+
+
 def test_a_second_run_in_the_same_folder_sets_the_old_ledger_aside(
     tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -425,7 +492,90 @@ def test_report_and_config_are_written(tmp_path: Path, texts: list[str], tokeniz
     assert names == {"summary.md", "rewards.png", "gains.png", "kl.png", "selection.png"}
     saved = json.loads((folder / "attention_rl_config.json").read_text())
     assert saved["num_episodes"] == 48
-    assert "hf_secret" not in (folder / "attention_rl_config.json").read_text()
+    assert "max_steps" not in saved
+    trainer.save_model()
+    assert not list(folder.rglob("training_args.bin"))  # a pickle with the token in it
+    for path in folder.rglob("*"):
+        assert path.is_dir() or b"hf_secret" not in path.read_bytes(), path
+    assert "articles skipped" in (folder / "report" / "summary.md").read_text()
+
+
+def test_without_matplotlib_the_summary_is_still_written(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else found(name, *a))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, report_at_end=True, num_episodes=8)
+    trainer.train()
+    assert [path.name for path in (Path(trainer.args.output_dir) / "report").iterdir()] == ["summary.md"]
+
+
+def test_callbacks_are_the_ones_to_expect(tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    class Own(ProgressCallback):
+        pass
+
+    def names(**changes: Any) -> set[str]:
+        trainer = tiny_trainer(tmp_path, texts, tokenizer, trainer_options={"callbacks": [Own()]}, **changes)
+        return {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
+
+    with_bar, without = names(disable_tqdm=False), names(disable_tqdm=True)
+    assert {"Own", "EpisodeProgressCallback"} <= with_bar & without
+    assert ProgressCallback.__name__ not in with_bar | without
+    assert PrinterCallback.__name__ in without - with_bar
+
+
+def test_adapters_that_change_the_base_are_refused(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    from peft import PromptTuningConfig
+
+    for config, message in [
+        (LoraConfig(modules_to_save=["lm_head"]), "modules_to_save"),
+        (LoraConfig(bias="all"), "bias='all'"),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "prompt learning"),
+    ]:
+        with pytest.raises(ValueError, match=f"the adapter has {message}.*untouched base model"):
+            tiny_trainer(tmp_path, texts, tokenizer, trainer_options={"peft_config": config})
+    given = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="modules_to_save"):
+        tiny_trainer(tmp_path, texts, tokenizer, model=given)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ValueError, match=r"ids go up to 399, but the model embeds 300"):
+        tiny_trainer(tmp_path, texts, tokenizer, model=tiny_llama(vocab_size=300))
+    with pytest.raises(ValueError, match="give its tokenizer as processing_class"):
+        AttentionGuidedRLTrainer(tiny_llama(), args=tiny_config(tmp_path))
+
+
+def test_model_tags_and_mixed_precision(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "attention-guided-rl" in tiny_trainer(tmp_path, texts, tokenizer).model.model_tags
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.raises(ValueError, match=r"mixed precision is 'bf16'.*--mixed_precision no"):
+            tiny_trainer(tmp_path, texts, tokenizer)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_evaluating_several_sets(tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    sets = {"first": [{"text": text} for text in texts[:3]], "second": [{"text": text} for text in texts[3:5]]}
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, trainer_options={"eval_dataset": sets})
+    metrics = trainer.evaluate()
+    assert metrics["eval_first_episodes"] == 3
+    assert metrics["eval_second_episodes"] == 2
+    with pytest.raises(NotImplementedError, match="use evaluate"):
+        trainer.predict(sets["first"])
 
 
 def test_a_model_can_be_given_by_name(tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:

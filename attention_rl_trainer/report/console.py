@@ -64,7 +64,7 @@ class EpisodeProgressCallback(TrainerCallback):
 
     Args:
         num_episodes: episodes of the whole run.
-        episodes_per_step: episodes of one Trainer step, over all processes; moves the bar where a step logs nothing.
+        episodes_done: returns the episodes done so far; moves the bar where a step logs nothing.
         table_episodes: print a table whenever this many more episodes are done; None for never.
         latest_trajectory: returns the trajectory to print, None if there is none yet; needed with `table_episodes`.
         console: where bar and tables are written; standard error by default.
@@ -76,7 +76,7 @@ class EpisodeProgressCallback(TrainerCallback):
     def __init__(
         self,
         num_episodes: int,
-        episodes_per_step: int,
+        episodes_done: Callable[[], int],
         *,
         table_episodes: int | None = None,
         latest_trajectory: Callable[[], LedgerRow | None] | None = None,
@@ -85,7 +85,6 @@ class EpisodeProgressCallback(TrainerCallback):
         """Check and keep the settings; the bar opens in `on_train_begin`."""
         counts = {
             "num_episodes": num_episodes,
-            "episodes_per_step": episodes_per_step,
             "table_episodes": table_episodes,
         }
         for name, count in counts.items():
@@ -94,7 +93,7 @@ class EpisodeProgressCallback(TrainerCallback):
         if (table_episodes is None) != (latest_trajectory is None):
             raise ValueError("table_episodes and latest_trajectory go together: give both or neither")
         self.num_episodes = num_episodes
-        self.episodes_per_step = episodes_per_step
+        self.episodes_done = episodes_done
         self.table_episodes = table_episodes
         self.latest_trajectory = latest_trajectory
         self.console = Console(stderr=True) if console is None else console
@@ -108,7 +107,7 @@ class EpisodeProgressCallback(TrainerCallback):
         self._close()
         if not state.is_local_process_zero:
             return
-        done = self._episodes_by_steps(state)
+        done = self._episodes_done()
         self._tables_due = self._tables_by(done)
         self._bar = tqdm(
             total=self.num_episodes,
@@ -123,7 +122,7 @@ class EpisodeProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Move the bar by the episodes of the step."""
-        self._advance(self._episodes_by_steps(state))
+        self._advance(self._episodes_done())
 
     def on_log(
         self,
@@ -157,8 +156,8 @@ class EpisodeProgressCallback(TrainerCallback):
         with tqdm.external_write_mode(file=self.console.file):
             self.console.print(trajectory_table(row))
 
-    def _episodes_by_steps(self, state: TrainerState) -> int:
-        return min(state.global_step * self.episodes_per_step, self.num_episodes)
+    def _episodes_done(self) -> int:
+        return min(self.episodes_done(), self.num_episodes)
 
     def _advance(self, episodes: int) -> None:
         if self._bar is not None:

@@ -140,13 +140,16 @@ def write_report(
     output_dir: Path,
     log_history: Sequence[Mapping[str, float]],
     run: Mapping[str, str | int | float | bool | None] | None = None,
+    *,
+    with_plots: bool = True,
 ) -> list[Path]:
-    """Write plots and `summary.md` of a run into `output_dir/report/`.
+    """Write `summary.md` and plots of a run into `output_dir/report/`.
 
     Args:
         output_dir: folder of the run, which holds its ledger.
         log_history: metrics as logged, one mapping a step.
         run: names and values for the summary's list of settings.
+        with_plots: whether to draw, which needs matplotlib.
 
     Returns:
         The files written, `summary.md` first.
@@ -159,17 +162,22 @@ def write_report(
     rows = read_ledger(output_dir / LEDGER_NAME)
     folder = output_dir / REPORT_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    plots = [
+    text = summarize_run(rows, log_history, run or {})
+    plots = _draw(rows, log_history, folder) if with_plots else []
+    if plots:
+        text = "\n".join([text, "## Plots\n", *(f"![{plot.stem}]({plot.name})\n" for plot in plots)])
+    summary = folder / "summary.md"
+    summary.write_text(text, encoding="utf-8")
+    return [summary, *plots]
+
+
+def _draw(rows: Sequence[LedgerRow], log_history: Sequence[Mapping[str, float]], folder: Path) -> list[Path]:
+    return [
         plot_rewards(log_history, folder / "rewards.png"),
         plot_gains(log_history, folder / "gains.png"),
         plot_kl(log_history, folder / "kl.png"),
         plot_selection(rows, folder / "selection.png"),
     ]
-    images = [f"![{plot.stem}]({plot.name})\n" for plot in plots]
-    summary = folder / "summary.md"
-    text = summarize_run(rows, log_history, run or {})
-    summary.write_text("\n".join([text, "## Plots\n", *images]), encoding="utf-8")
-    return [summary, *plots]
 
 
 def escape_control_characters(text: str) -> str:
