@@ -152,8 +152,8 @@ def native_dtype(device: torch.device) -> torch.dtype:
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        # Only x86 CPUs list these keys.
+        # Older versions of torch cannot tell; only x86 CPUs list these keys.
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         native = any(bool(capabilities.get(name, False)) for name in ("amx_bf16", "avx512_bf16"))
     else:
         native = False

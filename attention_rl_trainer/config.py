@@ -12,6 +12,7 @@ import json
 import logging
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 from transformers import TrainingArguments
@@ -58,6 +59,14 @@ _ABOVE_ZERO = ("query_temperature", "selection_temperature", "epsilon", "learnin
 
 def _help(text: str, **metadata: Any) -> dict[str, Any]:
     return {"help": text, **metadata}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _jsonable(item) for name, item in value.items()}
+    if isinstance(value, float) and math.isinf(value):
+        return str(value)
+    return value
 
 
 @dataclass
@@ -219,6 +228,16 @@ class AttentionGuidedRLConfig(TrainingArguments):
     def episodes_per_step(self) -> int:
         """Trajectories of one Trainer step."""
         return self.generation_batch_size * self.gradient_accumulation_steps
+
+    def save_json(self, path: Path) -> None:
+        """Write the options, without what follows from them; tokens are masked and infinities are spelled.
+
+        Args:
+            path: the file.
+        """
+        options: dict[str, Any] = self.to_dict()  # type: ignore[no-untyped-call]  # transformers does not annotate it
+        del options["max_steps"]
+        path.write_text(json.dumps(_jsonable(options), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     @property
     def pair_shape(self) -> PairShape:

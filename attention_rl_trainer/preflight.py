@@ -17,6 +17,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 from transformers import PreTrainedModel
 
 from attention_rl_trainer.attention import AttentionHeads
@@ -117,6 +118,23 @@ def expect_fitting_context(
         f"{num_separator} + {config.tokens_per_query} + {key + config.tokens_per_value}. "
         "Lower num_steps, subset_fraction, num_kv_pairs or the tokens per query, key or value"
     )
+
+
+def expect_fitting_vocabulary(max_token_id: int, embeddings: nn.Embedding) -> None:
+    """Refuse a tokenizer whose ids the model cannot embed.
+
+    Args:
+        max_token_id: the largest id that text can turn into.
+        embeddings: the model's input embeddings.
+
+    Raises:
+        ValueError: the id is beyond them.
+    """
+    if max_token_id >= embeddings.weight.shape[0]:
+        raise ValueError(
+            f"the tokenizer's ids go up to {max_token_id}, but the model embeds {embeddings.weight.shape[0]}; "
+            "give the model's own tokenizer as processing_class"
+        )
 
 
 def run_facts(

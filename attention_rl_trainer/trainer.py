@@ -7,7 +7,6 @@ micro-batches. Everything that is computed lives in the modules before this one;
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import math
 import time
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -30,7 +29,13 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from attention_rl_trainer.adapters import AdapterSnapshot, add_adapter
 from attention_rl_trainer.articles import Article, ArticleStream, ArticleTable, StreamPosition
-from attention_rl_trainer.base_models import choose_base_model, load_base_model, load_tokenizer
+from attention_rl_trainer.assembly import (
+    build_policy,
+    load_named_model,
+    loss_settings,
+    rollout_settings,
+    tokenizer_of,
+)
 from attention_rl_trainer.callbacks import (
     BeforeOptimizerStepCallback,
     EpisodeSaveCallback,
@@ -53,16 +58,15 @@ from attention_rl_trainer.losses import step_advantages
 from attention_rl_trainer.memory import DifferentiableEnvironment, KVMemoryEnvironment, MemoryEnvironment
 from attention_rl_trainer.pairs import ArticleBatch, ArticlePairsDataset, collate_article_pairs
 from attention_rl_trainer.policy import (
-    PolicyModel,
     base_language_model,
     dropout_disabled,
     input_embeddings,
-    output_head,
 )
 from attention_rl_trainer.preflight import (
     context_length,
     expect_double_precision,
     expect_fitting_context,
+    expect_fitting_vocabulary,
     expect_one_process,
     expect_writable,
     print_facts,
@@ -72,19 +76,16 @@ from attention_rl_trainer.records import MetricsBuffer, ledger_rows, trajectory_
 from attention_rl_trainer.report.console import EpisodeProgressCallback
 from attention_rl_trainer.report.summary import write_report
 from attention_rl_trainer.rollout import NonFiniteError, RolloutSettings, TrajectorySampler, trajectory_length
-from attention_rl_trainer.tokenization import PlainTextEncoder, Separators, allowed_token_ids
+from attention_rl_trainer.tokenization import PlainTextEncoder, Separators
 from attention_rl_trainer.types import Trajectory
-from attention_rl_trainer.update import KeptTrajectories, LossSettings, LossTerms, compute_loss_terms
+from attention_rl_trainer.update import KeptTrajectories, LossTerms, compute_loss_terms
 
 logger = logging.getLogger(__name__)
 
 Articles: TypeAlias = ArticleTable | Sequence[Mapping[str, object]] | Sequence[Article]
 Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 
-_MODEL_OPTIONS = {"attn_implementation", "dtype", "quantization_config", "revision"}
 RUN_CONFIG_NAME = "attention_rl_config.json"
-# Evaluation episodes have streams of their own, far from any training seed.
-_EVALUATION_SEED_OFFSET = 2**32
 
 
 class AttentionGuidedRLTrainer(Trainer):
@@ -128,9 +129,9 @@ class AttentionGuidedRLTrainer(Trainer):
         expect_double_precision(args.device)
         expect_writable(Path(str(args.output_dir)))
         if isinstance(model, str):
-            model, processing_class = self._load(model, args, processing_class)
+            model, processing_class = load_named_model(model, args, processing_class)
         if processing_class is None:
-            processing_class = self._load_tokenizer_of(model)
+            processing_class = tokenizer_of(model)
         adapted = add_adapter(model, peft_config)
         adapted.add_model_tags(list(self._tag_names))
         self.encoder = PlainTextEncoder(processing_class)
@@ -141,8 +142,12 @@ class AttentionGuidedRLTrainer(Trainer):
                 f"selector_coef is {args.selector_coef}, but the environment {type(self.environment).__name__} has no "
                 "log_prob(query_vectors, index); give it one, or set selector_coef to 0"
             )
-        self._expect_fitting_context(adapted, args)
-        self._expect_fitting_vocabulary(adapted)
+        expect_fitting_vocabulary(self.encoder.max_token_id, input_embeddings(base_language_model(adapted)))
+        self.trajectory_tokens = trajectory_length(
+            self.separators, rollout_settings(args), args.tokens_per_key, args.tokens_per_value
+        )
+        num_separator = len(self.separators.query) + len(self.separators.response)
+        expect_fitting_context(self.trajectory_tokens, context_length(adapted), args, num_separator)
         # The base class wants a number of steps for data without a length; a run's own number is set by `train`.
         with _max_steps(args, math.ceil(args.num_episodes / args.episodes_per_step)):
             super().__init__(
@@ -166,80 +171,11 @@ class AttentionGuidedRLTrainer(Trainer):
 
     # ---- Set-up ----
 
-    @staticmethod
-    def _load(
-        name: str, args: AttentionGuidedRLConfig, tokenizer: PreTrainedTokenizerBase | None
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        choice = choose_base_model(name, args.device)
-        logger.warning("Base model %s: %s", choice.name_or_path, choice.reason)
-        # TrainingArguments has parsed the JSON of the command line.
-        options = dict(cast(dict[str, Any], args.model_init_kwargs or {}))
-        unknown = sorted(set(options) - _MODEL_OPTIONS)
-        if unknown:
-            raise ValueError(f"model_init_kwargs takes {', '.join(sorted(_MODEL_OPTIONS))}; got {', '.join(unknown)}")
-        if isinstance(options.get("dtype"), str):
-            options["dtype"] = _parse_dtype(options["dtype"], choice.dtype)
-        revision = options.get("revision")
-        model = load_base_model(choice, **options)
-        return model, tokenizer or load_tokenizer(choice.name_or_path, revision=revision)
-
-    @staticmethod
-    def _load_tokenizer_of(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
-        name = model.config.name_or_path
-        if not name:
-            raise ValueError("the model does not say where it was loaded from; give its tokenizer as processing_class")
-        return load_tokenizer(name)
-
-    def _expect_fitting_vocabulary(self, model: PeftModel) -> None:
-        num_embeddings = input_embeddings(base_language_model(model)).weight.shape[0]
-        if self.encoder.max_token_id >= num_embeddings:
-            raise ValueError(
-                f"the tokenizer's ids go up to {self.encoder.max_token_id}, but the model embeds {num_embeddings}; "
-                "give the model's own tokenizer as processing_class"
-            )
-
-    def _expect_fitting_context(self, model: PeftModel, args: AttentionGuidedRLConfig) -> None:
-        settings = self._rollout_settings(args)
-        self.trajectory_tokens = trajectory_length(
-            self.separators, settings, args.tokens_per_key, args.tokens_per_value
-        )
-        num_separator = len(self.separators.query) + len(self.separators.response)
-        expect_fitting_context(self.trajectory_tokens, context_length(model), args, num_separator)
-
-    @staticmethod
-    def _rollout_settings(args: AttentionGuidedRLConfig, *, evaluation: bool = False) -> RolloutSettings:
-        return RolloutSettings(
-            num_steps=args.steps_per_trajectory,
-            tokens_per_query=args.tokens_per_query,
-            seed=args.seed + (_EVALUATION_SEED_OFFSET if evaluation else 0),
-            include_key_in_context=args.include_key_in_context,
-            compute_order_gain=evaluation or args.order_coef > 0,
-            order_coef=args.order_coef,
-        )
-
     def _set_up_computation(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        args = self.args
-        vocabulary_size = output_head(base_language_model(model)).weight.shape[0]
-        self.policy = PolicyModel(
-            model,
-            allowed_token_ids(tokenizer, vocabulary_size),
-            query_temperature=args.query_temperature,
-            attention_layer=args.attention_layer,
-            logits_chunk_size=args.logits_chunk_size,
-            embedding_batch_size=args.embedding_batch_size,
-        )
-        self.sampler = self._new_sampler(self._rollout_settings(args))
+        self.policy = build_policy(model, tokenizer, self.args)
+        self.sampler = self._new_sampler(rollout_settings(self.args))
         self.snapshot = AdapterSnapshot(model)
-        self.loss_settings = LossSettings(
-            beta=args.beta,
-            kl_reference=args.kl_reference,
-            selector_coef=args.selector_coef,
-            reward_gradient_coef=args.reward_gradient_coef,
-            entropy_coef=args.entropy_coef,
-            epsilon=args.epsilon,
-            use_importance_ratios=args.num_iterations > 1,
-            disable_dropout=args.disable_dropout,
-        )
+        self.loss_settings = loss_settings(self.args)
         self._stream: ArticleStream | None = None
         self._start_afresh()
 
@@ -290,7 +226,7 @@ class AttentionGuidedRLTrainer(Trainer):
 
     def _on_begin(self) -> None:
         folder = Path(str(self.args.output_dir))
-        self._write_config(folder)
+        self.args.save_json(folder / RUN_CONFIG_NAME)
         print_facts(self.facts())
         if self.state.global_step == 0:
             aside = self.ledger.set_aside()
@@ -310,12 +246,6 @@ class AttentionGuidedRLTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         files = write_report(folder, self.state.log_history, facts, with_plots=with_plots)
         logger.warning("Report: %s", files[0])
-
-    def _write_config(self, folder: Path) -> None:
-        everything: dict[str, Any] = self.args.to_dict()  # type: ignore[no-untyped-call]  # not annotated there
-        options = {name: value for name, value in everything.items() if name != "max_steps"}
-        text = json.dumps(_jsonable(options), indent=2, allow_nan=False)
-        (folder / RUN_CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
     # ---- Data ----
 
@@ -661,7 +591,7 @@ class AttentionGuidedRLTrainer(Trainer):
         if articles is None:
             raise ValueError("evaluation needs an eval_dataset of articles; give one to the trainer or to evaluate()")
         stream = self._article_stream(articles, StreamPosition(), evaluation=True)
-        sampler = self._new_sampler(self._rollout_settings(self.args, evaluation=True))
+        sampler = self._new_sampler(rollout_settings(self.args, evaluation=True))
         loader = self._loader(stream, min(self.args.generation_batch_size, self.args.eval_episodes))
         with self._phase("evaluation", self.args.generation_batch_size, "generation_batch_size"):
             results = evaluate_policy(sampler, (inputs["articles"] for inputs in loader), self.args.eval_episodes)
@@ -677,7 +607,7 @@ class AttentionGuidedRLTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         # The options as a pickle, with the Hub token in plain bytes; nothing needs it, and JSON says the same.
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        self._write_config(folder)
+        self.args.save_json(folder / RUN_CONFIG_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # The one hook of the Trainer that runs after the optimizer is saved and before a checkpoint is pushed or
@@ -709,26 +639,8 @@ def _max_steps(args: AttentionGuidedRLConfig, steps: int) -> Iterator[None]:
         args.max_steps = -1
 
 
-def _jsonable(value: Any) -> Any:
-    """Spell infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _jsonable(item) for name, item in value.items()}
-    if isinstance(value, float) and math.isinf(value):
-        return str(value)
-    return value
-
-
 def _collate(rows: Sequence[Any], tokens_per_key: int) -> dict[str, Any]:
     return {"articles": collate_article_pairs(rows, tokens_per_key)}
-
-
-def _parse_dtype(name: str, default: torch.dtype) -> torch.dtype:
-    if name == "auto":
-        return default
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"model_init_kwargs['dtype'] must name a torch dtype such as 'bfloat16', got {name!r}")
-    return dtype
 
 
 def _source_name(articles: Articles) -> str:

