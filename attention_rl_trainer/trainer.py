@@ -22,7 +22,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PredictionOutput, TrainOutput
@@ -128,6 +128,8 @@ class AttentionGuidedRLTrainer(Trainer):
         expect_one_process(args.world_size, args.n_gpu)
         expect_double_precision(args.device)
         expect_writable(Path(str(args.output_dir)))
+        # The base class does this too, but only after the adapter has drawn its first weights.
+        set_seed(args.seed)
         if isinstance(model, str):
             model, processing_class = load_named_model(model, args, processing_class)
         if processing_class is None:
@@ -349,27 +351,32 @@ class AttentionGuidedRLTrainer(Trainer):
         model.train()
         batch = self._cut_to_run(inputs["articles"])
         if len(batch) == 0:
-            return self._end_of_window(torch.zeros((), device=self.args.device))
+            self._end_of_window(model)
+            return torch.zeros((), device=self.args.device)
         if self._window_trajectories is None:
             remaining = self.args.num_episodes - self.run_state.num_episodes
             self._window_trajectories = min(remaining, self.args.episodes_per_step)
         first = self.run_state.num_episodes
         started = time.perf_counter()
         with self._phase("rollout", len(batch), "generation_batch_size, num_steps or the tokens per query and value"):
-            trajectory = self._roll_out(batch, range(first, first + len(batch)))
+            trajectory = self.sampler.sample(batch, range(first, first + len(batch)))
         rolled_out = time.perf_counter()
         history, keep = self._judge(trajectory)
         with self._phase("update", int(keep.sum()), "training_batch_size or logits_chunk_size"):
             loss = self._update(model, trajectory, history, keep)
+            self._end_of_window(model)
         self._record(batch, trajectory, history, keep)
         self._record_times(trajectory, rolled_out - started, time.perf_counter() - rolled_out)
-        return self._end_of_window(loss)
-
-    def _end_of_window(self, loss: Tensor) -> Tensor:
-        if self.accelerator.sync_gradients:
-            self._window.clear()
-            self._window_trajectories = None
         return loss
+
+    def _end_of_window(self, model: nn.Module) -> None:
+        """Before the Trainer's own optimizer step, take those that ``num_iterations`` > 1 adds to it."""
+        if not self.accelerator.sync_gradients:
+            return
+        window, self._window, self._window_trajectories = self._window, [], None
+        for _ in range(self.args.num_iterations - 1 if window else 0):
+            self._step_optimizer(model)
+            self._accumulate(model, window)
 
     def _cut_to_run(self, batch: ArticleBatch) -> ArticleBatch:
         """Leave out the rows of the last batch that go beyond ``num_episodes``."""
@@ -386,9 +393,6 @@ class AttentionGuidedRLTrainer(Trainer):
         }
         return phase(name, self.state.global_step + 1, self.policy.device, shapes, options)
 
-    def _roll_out(self, batch: ArticleBatch, episodes: Sequence[int]) -> Trajectory:
-        return self.sampler.sample(batch, episodes)
-
     def _judge(self, trajectory: Trajectory) -> tuple[RewardStatistics, Tensor]:
         """Decide by the history before the batch, then add the batch to it."""
         history = RewardStatistics.from_state_dict(self.run_state.statistics.state_dict())
@@ -402,16 +406,11 @@ class AttentionGuidedRLTrainer(Trainer):
         return history, keep
 
     def _update(self, model: nn.Module, trajectory: Trajectory, history: RewardStatistics, keep: Tensor) -> Tensor:
-        """Accumulate the gradient of the kept trajectories; with several iterations, also step in between."""
+        """Accumulate the gradient of the kept trajectories, and remember them for further iterations."""
         rows = keep.nonzero().squeeze(1)
         kept = [self._kept(trajectory, history, rows)] if len(rows) else []
         self._window += kept
-        loss = self._accumulate(model, kept)
-        if self.accelerator.sync_gradients and self._window:
-            for _ in range(self.args.num_iterations - 1):
-                self._step_optimizer(model)
-                self._accumulate(model, self._window)
-        return loss
+        return self._accumulate(model, kept)
 
     def _kept(self, trajectory: Trajectory, history: RewardStatistics, rows: Tensor) -> KeptTrajectories:
         advantages = step_advantages(
