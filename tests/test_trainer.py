@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import adapted, article_texts, tiny_config, tiny_gpt2, tiny_llama, tiny_trainer
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from attention_rl_trainer.checkpointing import CheckpointError
 from attention_rl_trainer.config import AttentionGuidedRLConfig
@@ -769,3 +769,40 @@ def test_the_parts_of_upstream_that_are_leant_on() -> None:
     order = ["training_step(", "_clip_grad_norm", "on_pre_optimizer_step", "optimizer.step()", "global_step += 1"]
     assert [loop.index(part) for part in order] == sorted(loop.index(part) for part in order)
     assert AttentionGuidedRLConfig.__dataclass_fields__["save_strategy"].default == "no"
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "phi3", "gpt_neox"])
+def test_other_architectures_train(
+    name: str, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Whatever splits into query heads and key groups, sliding windows and soft caps included, with every term on."""
+    changes: dict[str, dict[str, Any]] = {
+        "mistral": {"sliding_window": 24},
+        "gemma2": {"sliding_window": 24, "final_logit_softcapping": 5.0},
+        "gpt_neox": {"num_key_value_heads": None},
+    }
+    sizes: dict[str, Any] = {
+        "vocab_size": 420,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "initializer_range": 0.1,
+    } | ({"head_dim": 8} if name not in ("phi3", "gpt_neox", "olmo2") else {})
+    options = {key: value for key, value in (sizes | changes.get(name, {})).items() if value is not None}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **options))
+    trainer = tiny_trainer(
+        tmp_path, texts, tokenizer, model=model, num_episodes=24, filter_threshold=ALWAYS, selector_coef=1.0,
+        reward_gradient_coef=0.1, activation_checkpointing=True,
+    )  # fmt: skip
+    before = adapter_bytes(trainer)
+    trainer.train()
+    assert steps_of(trainer)[-1]["kl"] == 0.0  # the first update: both forwards of the same adapter agree exactly
+    assert steps_of(trainer)[-1]["grad_norm"] > 0
+    assert adapter_bytes(trainer) != before

@@ -138,7 +138,11 @@ def plot_kl(log_history: Sequence[Mapping[str, float]], path: Path) -> Path:
     missing = "no step kept a trajectory: no KL was computed" if steps else _NOTHING_LOGGED
     _draw_trend(axes, *_points(steps, "kl"), colour=_BLUE, missing=missing)
     _start_at_zero(axes)
-    _frame(axes, "KL divergence of the policy from its reference, in steps that kept a trajectory", "KL (nats)")
+    _frame(
+        axes,
+        "KL divergence of the policy from its reference, in steps that kept a trajectory",
+        "KL (nats per query token)",
+    )
     _label_episodes(axes)
     return _save(figure, path)
 
