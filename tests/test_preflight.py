@@ -54,15 +54,13 @@ class TestExpectWritable:
 
 
 class TestExpectOneProcess:
-    def test_one_process_with_at_most_one_gpu_is_taken(self) -> None:
-        expect_one_process(1, 0)
+    def test_several_processes_are_refused_and_one_is_not(self) -> None:
         expect_one_process(1, 1)
-
-    def test_several_processes_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"^training runs in 3 processes, .*launch --num_processes 1$"):
             expect_one_process(3, 1)
 
-    def test_several_gpus_are_refused(self) -> None:
+    def test_several_gpus_are_refused_and_none_is_not(self) -> None:
+        expect_one_process(1, 0)
         with pytest.raises(ValueError, match=r"^the process sees 2 GPUs .*CUDA_VISIBLE_DEVICES=0$"):
             expect_one_process(1, 2)
 
@@ -72,9 +70,11 @@ class TestContext:
         assert context_length(adapted(tiny_llama(max_position_embeddings=300))) == 300
         assert context_length(adapted(tiny_gpt2(n_positions=200))) == 200
 
-    @pytest.mark.parametrize("available", [98, 99, None])
-    def test_a_fitting_trajectory_is_taken(self, tmp_path: Path, available: int | None) -> None:
-        expect_fitting_context(98, available, tiny_config(tmp_path), 4)
+    def test_the_limit_is_exact_and_an_unknown_one_is_none(self, tmp_path: Path) -> None:
+        for available in (98, 99, None):
+            expect_fitting_context(98, available, tiny_config(tmp_path), 4)
+        with pytest.raises(ValueError, match="98 tokens, but the model's context holds 97"):
+            expect_fitting_context(98, 97, tiny_config(tmp_path), 4)
 
     @pytest.mark.parametrize(("include_key", "response"), [(False, 6), (True, 12)])
     def test_arithmetic_is_said_and_right(self, tmp_path: Path, include_key: bool, response: int) -> None:
