@@ -105,14 +105,18 @@ def load_run_state(folder: Path) -> tuple[RunState, dict[str, Tensor]]:
     Raises:
         CheckpointError: a file is missing; names it.
     """
+    return _read_state(folder), load_file(folder / PREVIOUS_ADAPTER_NAME)
+
+
+def _read_state(folder: Path) -> RunState:
+    """Read how far the run had come, where both files are there."""
     for name in (STATE_NAME, PREVIOUS_ADAPTER_NAME):
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder / name} is missing, so the run cannot go on from {folder}; choose another checkpoint with "
                 "--resume_from_checkpoint"
             )
-    state = RunState.from_state_dict(json.loads((folder / STATE_NAME).read_text(encoding="utf-8")))
-    return state, load_file(folder / PREVIOUS_ADAPTER_NAME)
+    return RunState.from_state_dict(json.loads((folder / STATE_NAME).read_text(encoding="utf-8")))
 
 
 def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path) -> Path | None:
@@ -159,4 +163,4 @@ def steps_and_episodes(checkpoint: Path) -> tuple[int, int]:
     if not trainer_state.is_file():
         raise CheckpointError(f"{trainer_state} is missing, so the run cannot go on from {checkpoint}")
     steps = TrainerState.load_from_json(str(trainer_state)).global_step
-    return steps, load_run_state(checkpoint)[0].num_episodes
+    return steps, _read_state(checkpoint).num_episodes

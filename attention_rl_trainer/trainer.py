@@ -324,8 +324,7 @@ class AttentionGuidedRLTrainer(Trainer):
         """Load what a finished run has learned, and run nothing."""
         logger.warning("%s has all of num_episodes=%d behind it; nothing is run", checkpoint, self.args.num_episodes)
         self._load_from_checkpoint(str(checkpoint))
-        self.run_state, previous_adapter = load_run_state(checkpoint)
-        self.snapshot.load_state_dict(previous_adapter)
+        self._restore(checkpoint)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         return TrainOutput(steps, 0.0, {})
 
@@ -615,12 +614,16 @@ class AttentionGuidedRLTrainer(Trainer):
         if self.args.should_save:
             save_run_state(Path(output_dir), self.run_state, self.snapshot.state_dict())
 
+    def _restore(self, checkpoint: Path) -> None:
+        """Go back to the run's state and the previous adapter of a checkpoint."""
+        self.run_state, previous_adapter = load_run_state(checkpoint)
+        self.snapshot.load_state_dict(previous_adapter)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self.run_state, previous_adapter = load_run_state(Path(checkpoint))
-        self.snapshot.load_state_dict(previous_adapter)
+        self._restore(Path(checkpoint))
         self._skipped_before = dict(self.run_state.skipped)
         if self._stream is not None:
             self._stream.position = self.run_state.position
