@@ -254,6 +254,35 @@ class AttentionLayer:
         """Collect key groups while the context lasts; yields a `VectorCapture` of ``[B, S, G, D]``."""
         return _capture(self._key)
 
+    def run_to_keys(self, backbone: nn.Module, token_ids: Tensor) -> Tensor:
+        """Run a decoder as far as this layer's keys; nothing behind them is computed.
+
+        Args:
+            backbone: the decoder that the layer belongs to.
+            token_ids: ``[B, S]`` int64.
+
+        Returns:
+            Key groups, ``[B, S, G, D]`` in float32.
+        """
+
+        def stop(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            raise _ReachedError
+
+        with self.capture_keys() as capture:
+            # Behind the hook that captures, which was registered first.
+            handle = self._key.module.register_forward_hook(stop)
+            try:
+                backbone(input_ids=token_ids, use_cache=False)
+            except _ReachedError:
+                pass
+            finally:
+                handle.remove()
+        return capture.heads()
+
+
+class _ReachedError(Exception):
+    """The layer that is wanted was reached; the only way out of a forward of any architecture."""
+
 
 @contextmanager
 def _capture(projection: _Projection) -> Iterator[VectorCapture]:
@@ -265,8 +294,11 @@ def _capture(projection: _Projection) -> Iterator[VectorCapture]:
         handle.remove()
 
 
-def extract_embeddings(backbone: nn.Module, layer: AttentionLayer, token_ids: Tensor, batch_size: int = 256) -> Tensor:
+def extract_embeddings(backbone: nn.Module, layer: AttentionLayer, token_ids: Tensor, batch_size: int = 32) -> Tensor:
     """Compute the key vectors of token sequences: the layer's keys on the sequence alone, averaged over its tokens.
+
+    Every forward has ``batch_size`` rows, the last one filled up: matrix kernels are chosen by shape, and a vector
+    should not depend on how many others are computed.
 
     Args:
         backbone: the decoder without its output head; the caller disables adapters and gradients.
@@ -277,12 +309,10 @@ def extract_embeddings(backbone: nn.Module, layer: AttentionLayer, token_ids: Te
     Returns:
         ``[n, G, D]`` in float32.
     """
-    vectors = []
-    for chunk in torch.split(token_ids, batch_size):
-        with layer.capture_keys() as capture:
-            backbone(input_ids=chunk, use_cache=False)
-        vectors.append(capture.mean())
-    return torch.cat(vectors)
+    missing = -len(token_ids) % batch_size
+    filled = torch.cat([token_ids, token_ids[-1:].expand(missing, -1)])
+    vectors = [layer.run_to_keys(backbone, chunk).mean(dim=1) for chunk in torch.split(filled, batch_size)]
+    return torch.cat(vectors)[: len(token_ids)]
 
 
 def find_attention_projections(model: PreTrainedModel) -> list[str]:

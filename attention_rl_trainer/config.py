@@ -126,7 +126,7 @@ class AttentionGuidedRLConfig(TrainingArguments):
     generation_batch_size: int = field(
         default=64, metadata=_help("B: trajectories rolled out per process and step.", aliases=["--batch-size"])
     )
-    embedding_batch_size: int = field(default=256, metadata=_help("Keys embedded in one forward."))
+    embedding_batch_size: int = field(default=32, metadata=_help("Keys embedded in one forward."))
 
     # Filter
     warmup_episodes: int = field(

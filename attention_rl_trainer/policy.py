@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from attention_rl_trainer.attention import (
     AttentionLayer,
@@ -26,6 +28,9 @@ from attention_rl_trainer.attention import (
     VectorCapture,
     extract_embeddings,
 )
+from attention_rl_trainer.grouped_attention import grouped_attention
+from attention_rl_trainer.key_vectors import KeyVectorCache
+from attention_rl_trainer.kv_cache import PreallocatedCache, keeps_every_token
 from attention_rl_trainer.sampling import entropy, sample_by_inverse
 
 
@@ -153,6 +158,34 @@ class DecodedQuery:
     logprobs: Tensor
     entropy: Tensor
 
+    def rows(self, rows: slice) -> DecodedQuery:
+        """Take some of the rows.
+
+        Args:
+            rows: which.
+        """
+        return DecodedQuery(self.token_ids[rows], self.logprobs[rows], self.entropy[rows])
+
+
+def _is_plain_lora(layer: BaseTunerLayer) -> bool:
+    """Tell whether a layer gives its base layer's output plus B · A · x of one adapter."""
+    if not isinstance(layer, LoraLayer) or layer.merged or len(layer.active_adapters) != 1:
+        return False
+    name = layer.active_adapters[0]
+    return name not in layer.lora_variant and name in layer.lora_A and isinstance(layer.lora_A[name], nn.Linear)
+
+
+def _adapt_rows(layer: nn.Module, arguments: tuple[Tensor], output: Tensor, num_rows: int) -> None:
+    """Add the adapter's part to the first rows of what a LoRA layer gives with its adapter disabled.
+
+    PEFT's own mixed batches do the same by lists of row numbers, which cost a transfer to the device in every layer.
+    """
+    lora = cast(LoraLayer, layer)
+    name = lora.active_adapters[0]
+    narrow, widen = cast(nn.Linear, lora.lora_A[name]), cast(nn.Linear, lora.lora_B[name])
+    states = arguments[0][:num_rows].to(narrow.weight.dtype)
+    output[:num_rows] = output[:num_rows] + widen(narrow(states)) * lora.scaling[name]
+
 
 class PolicyModel:
     """The adapted model (policy) and the same weights with the adapter disabled (reference).
@@ -164,6 +197,10 @@ class PolicyModel:
         attention_layer: the layer that gives query and key vectors.
         logits_chunk_size: positions whose logits are held at once.
         embedding_batch_size: keys embedded in one forward.
+        key_cache_bytes: memory for the vectors of keys that were embedded before.
+
+    Attributes:
+        embedded_tokens: tokens of the keys that were embedded so far.
     """
 
     def __init__(
@@ -174,7 +211,8 @@ class PolicyModel:
         query_temperature: float = 1.0,
         attention_layer: int = -1,
         logits_chunk_size: int = 256,
-        embedding_batch_size: int = 256,
+        embedding_batch_size: int = 32,
+        key_cache_bytes: int = 64 * 2**20,
     ) -> None:
         self.model = model
         self.causal_lm = base_language_model(model)
@@ -184,10 +222,13 @@ class PolicyModel:
         self.query_temperature = query_temperature
         self.logits_chunk_size = logits_chunk_size
         self.embedding_batch_size = embedding_batch_size
+        self.key_cache = KeyVectorCache(key_cache_bytes)
+        self.embedded_tokens = 0
         self.allowed_ids = allowed_ids.to(self.device)
         self._first_id, self._last_id = int(allowed_ids[0]), int(allowed_ids[-1])
         self._is_range = self._last_id - self._first_id + 1 == len(allowed_ids)
         self._adapter_layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self._keeps_every_token = keeps_every_token(self.causal_lm)
 
     @property
     def device(self) -> torch.device:
@@ -208,11 +249,57 @@ class PolicyModel:
             for layer in self._adapter_layers:
                 layer.enable_adapters(True)
 
-    def new_cache(self) -> DynamicCache:
-        """Make an empty key-value cache for the model."""
+    @property
+    def can_read_jointly(self) -> bool:
+        """Whether policy and reference can be rows of one batch: plain LoRA, and a cache that keeps every token."""
+        return self._keeps_every_token and all(_is_plain_lora(layer) for layer in self._adapter_layers)
+
+    @contextmanager
+    def jointly(self, num_rows: int) -> Iterator[None]:
+        """Let the policy read the first rows of a batch and the reference the others, while the context lasts.
+
+        In evaluation mode: the adapter's dropout is left out.
+
+        Args:
+            num_rows: rows of the policy.
+        """
+        hook = partial(_adapt_rows, num_rows=num_rows)
+        handles = [layer.register_forward_hook(hook) for layer in self._adapter_layers]
+        try:
+            with self.reference():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode, no gradients, and the attention that reads a cache fastest, while the context lasts."""
+        with deterministic_inference(self.model), grouped_attention(self.causal_lm):
+            yield
+
+    def new_cache(self, num_rows: int, capacity: int) -> Cache:
+        """Make an empty key-value cache.
+
+        Args:
+            num_rows: rows that are read at once.
+            capacity: tokens of the longest context.
+        """
+        if self._keeps_every_token:
+            return self.new_preallocated_cache(num_rows, capacity)
         return DynamicCache(config=self.causal_lm.config)
 
-    def forward(self, token_ids: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    def new_preallocated_cache(self, num_rows: int, capacity: int) -> PreallocatedCache:
+        """Make an empty key-value cache that is allocated once.
+
+        Args:
+            num_rows: rows that are read at once.
+            capacity: tokens of the longest context.
+        """
+        num_layers: int = self.causal_lm.config.get_text_config().num_hidden_layers
+        return PreallocatedCache(num_layers, num_rows, capacity)
+
+    def forward(self, token_ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Run the decoder without its head.
 
         Args:
@@ -227,7 +314,7 @@ class PolicyModel:
         return hidden
 
     def embed_keys(self, token_ids: Tensor) -> Tensor:
-        """Compute the keys' vectors, adapters disabled.
+        """Compute the keys' vectors, adapters disabled; those of remembered keys are looked up.
 
         Args:
             token_ids: ``[n, K]`` int64.
@@ -235,7 +322,11 @@ class PolicyModel:
         Returns:
             ``[n, G, D]`` in float32.
         """
-        with deterministic_inference(self.model), self.reference():
+        return self.key_cache.embed(token_ids.cpu(), self._embed_unseen)
+
+    def _embed_unseen(self, token_ids: Tensor) -> Tensor:
+        self.embedded_tokens += token_ids.numel()
+        with self.inference(), self.reference():
             return extract_embeddings(
                 self.backbone, self.attention, token_ids.to(self.device), self.embedding_batch_size
             )
@@ -295,7 +386,7 @@ class PolicyModel:
 
     def decode_query(
         self,
-        cache: DynamicCache,
+        cache: Cache,
         last_hidden: Tensor,
         noise: Tensor,
         *,

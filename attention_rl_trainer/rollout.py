@@ -1,29 +1,26 @@
 """Articles' pairs into trajectories: the one place that joins policy, environment and reward (design §6).
 
 Policy and reference each keep a key-value cache over the whole trajectory, so every token of the context passes through
-each of them once. Where a step's cost goes, in forwards of B rows:
+each of them once (`reading`). Where a step's cost goes:
 
-1. policy: L single tokens decode the query, whose attention vectors draw a pair;
-2. policy: one forward of ``[" Response:"] value [" Query:"]`` scores the value and opens the next step;
-3. reference: L - 1 single tokens decode a counterfactual query, one forward scores the value behind it;
-4. reference: rolled back, one forward of ``query [" Response:"] value [" Query:"]`` brings it level and scores the
-   value behind the policy's query.
+1. L single tokens decode the policy's query, whose attention vectors draw a pair, and the reference's counterfactual;
+2. one forward of ``[" Response:"] value [" Query:"]`` scores the value behind either query and opens the next step;
+3. the reference, rolled back, reads ``query [" Response:"] value [" Query:"]``, which brings it level with the context
+   and scores the value behind the policy's query.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from attention_rl_trainer.memory import MemoryEnvironment, Selection
+from attention_rl_trainer.memory import MemoryEnvironment
 from attention_rl_trainer.pairs import ArticleBatch, ArticleReference, add_embeddings
-from attention_rl_trainer.policy import DecodedQuery, PolicyModel, deterministic_inference
+from attention_rl_trainer.policy import PolicyModel
+from attention_rl_trainer.reading import open_readers
 from attention_rl_trainer.reward import calculate_reward, trajectory_reward, value_logprob
 from attention_rl_trainer.sampling import Purpose, episode_noise
 from attention_rl_trainer.tokenization import Separators
@@ -72,41 +69,6 @@ def trajectory_length(
     return example + settings.num_steps * (frame + settings.tokens_per_query + response)
 
 
-class _Reader:
-    """One reader's cache and the state that predicts the next token."""
-
-    def __init__(self, policy: PolicyModel, prompt: Tensor) -> None:
-        self._policy = policy
-        self._saved: DynamicCache | None = None
-        self.cache = policy.new_cache()
-        self.forward_tokens = 0
-        self.last_hidden = self.read(prompt)[:, -1]
-
-    def read(self, token_ids: Tensor) -> Tensor:
-        """Append tokens to the context; returns their hidden states ``[B, S, C]``."""
-        hidden = self._policy.forward(token_ids, self.cache)
-        self.last_hidden = hidden[:, -1]
-        self.forward_tokens += token_ids.numel()
-        return hidden
-
-    def decode(self, noise: Tensor, *, read_last: bool) -> DecodedQuery:
-        """Sample a query in the present context."""
-        self.forward_tokens += noise.shape[0] * (noise.shape[1] - (0 if read_last else 1))
-        return self._policy.decode_query(self.cache, self.last_hidden, noise, read_last=read_last)
-
-    def mark(self) -> None:
-        """Remember the present context for `roll_back`: a copy where a layer forgets old tokens or has a state."""
-        can_crop = all(type(layer) is DynamicLayer for layer in self.cache.layers)
-        self._saved = None if can_crop else copy.deepcopy(self.cache)
-
-    def roll_back(self, num_tokens: int) -> None:
-        """Forget the tokens that were read since `mark`."""
-        if self._saved is None:
-            self.cache.crop(-num_tokens)
-        else:
-            self.cache = self._saved
-
-
 def predicting(hidden: Tensor, start: int, count: int) -> Tensor:
     """Take the states that predict the tokens ``start .. start + count - 1``: those one position earlier.
 
@@ -126,14 +88,22 @@ class TrajectorySampler:
         environment: where queries draw pairs from.
         separators: the separators' ids.
         settings: what to do.
+        joint: whether policy and reference share a batch; by default wherever they can.
     """
 
     def __init__(
-        self, policy: PolicyModel, environment: MemoryEnvironment, separators: Separators, settings: RolloutSettings
+        self,
+        policy: PolicyModel,
+        environment: MemoryEnvironment,
+        separators: Separators,
+        settings: RolloutSettings,
+        *,
+        joint: bool | None = None,
     ) -> None:
         self.policy = policy
         self.environment = environment
         self.settings = settings
+        self.joint = joint
         self._query_separator = torch.tensor(separators.query, device=policy.device)
         self._response_separator = torch.tensor(separators.response, device=policy.device)
 
@@ -155,15 +125,20 @@ class TrajectorySampler:
             raise ValueError(
                 f"num_steps is {self.settings.num_steps}, but a memory holds {batch.pair_numbers.shape[1]} pairs"
             )
-        with deterministic_inference(self.policy.model):
+        with self.policy.inference():
             return self._sample(batch, episodes)
 
     def _sample(self, batch: ArticleBatch, episodes: Sequence[int]) -> Trajectory:
+        embedded_before = self.policy.embedded_tokens
         memory = add_embeddings(batch, self.policy.embed_keys)
+        embedded_tokens = self.policy.embedded_tokens - embedded_before
         self._expect_finite({"key embedding": memory.key_vectors.flatten(1)}, 0, batch.articles)
         self.environment.reset(memory)
         prompt = self._prompt(batch)
-        run = _Run(self, batch.articles, prompt, self._noise(episodes))
+        # The longest context is the whole trajectory, and the separator that joint reading carries behind a response.
+        step_tokens = self.settings.tokens_per_query + self._response_tokens(batch)
+        capacity = prompt.shape[1] + self.settings.num_steps * step_tokens
+        run = _Run(self, batch.articles, prompt, capacity, self._noise(episodes))
         steps = [run.step(number) for number in range(self.settings.num_steps)]
         rewards = torch.stack([step.reward for step in steps], dim=1)
         return Trajectory(
@@ -175,7 +150,7 @@ class TrajectorySampler:
             value_starts=run.value_starts,
             memory=memory,
             episodes=torch.tensor(list(episodes), dtype=torch.int64),
-            forward_tokens=run.forward_tokens + batch.key_tokens.numel(),
+            forward_tokens=run.readers.forward_tokens + embedded_tokens,
         )
 
     def _prompt(self, batch: ArticleBatch) -> Tensor:
@@ -203,6 +178,12 @@ class TrajectorySampler:
             purpose: episode_noise(seed, episodes, purpose, shape).to(self.policy.device)
             for purpose, shape in shapes.items()
         }
+
+    def _response_tokens(self, batch: ArticleBatch) -> int:
+        """Count the tokens of ``[" Response:"] (key) value [" Query:"]``."""
+        key = batch.key_tokens.shape[2] if self.settings.include_key_in_context else 0
+        separators = self._response_separator.shape[0] + self._query_separator.shape[0]
+        return separators + key + batch.value_tokens.shape[2]
 
     @staticmethod
     def separator(token_ids: Tensor, rows: int) -> Tensor:
@@ -255,47 +236,44 @@ class _Run:
         sampler: TrajectorySampler,
         articles: Sequence[ArticleReference],
         prompt: Tensor,
+        capacity: int,
         noise: dict[Purpose, Tensor],
     ) -> None:
         self.sampler = sampler
         self.articles = articles
-        self.prompt = prompt
         self.noise = noise
         self.blocks = [prompt]
         self.query_starts: list[int] = []
         self.value_starts: list[int] = []
-        self.policy_reader = _Reader(sampler.policy, prompt)
-        with sampler.policy.reference():
-            self.reference_reader = _Reader(sampler.policy, prompt)
-        self.order_tokens = 0
-
-    @property
-    def forward_tokens(self) -> int:
-        return self.policy_reader.forward_tokens + self.reference_reader.forward_tokens + self.order_tokens
+        self.readers = open_readers(sampler.policy, prompt, capacity, joint=sampler.joint)
 
     def step(self, number: int) -> TrajectoryStep:
         sampler, settings = self.sampler, self.sampler.settings
         context = torch.cat(self.blocks, dim=1)
-        with sampler.policy.attention.capture_queries() as capture:
-            query = self.policy_reader.decode(self.noise[Purpose.POLICY][:, number], read_last=True)
-        vectors = capture.mean()
-        places = {"policy logit": query.logprobs + query.entropy, "query embedding": vectors}
+        queries = self.readers.write_queries(
+            self.noise[Purpose.POLICY][:, number], self.noise[Purpose.COUNTERFACTUAL][:, number]
+        )
+        query, counterfactual = queries.query, queries.counterfactual
+        places = {"policy logit": query.logprobs + query.entropy, "query embedding": queries.vectors}
+        places["counterfactual logit"] = counterfactual.logprobs
         sampler._expect_finite(places, number + 1, self.articles)
-        selection = sampler.environment.step(vectors, self.noise[Purpose.SELECTION][:, number])
+        selection = sampler.environment.step(queries.vectors, self.noise[Purpose.SELECTION][:, number])
         value = selection.pairs.value_tokens
         block, value_offset = sampler.response(selection.pairs, is_last=number == settings.num_steps - 1)
-        policy_logprob = sampler.score(self.policy_reader.read(block), value_offset, value)
-        with sampler.policy.reference():
-            counterfactual, counterfactual_logprob = self._counterfactual(number, selection)
-            hidden = self.reference_reader.read(torch.cat([query.token_ids, block], dim=1))
-            base_logprob = sampler.score(hidden, settings.tokens_per_query + value_offset, value)
-            order_gain = self._order_gain(number, selection, counterfactual, counterfactual_logprob)
+        num_scored = value_offset + value.shape[1]
+        policy_hidden, counterfactual_hidden = self.readers.read_response(block, num_scored)
+        policy_logprob = sampler.score(policy_hidden, value_offset, value)
+        counterfactual_logprob = sampler.score(counterfactual_hidden, value_offset, value)
+        base_hidden = self.readers.follow(torch.cat([query.token_ids, block], dim=1))
+        base_logprob = sampler.score(base_hidden, settings.tokens_per_query + value_offset, value)
+        order_gain = self._order_gain(
+            number, counterfactual.token_ids, block[:, :num_scored], value, counterfactual_logprob
+        )
         reward = calculate_reward(policy_logprob, counterfactual_logprob)
         if order_gain is not None:
             reward = reward + settings.order_coef * order_gain
         scores = torch.stack([policy_logprob, base_logprob, counterfactual_logprob, reward], dim=1)
-        places = {"counterfactual logit": counterfactual.logprobs, "value log-probability": scores}
-        sampler._expect_finite(places, number + 1, self.articles)
+        sampler._expect_finite({"value log-probability": scores}, number + 1, self.articles)
         self.query_starts.append(context.shape[1])
         self.value_starts.append(context.shape[1] + settings.tokens_per_query + value_offset)
         self.blocks += [query.token_ids, block]
@@ -316,27 +294,14 @@ class _Run:
             order_gain=order_gain,
         )
 
-    def _counterfactual(self, number: int, selection: Selection) -> tuple[DecodedQuery, Tensor]:
-        """Decode the reference's own query, score the value behind it, and forget both."""
-        reader = self.reference_reader
-        reader.mark()
-        query = reader.decode(self.noise[Purpose.COUNTERFACTUAL][:, number], read_last=False)
-        block, value_offset = self.sampler.response(selection.pairs, is_last=True)
-        hidden = reader.read(torch.cat([query.token_ids[:, -1:], block], dim=1))
-        logprob = self.sampler.score(hidden, 1 + value_offset, selection.pairs.value_tokens)
-        reader.roll_back(query.token_ids.shape[1] + block.shape[1])
-        return query, logprob
-
     def _order_gain(
-        self, number: int, selection: Selection, counterfactual: DecodedQuery, in_context: Tensor
+        self, number: int, counterfactual: Tensor, block: Tensor, value: Tensor, in_context: Tensor
     ) -> Tensor | None:
         """What the pairs read so far brought to the reference, under the same counterfactual query."""
         if not self.sampler.settings.compute_order_gain:
             return None
         if number == 0:
             return torch.zeros_like(in_context)
-        block, value_offset = self.sampler.response(selection.pairs, is_last=True)
-        alone = torch.cat([self.prompt, counterfactual.token_ids, block], dim=1)
-        start = self.prompt.shape[1] + counterfactual.token_ids.shape[1] + value_offset
-        self.order_tokens += alone.numel()
-        return in_context - self.sampler.score(self.sampler.policy.forward(alone), start, selection.pairs.value_tokens)
+        hidden = self.readers.read_behind_prompt(torch.cat([counterfactual, block], dim=1))
+        start = hidden.shape[1] - value.shape[1]
+        return in_context - self.sampler.score(hidden, start, value)

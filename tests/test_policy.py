@@ -100,7 +100,7 @@ def test_decoding_equals_generating_step_by_step(model: PreTrainedModel, tokeniz
     prompt = torch.randint(1, 380, (3, 5))
     noise = torch.rand(3, 4, dtype=torch.float64)
     with deterministic_inference(policy.model):
-        cache = policy.new_cache()
+        cache = policy.new_cache(3, 9)
         query = policy.decode_query(cache, policy.forward(prompt, cache)[:, -1], noise, read_last=True)
         assert cache.get_seq_length() == 9
         sequence = prompt
@@ -123,7 +123,7 @@ def test_decoding_equals_generating_step_by_step(model: PreTrainedModel, tokeniz
 def test_the_last_token_can_be_left_unread(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     policy = make_policy(llama, tokenizer)
     with deterministic_inference(policy.model):
-        cache = policy.new_cache()
+        cache = policy.new_cache(2, 8)
         hidden = policy.forward(torch.randint(1, 380, (2, 5)), cache)
         policy.decode_query(cache, hidden[:, -1], torch.rand(2, 4), read_last=False)
     assert cache.get_seq_length() == 8

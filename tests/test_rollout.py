@@ -206,18 +206,24 @@ def test_activation_checkpointing_does_not_drop_the_cache(tokenizer: PreTrainedT
     assert torch.equal(plain.avg_reward, checkpointed.avg_reward)
 
 
-def test_forward_tokens_are_counted(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    sampler = make_sampler(llama, tokenizer)
+@pytest.mark.parametrize("joint", [True, False])
+def test_forward_tokens_are_counted(joint: bool, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    # No embedding batch is filled up.
+    sampler = make_sampler(llama, tokenizer, policy_options={"embedding_batch_size": 5}, joint=joint)
     seen = 0
 
-    def count(module: Any, args: Any, options: dict[str, Any], output: Any) -> None:
+    def count(module: Any, args: Any, options: dict[str, Any]) -> None:
         nonlocal seen
         seen += options["input_ids"].numel()
 
-    handle = sampler.policy.backbone.register_forward_hook(count, with_kwargs=True)
+    handle = sampler.policy.backbone.register_forward_pre_hook(count, with_kwargs=True)
     trajectory = sampler.sample(random_batch(3), range(3))
-    handle.remove()
     assert trajectory.forward_tokens == seen
+    # The keys are remembered.
+    again = sampler.sample(random_batch(3), range(3))
+    handle.remove()
+    assert again.forward_tokens == trajectory.forward_tokens - 3 * 5 * 6
+    assert trajectory.forward_tokens + again.forward_tokens == seen
 
 
 def test_seeds_change_everything_and_nothing_else_does(llama: PreTrainedModel, tokenizer: Any) -> None:

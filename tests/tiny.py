@@ -111,6 +111,7 @@ def make_sampler(
     tokenizer: PreTrainedTokenizerFast,
     environment: KVMemoryEnvironment | None = None,
     policy_options: dict[str, Any] | None = None,
+    joint: bool | None = None,
     **settings: Any,
 ) -> TrajectorySampler:
     """A sampler of 3 steps with queries of 4 tokens."""
@@ -121,6 +122,7 @@ def make_sampler(
         environment or KVMemoryEnvironment(temperature=0.2),
         Separators.encode(PlainTextEncoder(tokenizer)),
         RolloutSettings(**defaults | settings),
+        joint=joint,
     )
 
 

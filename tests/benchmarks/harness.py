@@ -127,7 +127,8 @@ class Report:
         file = RESULTS / f"{self.name}.json"
         file.write_text(json.dumps({**asdict(self), **facts}, indent=2) + "\n", encoding="utf-8")
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        source = f"`{self.command}`, commit {facts['commit']}, {facts['machine']['cpu']}, {facts['machine']['threads']} threads."
+        machine_facts = f"{facts['machine']['cpu']}, {facts['machine']['threads']} threads"
+        source = f"`{self.command}`, commit {facts['commit']}, {machine_facts}."
         figures = "\n".join(f"- `{name}`: **{value:.3g}**" for name, value in self.figures.items())
         section = "\n\n".join([source, f"Settings: {settings}.", figures, *self.blocks])
         write_section(self.name, section)
