@@ -173,7 +173,12 @@ class AttentionGuidedRLConfig(TrainingArguments):
     disable_dropout: bool = field(
         default=True, metadata=_help("Switch dropout off in the update too; it is always off in the rollout.")
     )
-    logits_chunk_size: int = field(default=256, metadata=_help("Positions whose vocabulary logits are held at once."))
+    logits_chunk_size: int | None = field(
+        default=None,
+        metadata=_help(
+            "Positions whose vocabulary logits are held at once. Default: as many as take 64 MiB in float32."
+        ),
+    )
 
     # Run
     num_episodes: int = field(default=10000, metadata=_help("Trajectories in the whole run.", aliases=["--episodes"]))
@@ -259,10 +264,12 @@ class AttentionGuidedRLConfig(TrainingArguments):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in (*_AT_LEAST_ONE, "num_kv_pairs"):
+        # `None` stands for a size that follows from the model.
+        counts = [name for name in _AT_LEAST_ONE if name != "logits_chunk_size" or self.logits_chunk_size is not None]
+        for name in (*counts, "num_kv_pairs"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
-        for name in _AT_LEAST_ONE:
+        for name in counts:
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in _AT_LEAST_ZERO:

@@ -6,7 +6,8 @@
                         - selector_coef Σ_t A_t log p(selected_t) - reward_gradient_coef · (1/T) Σ_t log p_θ(value_t))
 
 with w_τ = 1 / B_all, B_all the trajectories of the rollout batch over all processes. Vocabulary logits exist only at
-the query (and, for the last term, value) positions, in chunks that the backward computes again.
+the query (and, for the last term, value) positions, in chunks. A chunk's gradient with respect to its hidden states is
+computed together with the chunk, so that nothing of the vocabulary's size outlives it and nothing is computed twice.
 
 Pure functions. Knows nothing about filters, optimizers or where the previous adapter is kept.
 """
@@ -14,18 +15,20 @@ Pure functions. Knows nothing about filters, optimizers or where the previous ad
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 Advantage = Literal["reward", "centered", "whitened"]
 Credit = Literal["trajectory", "return_to_go", "step"]
 KLReference = Literal["previous", "base"]
 LogSoftmax = Callable[[Tensor], Tensor]
+TokenScores = Callable[[Tensor, Tensor], Tensor]
+ChunkTerms = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 def step_advantages(
@@ -90,16 +93,66 @@ def kl_divergence(previous_log_probabilities: Tensor, log_probabilities: Tensor)
     return pointwise.sum(dim=-1)
 
 
+class _ChunkedSum(torch.autograd.Function):
+    """A sum over chunks of hidden states; see `chunked_sum`."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, terms: ChunkTerms, chunk_size: int) -> tuple[Tensor, Tensor]:
+        needs_gradient = ctx.needs_input_grad[0]  # type: ignore[attr-defined]  # torch sets it, untyped
+        gradient = torch.empty_like(hidden) if needs_gradient else None
+        losses, parts = [], []
+        for start in range(0, hidden.shape[0], chunk_size):
+            rows = slice(start, start + chunk_size)
+            states = hidden[rows].detach().requires_grad_(needs_gradient)
+            with torch.set_grad_enabled(needs_gradient):
+                loss, part = terms(states, rows)
+            if gradient is not None:
+                (gradient[rows],) = torch.autograd.grad(loss, states)
+            losses.append(loss.detach())
+            parts.append(part.detach())
+            # Before the next chunk takes memory of the same size.
+            del loss, part
+        ctx.save_for_backward(*([] if gradient is None else [gradient]))
+        total = torch.stack(parts).sum(dim=0)
+        ctx.mark_non_differentiable(total)
+        return torch.stack(losses).sum(), total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]  # torch sets it, untyped
+        return gradient * loss_gradient.to(gradient.dtype), None, None
+
+
+def chunked_sum(hidden: Tensor, terms: ChunkTerms, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Sum a differentiable function of hidden states, holding what it computes for one chunk at a time.
+
+    Each chunk is differentiated at once, which costs no second forward, as recomputation in the backward would.
+
+    Args:
+        hidden: ``[n, C]``; the only thing that gets a gradient.
+        terms: the states of a chunk and its rows, to the chunk's share of the sum, and parts of it to look at.
+        chunk_size: rows of a chunk.
+
+    Returns:
+        The sum, a scalar that can be differentiated once, and the sums of the parts, which cannot.
+    """
+    loss, parts = _ChunkedSum.apply(hidden, terms, chunk_size)  # type: ignore[no-untyped-call]  # not annotated upstream
+    return loss, parts
+
+
 @dataclass(frozen=True, eq=False)
 class QueryTerms:
     """Weighted sums over query tokens; each is a scalar tensor.
 
     Attributes:
-        policy: Σ w · policy gradient terms.
+        loss: policy + β · kl - entropy_coef · entropy, with gradient.
+        policy: Σ w · policy gradient terms, detached like the following.
         kl: Σ w · KL to the previous adapter, nats.
         entropy: Σ w · entropy, nats.
     """
 
+    loss: Tensor
     policy: Tensor
     kl: Tensor
     entropy: Tensor
@@ -141,8 +194,10 @@ class QueryTokens:
         )
 
 
-def _chunk_terms(tokens: QueryTokens, log_softmax: LogSoftmax, epsilon: float, with_entropy: bool) -> Tensor:
-    """Compute the three sums over a chunk, ``[3]``."""
+def _chunk_terms(
+    tokens: QueryTokens, log_softmax: LogSoftmax, beta: float, entropy_coef: float, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Compute a chunk's loss, and its policy, KL and entropy parts, ``[3]``."""
     log_probabilities = log_softmax(tokens.hidden)
     logprobs = log_probabilities.gather(1, tokens.index[:, None]).squeeze(1)
     policy = policy_gradient_terms(logprobs, tokens.advantages, tokens.rollout_logprobs, epsilon)
@@ -152,17 +207,19 @@ def _chunk_terms(tokens: QueryTokens, log_softmax: LogSoftmax, epsilon: float, w
         with torch.no_grad():
             previous = log_softmax(tokens.previous_hidden)
         kl = kl_divergence(previous, log_probabilities)
-    if with_entropy:
+    if entropy_coef != 0:
         entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
-    return torch.stack([policy, kl, entropy]) @ tokens.weights
+    parts = torch.stack([policy, kl, entropy]) @ tokens.weights
+    return parts[0] + beta * parts[1] - entropy_coef * parts[2], parts
 
 
 def query_terms(
     tokens: QueryTokens,
     log_softmax: LogSoftmax,
     *,
+    beta: float,
+    entropy_coef: float = 0.0,
     epsilon: float = 0.2,
-    with_entropy: bool = False,
     chunk_size: int = 256,
 ) -> QueryTerms:
     """Sum the loss terms of query tokens, holding the logits of one chunk at a time.
@@ -170,18 +227,18 @@ def query_terms(
     Args:
         tokens: the tokens and what belongs to each.
         log_softmax: hidden states ``[n, C]`` to log-probabilities over the allowed ids ``[n, A]``.
+        beta: weight of the KL.
+        entropy_coef: weight of the entropy; at 0 it is not computed.
         epsilon: clip of the importance ratio.
-        with_entropy: whether the entropy is wanted.
         chunk_size: tokens in a chunk.
     """
-    sums = tokens.hidden.new_zeros(3, dtype=torch.float32)
-    for start in range(0, len(tokens.index), chunk_size):
-        chunk = tokens.chunk(slice(start, start + chunk_size))
-        sums = sums + checkpoint(
-            _chunk_terms, chunk, log_softmax, epsilon, with_entropy, use_reentrant=False, preserve_rng_state=False
-        )
-    policy, kl, entropy = sums
-    return QueryTerms(policy, kl, entropy)
+
+    def terms(states: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        chunk = replace(tokens.chunk(rows), hidden=states)
+        return _chunk_terms(chunk, log_softmax, beta, entropy_coef, epsilon)
+
+    loss, parts = chunked_sum(tokens.hidden, terms, chunk_size)
+    return QueryTerms(loss, *parts)
 
 
 def selector_term(log_probabilities: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
@@ -195,11 +252,21 @@ def selector_term(log_probabilities: Tensor, advantages: Tensor, weights: Tensor
     return -((advantages * log_probabilities).sum(dim=1) * weights).sum()
 
 
-def reward_gradient_term(value_logprobs: Tensor, weights: Tensor) -> Tensor:
+def reward_gradient_term(
+    hidden: Tensor, token_ids: Tensor, weights: Tensor, score_tokens: TokenScores, *, chunk_size: int = 256
+) -> Tensor:
     """The reward's direct dependence on the reader: - Σ_τ w_τ (1/T) Σ_t mean_V log p_θ(value_t).
 
     Args:
-        value_logprobs: of each value token, with gradient, ``[b, T, V]``.
-        weights: ``[b]``.
+        hidden: states that predict the value tokens, with gradient, ``[n, C]``, n = b · T · V.
+        token_ids: the value tokens, ``[n]`` int64.
+        weights: weight w / (T · V) of each token, ``[n]``.
+        score_tokens: hidden states ``[m, C]`` and token ids ``[m]`` to log-probabilities ``[m]``.
+        chunk_size: tokens in a chunk.
     """
-    return -(value_logprobs.mean(dim=(1, 2)) * weights).sum()
+
+    def terms(states: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        loss = -(score_tokens(states, token_ids[rows]) * weights[rows]).sum()
+        return loss, loss[None]
+
+    return chunked_sum(hidden, terms, chunk_size)[0]

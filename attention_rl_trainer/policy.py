@@ -33,6 +33,8 @@ from attention_rl_trainer.key_vectors import KeyVectorCache
 from attention_rl_trainer.kv_cache import PreallocatedCache, keeps_every_token
 from attention_rl_trainer.sampling import entropy, sample_by_inverse
 
+LOGITS_CHUNK_BYTES = 64 * 2**20
+
 
 @contextmanager
 def deterministic_inference(model: nn.Module) -> Iterator[None]:
@@ -127,7 +129,9 @@ class LogitsHead:
         Returns:
             ``[..., vocabulary]`` in float32.
         """
-        logits: Tensor = self.linear(hidden.contiguous()).float() * self._scale
+        logits: Tensor = self.linear(hidden.contiguous()).float()
+        if self._scale != 1:
+            logits = logits * self._scale
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
@@ -187,6 +191,15 @@ def _adapt_rows(layer: nn.Module, arguments: tuple[Tensor], output: Tensor, num_
     output[:num_rows] = output[:num_rows] + widen(narrow(states)) * lora.scaling[name]
 
 
+def default_logits_chunk_size(vocabulary_size: int) -> int:
+    """Positions whose logits take 64 MiB in float32, so that memory does not grow with the vocabulary.
+
+    Args:
+        vocabulary_size: logits of a position.
+    """
+    return max(1, LOGITS_CHUNK_BYTES // (4 * vocabulary_size))
+
+
 class PolicyModel:
     """The adapted model (policy) and the same weights with the adapter disabled (reference).
 
@@ -195,12 +208,16 @@ class PolicyModel:
         allowed_ids: the ids that a query may contain, ascending, int64.
         query_temperature: divides the logits of query tokens, wherever their probability is computed.
         attention_layer: the layer that gives query and key vectors.
-        logits_chunk_size: positions whose logits are held at once.
+        logits_chunk_size: positions whose logits are held at once; by default as many as 64 MiB of float32 hold.
         embedding_batch_size: keys embedded in one forward.
         key_cache_bytes: memory for the vectors of keys that were embedded before.
 
     Attributes:
         embedded_tokens: tokens of the keys that were embedded so far.
+
+    Raises:
+        ValueError: the adapter trains the output head.
+        UnsupportedArchitectureError: attention or logits cannot be read off the model.
     """
 
     def __init__(
@@ -210,7 +227,7 @@ class PolicyModel:
         *,
         query_temperature: float = 1.0,
         attention_layer: int = -1,
-        logits_chunk_size: int = 256,
+        logits_chunk_size: int | None = None,
         embedding_batch_size: int = 32,
         key_cache_bytes: int = 64 * 2**20,
     ) -> None:
@@ -218,9 +235,14 @@ class PolicyModel:
         self.causal_lm = base_language_model(model)
         self.backbone: nn.Module = self.causal_lm.base_model
         self.head = LogitsHead(self.causal_lm)
+        if any(parameter.requires_grad for parameter in self.head.linear.parameters()):
+            raise ValueError(
+                "the output head has trainable parameters, but the base model and the previous adapter are scored with "
+                "the same head; leave it out of the adapter's target_modules"
+            )
         self.attention = AttentionLayer(self.causal_lm, attention_layer)
         self.query_temperature = query_temperature
-        self.logits_chunk_size = logits_chunk_size
+        self.logits_chunk_size = logits_chunk_size or default_logits_chunk_size(self.head.linear.weight.shape[0])
         self.embedding_batch_size = embedding_batch_size
         self.key_cache = KeyVectorCache(key_cache_bytes)
         self.embedded_tokens = 0
@@ -345,7 +367,9 @@ class PolicyModel:
             allowed = logits[..., self._first_id : self._last_id + 1]
         else:
             allowed = logits.index_select(-1, self.allowed_ids)
-        return torch.log_softmax(allowed / self.query_temperature, dim=-1)
+        if self.query_temperature != 1:
+            allowed = allowed / self.query_temperature
+        return torch.log_softmax(allowed, dim=-1)
 
     def allowed_index(self, token_ids: Tensor) -> Tensor:
         """Translate allowed ids into places on their axis.

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from attention_rl_trainer.adapters import AdapterSnapshot
 from attention_rl_trainer.losses import KLReference, QueryTokens, query_terms, reward_gradient_term, selector_term
@@ -173,11 +172,12 @@ def compute_loss_terms(
     terms = query_terms(
         tokens,
         policy.query_log_probabilities,
+        beta=settings.beta,
+        entropy_coef=settings.entropy_coef,
         epsilon=settings.epsilon,
-        with_entropy=settings.entropy_coef > 0,
         chunk_size=policy.logits_chunk_size,
     )
-    loss = terms.policy + settings.beta * terms.kl - settings.entropy_coef * terms.entropy
+    loss = terms.loss
     if capture is not None:
         if not isinstance(environment, DifferentiableEnvironment):
             raise TypeError("selector_coef > 0 needs an environment with log_prob(query_vectors, index)")
@@ -186,9 +186,8 @@ def compute_loss_terms(
         choice = environment.log_prob(vectors, kept.selected_index)
         loss = loss + settings.selector_coef * selector_term(choice, kept.advantages, kept.weights)
     if settings.reward_gradient_coef > 0:
-        value_logprobs = _value_logprobs(policy, kept, hidden)
-        loss = loss + settings.reward_gradient_coef * reward_gradient_term(value_logprobs, kept.weights)
-    return LossTerms(loss, terms.policy.detach(), terms.kl.detach())
+        loss = loss + settings.reward_gradient_coef * _reading_term(policy, kept, hidden)
+    return LossTerms(loss, terms.policy, terms.kl)
 
 
 def _reference_hidden(
@@ -221,13 +220,13 @@ def _query_tokens(
     )
 
 
-def _value_logprobs(policy: PolicyModel, kept: KeptTrajectories, hidden: Tensor) -> Tensor:
-    """Log-probabilities of the values under the policy, with gradient, ``[b, T, V]``."""
+def _reading_term(policy: PolicyModel, kept: KeptTrajectories, hidden: Tensor) -> Tensor:
+    """Less the weighted mean log-probability of the values under the policy."""
     positions = _positions(kept.value_starts, kept.value_length, kept.token_ids.device)
-    states = torch.split(hidden[:, positions - 1].flatten(0, 1), policy.logits_chunk_size)
-    targets = torch.split(kept.token_ids[:, positions].flatten(), policy.logits_chunk_size)
-    chunks = [
-        checkpoint(policy.score_tokens, state, target, use_reentrant=False, preserve_rng_state=False)
-        for state, target in zip(states, targets, strict=True)
-    ]
-    return torch.cat(chunks).view(len(kept), len(kept.value_starts), kept.value_length)
+    return reward_gradient_term(
+        hidden[:, positions - 1].flatten(0, 1),
+        kept.token_ids[:, positions].flatten(),
+        kept.weights.float().repeat_interleave(len(positions)) / len(positions),
+        policy.score_tokens,
+        chunk_size=policy.logits_chunk_size,
+    )

@@ -116,7 +116,7 @@ def make_tokens(count: int, vocabulary: int = 11, ratios: bool = False) -> tuple
 @pytest.mark.parametrize("chunk_size", [1, 3, 10, 64])
 def test_chunked_terms_equal_a_slow_loop(chunk_size: int, ratios: bool) -> None:
     tokens, head = make_tokens(10, ratios=ratios)
-    terms = query_terms(tokens, lambda h: (h @ head).log_softmax(-1), with_entropy=True, chunk_size=chunk_size)
+    terms = query_terms(tokens, lambda h: (h @ head).log_softmax(-1), beta=0.3, entropy_coef=0.2, chunk_size=chunk_size)
     policy = kl = entropy = 0.0
     for i in range(10):
         current = (tokens.hidden[i].detach() @ head).log_softmax(-1).tolist()
@@ -134,28 +134,56 @@ def test_chunked_terms_equal_a_slow_loop(chunk_size: int, ratios: bool) -> None:
     assert terms.policy.item() == pytest.approx(policy, abs=1e-4)
     assert terms.kl.item() == pytest.approx(kl, abs=1e-4)
     assert terms.entropy.item() == pytest.approx(entropy, abs=1e-4)
+    assert terms.loss.item() == pytest.approx(policy + 0.3 * kl - 0.2 * entropy, abs=1e-4)
 
 
-def test_chunks_do_not_change_the_gradient_and_do_not_keep_logits() -> None:
+def plain_loss(tokens: QueryTokens, head: Tensor) -> Tensor:
+    """The loss over all tokens at once, as autograd sees it."""
+    assert tokens.previous_hidden is not None
+    current = (tokens.hidden @ head).log_softmax(-1)
+    previous = (tokens.previous_hidden @ head).log_softmax(-1)
+    logprobs = current.gather(1, tokens.index[:, None]).squeeze(1)
+    kl = (previous.exp() * (previous - current)).sum(dim=1)
+    entropy = -(current.exp() * current).sum(dim=1)
+    return ((-tokens.advantages * logprobs + 0.1 * kl - 0.01 * entropy) * tokens.weights).sum()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 12, 100])
+def test_chunks_have_the_gradient_of_the_plain_loss(chunk_size: int) -> None:
     tokens, head = make_tokens(12)
+    expected = torch.autograd.grad(3 * plain_loss(tokens, head), tokens.hidden)[0]
+    terms = query_terms(
+        tokens, lambda h: (h @ head).log_softmax(-1), beta=0.1, entropy_coef=0.01, chunk_size=chunk_size
+    )
+    # The loss is scaled behind it, as gradient accumulation does.
+    got = torch.autograd.grad(3 * terms.loss, tokens.hidden)[0]
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    assert not terms.policy.requires_grad
 
-    def gradient(chunk_size: int) -> Tensor:
-        tokens.hidden.grad = None
-        terms = query_terms(tokens, lambda h: (h @ head).log_softmax(-1), with_entropy=True, chunk_size=chunk_size)
-        (terms.policy + 0.1 * terms.kl - 0.01 * terms.entropy).backward()
-        assert tokens.hidden.grad is not None
-        return tokens.hidden.grad.clone()
 
-    torch.testing.assert_close(gradient(5), gradient(100))
+def test_chunks_do_not_keep_logits_and_do_not_compute_them_twice() -> None:
+    tokens, head = make_tokens(12)
+    calls: list[int] = []
+
+    def log_softmax(hidden: Tensor) -> Tensor:
+        calls.append(len(hidden))
+        return (hidden @ head).log_softmax(-1)
+
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        query_terms(tokens, lambda h: (h @ head).log_softmax(-1), chunk_size=4)
-    assert max(saved, default=0) < 4 * 11, "a tensor of [tokens, vocabulary] outlives its chunk"
+        terms = query_terms(tokens, log_softmax, beta=0.1, chunk_size=4)
+    outside = [size for size in saved if size > 4 * 11]
+    assert outside == [12 * 4], "only the gradient of the hidden states outlives a chunk"
+    terms.loss.backward()
+    assert calls == [4] * 6, "three chunks, each under the policy and the previous adapter once"
 
 
 def test_extension_terms_by_hand() -> None:
     choices = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]])
     advantages, weights = torch.tensor([[1.0, 1.0], [2.0, -4.0]]), torch.tensor([0.5, 0.25])
     assert selector_term(choices, advantages, weights).item() == pytest.approx(0.5 * 3 + 0.25 * 1)
-    values = torch.tensor([[[-1.0, -3.0], [-2.0, -2.0]], [[0.0, 0.0], [-4.0, 0.0]]])
-    assert reward_gradient_term(values, weights).item() == pytest.approx(0.5 * 2 + 0.25 * 1)
+    values = torch.tensor([[[-1.0, -3.0], [-2.0, -2.0]], [[0.0, 0.0], [-4.0, 0.0]]]).flatten()
+    term = reward_gradient_term(
+        values[:, None], torch.zeros(8, dtype=torch.int64), weights.repeat_interleave(4) / 4, lambda h, ids: h[:, 0]
+    )
+    assert term.item() == pytest.approx(0.5 * 2 + 0.25 * 1)

@@ -6,12 +6,19 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import VOCABULARY_SIZE, adapted, make_policy, make_sampler, tiny_llama
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from attention_rl_trainer.attention import UnsupportedArchitectureError
-from attention_rl_trainer.policy import LogitsHead, deterministic_inference, dropout_disabled
+from attention_rl_trainer.policy import (
+    LogitsHead,
+    PolicyModel,
+    default_logits_chunk_size,
+    deterministic_inference,
+    dropout_disabled,
+)
 from attention_rl_trainer.rollout import predicting
 
 
@@ -225,3 +232,15 @@ def test_an_unknown_change_of_the_logits_is_refused() -> None:
 
 def test_vocabulary_is_padded_in_the_tests(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(tokenizer) < VOCABULARY_SIZE
+
+
+def test_a_trained_output_head_is_refused(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = get_peft_model(llama, LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="leave it out of the adapter's target_modules"):
+        PolicyModel(model, torch.arange(1, 380))
+
+
+def test_logits_chunks_hold_the_same_memory_for_any_vocabulary() -> None:
+    position = 49152 * 4
+    assert 64 * 2**20 - position < default_logits_chunk_size(49152) * position <= 64 * 2**20
+    assert default_logits_chunk_size(10**9) == 1
