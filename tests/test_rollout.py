@@ -83,12 +83,13 @@ def new_sampler(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **op
     return sampler
 
 
+@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("include_key", [False, True])
 def test_cached_rollout_equals_full_forwards(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, include_key: bool
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, include_key: bool, joint: bool
 ) -> None:
     sampler = new_sampler(
-        model, tokenizer, include_key_in_context=include_key, policy_options={"query_temperature": 0.7}
+        model, tokenizer, joint=joint, include_key_in_context=include_key, policy_options={"query_temperature": 0.7}
     )
     trajectory = sampler.sample(random_batch(4), range(4))
     check_against_full_forwards(sampler, trajectory)

@@ -1,0 +1,196 @@
+"""Peak memory of a rollout or an update on the CPU, beside what `attention_rl_trainer.planning` says of it.
+
+    python tests/benchmarks/planning_peaks.py            all settings, as a table
+    python tests/benchmarks/planning_peaks.py NAME       one setting in this process; its last line is JSON
+
+In each setting another part dominates. What is measured is the peak of resident memory less what was resident before
+the model was built; a tiny run comes first, so that nothing is imported or started on the way.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.harness import current_memory_mib, peak_memory_mib, run_in_process
+from tiny import adapted, random_batch, tiny_llama
+
+from attention_rl_trainer.adapters import AdapterSnapshot
+from attention_rl_trainer.memory import KVMemoryEnvironment
+from attention_rl_trainer.planning import ModelShape, Phase, RunShape, plan_memory
+from attention_rl_trainer.planning.memory import ROLLOUT_PHASES, UPDATE_PHASES
+from attention_rl_trainer.policy import PolicyModel, dropout_disabled
+from attention_rl_trainer.rollout import RolloutSettings, TrajectorySampler
+from attention_rl_trainer.tokenization import Separators
+from attention_rl_trainer.types import KeyValuePairs
+from attention_rl_trainer.update import KeptTrajectories, LossSettings, compute_loss_terms
+
+MIB = 2**20
+SEPARATORS = Separators((1, 2), (3, 2))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, a run, and which half of a step is measured."""
+
+    model: dict[str, Any]
+    run: RunShape
+    half: str
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return ROLLOUT_PHASES if self.half == "rollout" else UPDATE_PHASES
+
+
+_MODEL = {
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 1408,
+    "vocab_size": 32000,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.02,
+}
+_CPU: dict[str, Any] = {"weight_bits": 32, "on_cpu": True, "optimizer_bytes_per_parameter": 8}
+_LONG: dict[str, Any] = {"num_steps": 6, "num_pairs": 6, "tokens_per_query": 8, "tokens_per_value": 48}
+
+SETTINGS = {
+    "caches": Setting(
+        _MODEL | {"num_key_value_heads": 8},
+        RunShape(**_CPU, **_LONG, generation_batch_size=10, logits_budget_bytes=16 * MIB),
+        "rollout",
+    ),
+    "activations": Setting(
+        _MODEL, RunShape(**_CPU, **_LONG, training_batch_size=8, logits_budget_bytes=16 * MIB), "update"
+    ),
+    "checkpointing": Setting(
+        _MODEL,
+        RunShape(**_CPU, **_LONG, training_batch_size=10, logits_budget_bytes=16 * MIB, activation_checkpointing=True),
+        "update",
+    ),
+    "vocabulary": Setting(
+        _MODEL | {"vocab_size": 96000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2},
+        RunShape(**_CPU, num_steps=4, num_pairs=4, training_batch_size=4),
+        "update",
+    ),
+}
+
+
+def rollout(policy: PolicyModel, run: RunShape) -> None:
+    """Roll one batch out."""
+    settings = RolloutSettings(run.num_steps, run.tokens_per_query, seed=0)
+    sampler = TrajectorySampler(policy, KVMemoryEnvironment(), SEPARATORS, settings)
+    rows = run.generation_batch_size
+    batch = random_batch(rows, run.num_pairs, run.tokens_per_key, run.tokens_per_value)
+    sampler.sample(batch, range(rows))
+
+
+def kept_trajectories(run: RunShape) -> KeptTrajectories:
+    """Make trajectories up that have a real one's lengths."""
+    rows, steps, pairs = run.micro_batch_size, run.num_steps, run.num_pairs
+    starts = [run.context_tokens(step) for step in range(steps)]
+    behind = run.tokens_per_query + run.scored_tokens - run.tokens_per_value
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randint(1, 380, shape, generator=torch.Generator().manual_seed(0))
+
+    return KeptTrajectories(
+        token_ids=draw(rows, run.trajectory_tokens),
+        query_starts=tuple(starts),
+        value_starts=tuple(start + behind for start in starts),
+        query_length=run.tokens_per_query,
+        value_length=run.tokens_per_value,
+        rollout_logprobs=torch.zeros(rows, steps, run.tokens_per_query),
+        selected_index=torch.zeros(rows, steps, dtype=torch.int64),
+        memory=KeyValuePairs(
+            key_tokens=draw(rows, pairs, run.tokens_per_key),
+            value_tokens=draw(rows, pairs, run.tokens_per_value),
+            key_vectors=torch.zeros(rows, pairs, 1, 1),
+            pair_numbers=torch.zeros(rows, pairs, dtype=torch.int64),
+        ),
+        advantages=torch.ones(rows, steps),
+        weights=torch.full((rows,), 1 / rows),
+    )
+
+
+def update(policy: PolicyModel, run: RunShape) -> None:
+    """Take one optimizer step on a full micro-batch."""
+    snapshot = AdapterSnapshot(policy.model)
+    policy.model.train()
+    if run.activation_checkpointing:
+        policy.causal_lm.gradient_checkpointing_enable()
+        policy.causal_lm.enable_input_require_grads()
+    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad])
+    with dropout_disabled(policy.model):
+        kept, environment = kept_trajectories(run), KVMemoryEnvironment()
+        terms = compute_loss_terms(policy, policy.model, environment, snapshot, kept, LossSettings())
+        terms.loss.backward()
+    optimizer.step()
+
+
+def build_policy(model: dict[str, Any], run: RunShape) -> PolicyModel:
+    """Build a model of random weights with the default adapter; every id of its vocabulary is allowed."""
+    vocabulary_size = model.get("vocab_size", 420)
+    return PolicyModel(
+        adapted(tiny_llama(**model)),
+        torch.arange(vocabulary_size),
+        logits_chunk_size=run.logits_positions(vocabulary_size),
+        embedding_batch_size=run.embedding_batch_size,
+    )
+
+
+def measure(setting: Setting) -> dict[str, float]:
+    """Measure one setting in this process, in MiB."""
+    work: Callable[[PolicyModel, RunShape], None] = rollout if setting.half == "rollout" else update
+    small = RunShape(**_CPU, num_steps=2, num_pairs=2, generation_batch_size=2, training_batch_size=2)
+    work(build_policy({}, small), small)
+    gc.collect()
+    before = current_memory_mib()
+    policy = build_policy(setting.model, setting.run)
+    built = current_memory_mib()
+    work(policy, setting.run)
+    peak = peak_memory_mib()
+    plan = plan_memory(ModelShape.from_config(policy.causal_lm.config), setting.run)
+    planned = {phase.value: plan.phase_bytes(phase) / MIB for phase in setting.phases}
+    return {
+        "measured_mib": peak - before,
+        "planned_mib": max(planned.values()),
+        "built_mib": built - before,
+        "loaded_mib": plan.loaded_bytes / MIB,
+        **planned,
+    }
+
+
+def measure_in_process(name: str) -> dict[str, Any]:
+    """Measure one setting in a process of its own, for a peak of its own.
+
+    Args:
+        name: one of `SETTINGS`.
+    """
+    return run_in_process(__file__, name)
+
+
+def main() -> None:
+    """Measure the setting that the command line names, or all."""
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(SETTINGS[sys.argv[1]])))
+        return
+    print("setting          measured MiB   planned MiB   planned / measured")
+    for name in SETTINGS:
+        figures = measure_in_process(name)
+        ratio = figures["planned_mib"] / figures["measured_mib"]
+        print(f"{name:16} {figures['measured_mib']:12.0f} {figures['planned_mib']:13.0f} {ratio:20.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
