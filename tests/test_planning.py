@@ -63,6 +63,7 @@ SHORT = RunShape(
     training_batch_size=2,
     weight_bits=32,
     lora_rank=1,
+    embedding_batch_size=15,
     on_cpu=True,
     query_separator_tokens=1,
     response_separator_tokens=1,
@@ -171,7 +172,7 @@ class TestRunShape:
         ("changes", "message"),
         [
             ({"tokens_per_query": 0}, "tokens_per_query must be at least 1, got 0"),
-            ({"logits_budget_bytes": 0}, "logits_budget_bytes must be at least 1, got 0"),
+            ({"logits_chunk_size": 0}, "logits_chunk_size must be at least 1 or none, got 0"),
             ({"num_steps": 4}, r"num_steps must be at most num_pairs \(3\), got 4"),
             ({"weight_bits": 8}, r"weight_bits must be one of \(4, 16, 32\), got 8"),
         ],
@@ -261,12 +262,13 @@ class TestPlanMemory:
         plan = plan_memory(SMALL, replace(SHORT, compute_order_gain=True))
         assert part_bytes(plan, "cache of the order gain") == 5 * (10 + 2 + 5) * 48
 
-    def test_logits_budget_bounds_the_logits(self) -> None:
-        tight = plan_memory(SMALL, replace(SHORT, logits_budget_bytes=3 * 4 * 10))
+    def test_a_chunk_bounds_the_logits(self) -> None:
+        tight = plan_memory(SMALL, replace(SHORT, logits_chunk_size=3))
         assert part_bytes(tight, "logits of values") == 2 * 3 * 10 * 4
         assert part_bytes(tight, "logits of queries") == 5 * 3 * 10 * 4
-        # One position at the least.
-        assert replace(SHORT, logits_budget_bytes=1).logits_positions(10) == 1
+        # The library's own chunk: 64 MiB in float32.
+        wide = plan_memory(LLAMA_3_2_3B, RunShape())
+        assert part_bytes(wide, "logits of values") == 2 * (64 * 2**20 // (4 * 128256)) * 4 * 128256
 
     @pytest.mark.parametrize("batch_size", [1, 3])
     def test_a_micro_batch_is_no_larger_than_the_batch(self, batch_size: int) -> None:
@@ -412,11 +414,11 @@ class TestTime:
         forward = Forward("read", 1, num_tokens=10, num_rows=5, cached=6, context=7, positions=5)
         assert forward.flops(SMALL, lora_rank=1) == 20 * (360 + 42) + 10 * 4 * 3 * 4 * 7 + 5 * 2 * 40
         assert forward.bytes_read(SMALL, SHORT) == 4 * 428 + 5 * 6 * 48
-        # 25 tokens: both adapters' forwards and one backward; attention's backward twice; 4 query tokens, 5 heads.
+        # 25 tokens: both adapters' forwards and one backward; attention's backward twice; 4 query tokens, 3 heads.
         linear, attention = 2 * 25 * (360 + 84), 4 * 3 * 4 * 25 * 13
-        assert update_flops(SMALL, SHORT) == 3 * linear + 4 * attention + 5 * 2 * 4 * 40
+        assert update_flops(SMALL, SHORT) == 3 * linear + 4 * attention + 3 * 2 * 4 * 40
         without_kl = replace(SHORT, has_kl=False, activation_checkpointing=True)
-        assert update_flops(SMALL, without_kl) == 3 * linear + 4 * attention + 3 * 2 * 4 * 40
+        assert update_flops(SMALL, without_kl) == 3 * linear + 4 * attention + 2 * 2 * 4 * 40
 
     def test_seconds_are_those_of_the_slower_need(self) -> None:
         accelerator = Accelerator(bandwidth=10.0, flops=100.0, attained=0.5)

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -64,14 +63,29 @@ def time_in_turn(contenders: Mapping[str, Callable[[], object]], repeats: int = 
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def peak_memory_mib() -> float:
-    """Peak resident memory of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class PeakMemory:
+    """Resident memory of this process before a block, and its peak within it, in MiB (Linux)."""
 
+    def __init__(self) -> None:
+        self.before_mib = 0.0
+        self.peak_mib = 0.0
 
-def current_memory_mib() -> float:
-    """Resident memory of this process now, in MiB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        self.before_mib = self._status("VmRSS")
+        # Sets the peak back to what is resident now.
+        Path("/proc/self/clear_refs").write_text("5")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.peak_mib = self._status("VmHWM")
+
+    @staticmethod
+    def _status(name: str) -> float:
+        found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found is None:
+            raise RuntimeError(f"/proc/self/status has no {name}")
+        return int(found.group(1)) / 1024
 
 
 def run_in_process(script: str, *arguments: str) -> dict[str, Any]:

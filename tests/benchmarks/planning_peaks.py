@@ -9,7 +9,6 @@ the model was built; a tiny run comes first, so that nothing is imported or star
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import current_memory_mib, peak_memory_mib, run_in_process
+from benchmarks.harness import PeakMemory, run_in_process
 from tiny import adapted, random_batch, tiny_llama
 
 from attention_rl_trainer.adapters import AdapterSnapshot
@@ -67,15 +66,13 @@ _LONG: dict[str, Any] = {"num_steps": 6, "num_pairs": 6, "tokens_per_query": 8, 
 SETTINGS = {
     "caches": Setting(
         _MODEL | {"num_key_value_heads": 8},
-        RunShape(**_CPU, **_LONG, generation_batch_size=10, logits_budget_bytes=16 * MIB),
+        RunShape(**_CPU, **_LONG, generation_batch_size=10, logits_chunk_size=128),
         "rollout",
     ),
-    "activations": Setting(
-        _MODEL, RunShape(**_CPU, **_LONG, training_batch_size=8, logits_budget_bytes=16 * MIB), "update"
-    ),
+    "activations": Setting(_MODEL, RunShape(**_CPU, **_LONG, training_batch_size=8, logits_chunk_size=128), "update"),
     "checkpointing": Setting(
         _MODEL,
-        RunShape(**_CPU, **_LONG, training_batch_size=10, logits_budget_bytes=16 * MIB, activation_checkpointing=True),
+        RunShape(**_CPU, **_LONG, training_batch_size=10, logits_chunk_size=128, activation_checkpointing=True),
         "update",
     ),
     "vocabulary": Setting(
@@ -144,7 +141,7 @@ def build_policy(model: dict[str, Any], run: RunShape) -> PolicyModel:
     return PolicyModel(
         adapted(tiny_llama(**model)),
         torch.arange(vocabulary_size),
-        logits_chunk_size=run.logits_positions(vocabulary_size),
+        logits_chunk_size=run.logits_chunk_size,
         embedding_batch_size=run.embedding_batch_size,
     )
 
@@ -154,19 +151,14 @@ def measure(setting: Setting) -> dict[str, float]:
     work: Callable[[PolicyModel, RunShape], None] = rollout if setting.half == "rollout" else update
     small = RunShape(**_CPU, num_steps=2, num_pairs=2, generation_batch_size=2, training_batch_size=2)
     work(build_policy({}, small), small)
-    gc.collect()
-    before = current_memory_mib()
-    policy = build_policy(setting.model, setting.run)
-    built = current_memory_mib()
-    work(policy, setting.run)
-    peak = peak_memory_mib()
+    with PeakMemory() as memory:
+        policy = build_policy(setting.model, setting.run)
+        work(policy, setting.run)
     plan = plan_memory(ModelShape.from_config(policy.causal_lm.config), setting.run)
     planned = {phase.value: plan.phase_bytes(phase) / MIB for phase in setting.phases}
     return {
-        "measured_mib": peak - before,
+        "measured_mib": memory.peak_mib - memory.before_mib,
         "planned_mib": max(planned.values()),
-        "built_mib": built - before,
-        "loaded_mib": plan.loaded_bytes / MIB,
         **planned,
     }
 

@@ -1,0 +1,230 @@
+"""Sizes into tokens, floating-point operations and seconds: a roofline, that is, a time that cannot be undercut.
+
+A forward takes as long as the slower of its two needs: operations at the device's rate, and bytes at its bandwidth
+(the weights once, and the cached keys and values of every row). So decoding, a few tokens in each forward, waits for
+the weights, and reading for the arithmetic. What a real run loses to launches, small matrices and dequantization is
+not counted; `Accelerator.attained` scales it.
+
+Operations: 2 for each weight and token, 4 · layers · H · D for each token and token attended to, and 2 · C · vocabulary
+for each position whose logits are computed. A backward through frozen weights computes the gradient of inputs alone: as
+many as the forward, and twice the attention's.
+
+Knows nothing about memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from attention_rl_trainer.planning.memory import cache_bytes_per_token
+from attention_rl_trainer.planning.shapes import ModelShape, RunShape
+
+# Share of a normal distribution above mean + 1 SD, which is what the default filter keeps.
+KEPT_BY_DEFAULT_FILTER = 0.16
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """What a device can do.
+
+    Attributes:
+        bandwidth: of its memory, bytes per second.
+        flops: floating-point operations per second in the precision of the weights.
+        attained: share of both that is reached, in (0, 1].
+
+    Raises:
+        ValueError: a figure is out of range.
+    """
+
+    bandwidth: float
+    flops: float
+    attained: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("bandwidth", "flops"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 < self.attained <= 1:
+            raise ValueError(f"attained must lie in (0, 1], got {self.attained}")
+
+    def seconds(self, flops: float, num_bytes: float) -> float:
+        """Time of a forward, in seconds.
+
+        Args:
+            flops: its floating-point operations.
+            num_bytes: bytes that it reads.
+        """
+        return max(flops / self.flops, num_bytes / self.bandwidth) / self.attained
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Forwards of one kind in a rollout batch.
+
+    Attributes:
+        kind: what they are for.
+        count: how many.
+        num_tokens: tokens in each.
+        num_rows: rows in each.
+        cached: tokens of a row that are read from the cache.
+        context: tokens that a token attends to, on average.
+        positions: positions in each whose logits are computed.
+    """
+
+    kind: str
+    count: int
+    num_tokens: int
+    num_rows: int
+    cached: float
+    context: float
+    positions: int = 0
+
+    def flops(self, shape: ModelShape, lora_rank: int) -> float:
+        """Floating-point operations of one; the adapter is counted for half of the tokens, the policy's.
+
+        Args:
+            shape: the model.
+            lora_rank: r.
+        """
+        linear = 2 * self.num_tokens * (shape.linear_parameters + shape.adapter_parameters(lora_rank) / 2)
+        attention = 4 * shape.num_layers * shape.query_width * self.num_tokens * self.context
+        return linear + attention + 2 * self.positions * shape.head_parameters
+
+    def bytes_read(self, shape: ModelShape, run: RunShape) -> float:
+        """Bytes that one reads.
+
+        Args:
+            shape: the model.
+            run: the run.
+        """
+        return shape.weight_bytes(run.weight_bits) + self.num_rows * self.cached * cache_bytes_per_token(shape, run)
+
+
+def rollout_forwards(run: RunShape) -> Iterator[Forward]:
+    """List the forwards of a rollout batch, as `rollout` and `reading` do them.
+
+    Args:
+        run: the run.
+    """
+    batch, prompt, query = run.generation_batch_size, run.prompt_tokens, run.tokens_per_query
+    num_keys = batch * run.num_pairs
+    for start in range(0, num_keys, run.embedding_batch_size):
+        rows = min(run.embedding_batch_size, num_keys - start)
+        yield Forward("keys", 1, rows * run.tokens_per_key, rows, 0, (run.tokens_per_key + 1) / 2)
+    # Policy and reference in one batch, or one after the other.
+    together, apart = (2 * batch, 1) if run.joint else (batch, 2)
+    yield Forward("prefill", apart, together * prompt, together, 0, (prompt + 1) / 2)
+    if run.compute_order_gain and run.num_steps > 1:
+        yield Forward("order gain", 1, batch * prompt, batch, 0, (prompt + 1) / 2)
+    for step in range(run.num_steps):
+        context, block = run.context_tokens(step), run.block_tokens(step)
+        cached, attended = context + (query - 1) / 2, context + (query + 1) / 2
+        yield Forward("decode", apart * query, together, together, cached, attended, together)
+        behind_query = context + query
+        if run.joint:
+            yield _reading("read", 2 * batch, block, behind_query, run)
+        else:
+            yield _reading("read", batch, block, behind_query, run)
+            yield _reading("read", batch, run.scored_tokens, behind_query, run)
+        yield _reading("follow", batch, query + block, context, run)
+        if run.compute_order_gain and step > 0:
+            yield _reading("order gain", batch, query + run.scored_tokens, prompt, run)
+
+
+def _reading(kind: str, rows: int, num_tokens: int, cached: int, run: RunShape) -> Forward:
+    context = cached + (num_tokens + 1) / 2
+    return Forward(kind, 1, rows * num_tokens, rows, cached, context, rows * run.tokens_per_value)
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """What an episode takes; the update's share is that of the kept trajectories, spread over all.
+
+    Attributes:
+        forward_tokens: tokens through either model in the rollout, for each episode; what `Trajectory` counts.
+        rollout_flops: floating-point operations of an episode's rollout.
+        update_flops: of its share of the update.
+        decode_seconds: time of an episode's query tokens.
+        rollout_seconds: of its whole rollout.
+        update_seconds: of its share of the update.
+    """
+
+    forward_tokens: float
+    rollout_flops: float
+    update_flops: float
+    decode_seconds: float
+    rollout_seconds: float
+    update_seconds: float
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of an episode."""
+        return self.rollout_flops + self.update_flops
+
+    @property
+    def seconds(self) -> float:
+        """Time of an episode."""
+        return self.rollout_seconds + self.update_seconds
+
+    def hours(self, num_episodes: int) -> float:
+        """Time of a run, in hours.
+
+        Args:
+            num_episodes: its episodes.
+        """
+        return self.seconds * num_episodes / 3600
+
+
+def update_flops(shape: ModelShape, run: RunShape) -> float:
+    """Floating-point operations that one kept trajectory takes in the update.
+
+    Args:
+        shape: the model.
+        run: the run.
+    """
+    tokens = run.trajectory_tokens
+    linear = 2 * tokens * (shape.linear_parameters + shape.adapter_parameters(run.lora_rank))
+    attention = 4 * shape.num_layers * shape.query_width * tokens * (tokens + 1) / 2
+    forwards = 1 + run.has_kl + run.activation_checkpointing
+    # Logits of one or both distributions, and the gradient of one.
+    heads = 2 + run.has_kl
+    queries = run.num_steps * run.tokens_per_query
+    return (forwards + 1) * linear + (forwards + 2) * attention + heads * 2 * queries * shape.head_parameters
+
+
+def plan_time(
+    shape: ModelShape, run: RunShape, accelerator: Accelerator, kept_fraction: float = KEPT_BY_DEFAULT_FILTER
+) -> TimePlan:
+    """Plan the time of an episode.
+
+    Args:
+        shape: the model.
+        run: the run.
+        accelerator: the device.
+        kept_fraction: share of the trajectories that are trained on, in [0, 1].
+
+    Raises:
+        ValueError: ``kept_fraction`` is out of range.
+    """
+    if not 0 <= kept_fraction <= 1:
+        raise ValueError(f"kept_fraction must lie in [0, 1], got {kept_fraction}")
+    batch, forwards = run.generation_batch_size, list(rollout_forwards(run))
+
+    def seconds(forward: Forward) -> float:
+        flops, num_bytes = forward.flops(shape, run.lora_rank), forward.bytes_read(shape, run)
+        return forward.count * accelerator.seconds(flops, num_bytes)
+
+    kept = kept_fraction * batch
+    update = kept * update_flops(shape, run)
+    # Each micro-batch reads the weights in the forwards and in the backward.
+    passes = math.ceil(kept / run.micro_batch_size) * (2 + run.has_kl + run.activation_checkpointing)
+    return TimePlan(
+        forward_tokens=sum(forward.count * forward.num_tokens for forward in forwards) / batch,
+        rollout_flops=sum(forward.count * forward.flops(shape, run.lora_rank) for forward in forwards) / batch,
+        update_flops=update / batch,
+        decode_seconds=sum(seconds(forward) for forward in forwards if forward.kind == "decode") / batch,
+        rollout_seconds=sum(seconds(forward) for forward in forwards) / batch,
+        update_seconds=accelerator.seconds(update, passes * shape.weight_bytes(run.weight_bits)) / batch,
+    )

@@ -1,0 +1,57 @@
+"""What the benchmarks run on: the embedded model with an adapter that matters, and real articles cut into pairs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerFast
+
+from attention_rl_trainer.adapters import add_adapter
+from attention_rl_trainer.articles import ArticleStream, load_articles
+from attention_rl_trainer.base_models import load_base_model, load_tokenizer
+from attention_rl_trainer.memory import KVMemoryEnvironment
+from attention_rl_trainer.pairs import ArticleBatch, PairShape, collate_article_pairs, iter_article_pairs
+from attention_rl_trainer.policy import PolicyModel
+from attention_rl_trainer.rollout import RolloutSettings, TrajectorySampler
+from attention_rl_trainer.tokenization import PlainTextEncoder, Separators, allowed_token_ids
+
+SEED = 0
+
+
+def randomize_adapter(model: PeftModel, scale: float = 0.02) -> None:
+    """Give the adapter weights that make it differ from the base model; a new adapter's product is zero."""
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=scale, generator=generator)
+
+
+def offline_policy(dtype: torch.dtype = torch.bfloat16) -> tuple[PolicyModel, PreTrainedTokenizerFast]:
+    """SmolLM2-135M with the default adapter, at the seed document's settings of the selector."""
+    tokenizer = load_tokenizer("offline")
+    model = add_adapter(load_base_model("offline", dtype=dtype), None)
+    randomize_adapter(model)
+    return PolicyModel(model, allowed_token_ids(tokenizer, model.config.vocab_size)), tokenizer
+
+
+def offline_batch(tokenizer: PreTrainedTokenizerFast, rows: int, steps: int, tokens: int = 20) -> ArticleBatch:
+    """The first articles of the embedded dump, each with a memory of as many pairs as there are steps."""
+    encoder = PlainTextEncoder(tokenizer)
+    shape = PairShape(steps + 1, steps / (steps + 1), tokens, tokens)
+    stream = ArticleStream(load_articles("offline"), source="offline", seed=SEED, shuffle=False)
+    pairs = iter_article_pairs(stream, encoder, shape, SEED, stream.skipped)
+    return collate_article_pairs([next(pairs) for _ in range(rows)], tokens)
+
+
+def new_sampler(
+    policy: PolicyModel, tokenizer: PreTrainedTokenizerFast, steps: int, tokens: int = 20
+) -> TrajectorySampler:
+    """A sampler that reads ``steps`` pairs."""
+    separators = Separators.encode(PlainTextEncoder(tokenizer))
+    return TrajectorySampler(policy, KVMemoryEnvironment(), separators, RolloutSettings(steps, tokens, SEED))
