@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from attention_rl_trainer.base_models import choose_base_model, load_base_model, load_tokenizer
     from attention_rl_trainer.config import AttentionGuidedRLConfig
     from attention_rl_trainer.filtering import RewardStatistics
+    from attention_rl_trainer.key_index import KeyIndex
     from attention_rl_trainer.ledger import LedgerRow, read_ledger
     from attention_rl_trainer.memory import KVMemoryEnvironment, MemoryEnvironment, Selection
     from attention_rl_trainer.pairs import (
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         sample_chunks,
         split_key_values,
     )
+    from attention_rl_trainer.planning import ModelShape, RunShape, memory_warning, plan_memory, plan_time
     from attention_rl_trainer.report.summary import write_report
     from attention_rl_trainer.reward import calculate_reward
     from attention_rl_trainer.rollout import NonFiniteError
@@ -41,12 +43,15 @@ _MODULES = {
     "AttentionGuidedRLTrainer": "trainer",
     "AttentionLayer": "attention",
     "KVMemoryEnvironment": "memory",
+    "KeyIndex": "key_index",
     "KeyValuePair": "types",
     "KeyValuePairs": "types",
     "LedgerRow": "ledger",
     "MemoryEnvironment": "memory",
+    "ModelShape": "planning",
     "NonFiniteError": "rollout",
     "RewardStatistics": "filtering",
+    "RunShape": "planning",
     "Selection": "memory",
     "Trajectory": "types",
     "TrajectoryStep": "types",
@@ -62,6 +67,9 @@ _MODULES = {
     "load_articles": "articles",
     "load_base_model": "base_models",
     "load_tokenizer": "base_models",
+    "memory_warning": "planning",
+    "plan_memory": "planning",
+    "plan_time": "planning",
     "read_ledger": "ledger",
     "sample_chunks": "pairs",
     "sample_key_value": "selector",
@@ -77,12 +85,15 @@ __all__ = [
     "AttentionGuidedRLTrainer",
     "AttentionLayer",
     "KVMemoryEnvironment",
+    "KeyIndex",
     "KeyValuePair",
     "KeyValuePairs",
     "LedgerRow",
     "MemoryEnvironment",
+    "ModelShape",
     "NonFiniteError",
     "RewardStatistics",
+    "RunShape",
     "Selection",
     "Trajectory",
     "TrajectoryStep",
@@ -99,6 +110,9 @@ __all__ = [
     "load_articles",
     "load_base_model",
     "load_tokenizer",
+    "memory_warning",
+    "plan_memory",
+    "plan_time",
     "read_ledger",
     "sample_chunks",
     "sample_key_value",

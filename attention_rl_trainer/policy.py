@@ -31,9 +31,12 @@ from attention_rl_trainer.attention import (
 from attention_rl_trainer.grouped_attention import grouped_attention
 from attention_rl_trainer.key_vectors import KeyVectorCache
 from attention_rl_trainer.kv_cache import PreallocatedCache, keeps_every_token
-from attention_rl_trainer.sampling import entropy, sample_by_inverse
+from attention_rl_trainer.sampling import sample_by_inverse
 
-LOGITS_CHUNK_BYTES = 64 * 2**20
+# Main memory blocks above 32 MiB go back to the system when they are freed, which clears their pages at the next use:
+# measured, five times the time of the arithmetic. A GPU would rather read the head's weight less often.
+_LOGITS_CHUNK_BYTES_ON_CPU = 24 * 2**20
+_LOGITS_CHUNK_BYTES = 64 * 2**20
 
 
 @contextmanager
@@ -191,13 +194,15 @@ def _adapt_rows(layer: nn.Module, arguments: tuple[Tensor], output: Tensor, num_
     output[:num_rows] = output[:num_rows] + widen(narrow(states)) * lora.scaling[name]
 
 
-def default_logits_chunk_size(vocabulary_size: int) -> int:
-    """Positions whose logits take 64 MiB in float32, so that memory does not grow with the vocabulary.
+def default_logits_chunk_size(vocabulary_size: int, *, on_cpu: bool) -> int:
+    """Positions whose logits take 64 MiB in float32, 24 MiB on a CPU: memory does not grow with the vocabulary.
 
     Args:
         vocabulary_size: logits of a position.
+        on_cpu: whether a CPU computes.
     """
-    return max(1, LOGITS_CHUNK_BYTES // (4 * vocabulary_size))
+    chunk_bytes = _LOGITS_CHUNK_BYTES_ON_CPU if on_cpu else _LOGITS_CHUNK_BYTES
+    return max(1, chunk_bytes // (4 * vocabulary_size))
 
 
 class PolicyModel:
@@ -208,7 +213,7 @@ class PolicyModel:
         allowed_ids: the ids that a query may contain, ascending, int64.
         query_temperature: divides the logits of query tokens, wherever their probability is computed.
         attention_layer: the layer that gives query and key vectors.
-        logits_chunk_size: positions whose logits are held at once; by default as many as 64 MiB of float32 hold.
+        logits_chunk_size: positions whose logits are held at once; by default `default_logits_chunk_size`.
         embedding_batch_size: keys embedded in one forward.
         key_cache_bytes: memory for the vectors of keys that were embedded before.
 
@@ -242,7 +247,9 @@ class PolicyModel:
             )
         self.attention = AttentionLayer(self.causal_lm, attention_layer)
         self.query_temperature = query_temperature
-        self.logits_chunk_size = logits_chunk_size or default_logits_chunk_size(self.head.linear.weight.shape[0])
+        self.logits_chunk_size = logits_chunk_size or default_logits_chunk_size(
+            self.head.linear.weight.shape[0], on_cpu=self.device.type == "cpu"
+        )
         self.embedding_batch_size = embedding_batch_size
         self.key_cache = KeyVectorCache(key_cache_bytes)
         self.embedded_tokens = 0
@@ -435,7 +442,9 @@ class PolicyModel:
             index = sample_by_inverse(probabilities, noise[:, position])
             logprob = log_probabilities.gather(1, index[:, None]).squeeze(1)
             token_ids = self.allowed_ids[index]
-            columns.append((token_ids, logprob, entropy(probabilities)))
+            # `entropy` takes logarithms once more, which costs as much as half of the head.
+            token_entropy: Tensor = -torch.linalg.vecdot(probabilities, log_probabilities)
+            columns.append((token_ids, logprob, token_entropy))
             if read_last or position < num_tokens - 1:
                 last_hidden = self.forward(token_ids[:, None], cache)[:, -1]
         token_columns, logprob_columns, entropy_columns = zip(*columns, strict=True)

@@ -23,7 +23,10 @@ from transformers import PreTrainedModel
 from attention_rl_trainer.attention import AttentionHeads
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.diagnostics import free_memory_gib
-from attention_rl_trainer.policy import base_language_model
+from attention_rl_trainer.planning import ModelShape, RunShape, memory_warning, plan_memory
+from attention_rl_trainer.planning.shapes import WeightBits
+from attention_rl_trainer.policy import PolicyModel, base_language_model
+from attention_rl_trainer.tokenization import Separators
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 # How architectures name the number of positions that they were made for.
@@ -135,6 +138,38 @@ def expect_fitting_vocabulary(max_token_id: int, embeddings: nn.Embedding) -> No
             f"the tokenizer's ids go up to {max_token_id}, but the model embeds {embeddings.weight.shape[0]}; "
             "give the model's own tokenizer as processing_class"
         )
+
+
+def memory_shortage(config: AttentionGuidedRLConfig, policy: PolicyModel, separators: Separators) -> str | None:
+    """Plan the run's memory and say what to lower if the device has too little, or ``None``.
+
+    Args:
+        config: the run's options.
+        policy: the loaded model.
+        separators: the separators' ids.
+    """
+    free = free_memory_gib(policy.device)
+    base = policy.causal_lm
+    # Set on the model by the quantizer alone.
+    weight_bits: WeightBits = 32 if base.dtype.itemsize == 4 else 16
+    if getattr(base, "is_loaded_in_4bit", False):
+        weight_bits = 4
+    ranks = [int(getattr(item, "r", 0)) for item in policy.model.peft_config.values()]
+    try:
+        shape = ModelShape.from_config(base.config)
+        run = RunShape.from_config(
+            config,
+            weight_bits=weight_bits,
+            lora_rank=max(1, *ranks),
+            joint=policy.can_read_jointly,
+            on_cpu=policy.device.type == "cpu",
+            separators=separators,
+        )
+    except ValueError as error:
+        return f"the run's memory cannot be planned: {error}"
+    if free is None:
+        return None
+    return memory_warning(plan_memory(shape, run), int(free * 2**30), model_is_loaded=True)
 
 
 def run_facts(

@@ -69,6 +69,7 @@ from attention_rl_trainer.preflight import (
     expect_fitting_vocabulary,
     expect_one_process,
     expect_writable,
+    memory_shortage,
     print_facts,
     run_facts,
 )
@@ -230,6 +231,9 @@ class AttentionGuidedRLTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         self.args.save_json(folder / RUN_CONFIG_NAME)
         print_facts(self.facts())
+        shortage = memory_shortage(self.args, self.policy, self.separators)
+        if shortage is not None:
+            logger.warning("%s", shortage)
         if self.state.global_step == 0:
             aside = self.ledger.set_aside()
             if aside is not None:

@@ -378,4 +378,4 @@ class RunShape:
         Args:
             vocabulary_size: logits of a position.
         """
-        return self.logits_chunk_size or default_logits_chunk_size(vocabulary_size)
+        return self.logits_chunk_size or default_logits_chunk_size(vocabulary_size, on_cpu=self.on_cpu)
