@@ -176,7 +176,7 @@ class AttentionGuidedRLConfig(TrainingArguments):
     logits_chunk_size: int | None = field(
         default=None,
         metadata=_help(
-            "Positions whose vocabulary logits are held at once. Default: as many as take 64 MiB (CPU: 24) in float32."
+            "Positions whose vocabulary logits are held at once. Default: as many as take 64 MiB (CPU: 40) in float32."
         ),
     )
 

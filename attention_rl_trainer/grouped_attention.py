@@ -43,7 +43,7 @@ def grouped_attention_forward(
         query: ``[B, H, S, D]``.
         key: ``[B, G, C, D]``.
         value: ``[B, G, C, D]``.
-        attention_mask: ``[B, 1, S, C]``, or ``None``: one query sees everything, several see a square triangle.
+        attention_mask: ``[B or 1, 1, S, C]``, or ``None``: one query sees everything, several see a square triangle.
         dropout: probability of dropping an attention weight.
         scaling: factor of the scores, by default 1 / √D.
         kwargs: what transformers' own function takes besides.
@@ -72,8 +72,21 @@ def grouped_attention_forward(
     return attended.reshape(batch_size, num_heads, num_queries, -1).transpose(1, 2).contiguous(), None
 
 
+def grouped_mask(batch_size: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """Make transformers' mask, of one row where no row is padded: every layer converts what it is given.
+
+    Args:
+        batch_size: rows of the batch.
+        attention_mask: which tokens are padding; ``None`` for none.
+        kwargs: what transformers' own function takes besides.
+    """
+    rows = 1 if attention_mask is None else batch_size
+    mask: Tensor | None = sdpa_mask(batch_size=rows, attention_mask=attention_mask, **kwargs)
+    return mask
+
+
 AttentionInterface.register(NAME, grouped_attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, grouped_mask)
 
 
 @contextmanager

@@ -26,9 +26,8 @@ from torch.nn import functional as F
 Advantage = Literal["reward", "centered", "whitened"]
 Credit = Literal["trajectory", "return_to_go", "step"]
 KLReference = Literal["previous", "base"]
-LogSoftmax = Callable[[Tensor], Tensor]
+Logits = Callable[[Tensor], Tensor]
 TokenScores = Callable[[Tensor, Tensor], Tensor]
-ChunkTerms = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 def step_advantages(
@@ -93,25 +92,44 @@ def kl_divergence(previous_log_probabilities: Tensor, log_probabilities: Tensor)
     return pointwise.sum(dim=-1)
 
 
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """What is summed over a chunk, and where its gradient enters the graph.
+
+    Attributes:
+        loss: the chunk's share of the sum, a scalar without graph.
+        parts: parts of it to look at, ``[k]``, without graph.
+        outputs: what was computed from the chunk's hidden states with a graph.
+        output_gradients: the gradient of the loss with respect to it; ``None`` for 1, where it is the loss.
+    """
+
+    loss: Tensor
+    parts: Tensor
+    outputs: Tensor
+    output_gradients: Tensor | None = None
+
+
+ChunkTerms = Callable[[Tensor, slice], Chunk]
+
+
 class _ChunkedSum(torch.autograd.Function):
     """A sum over chunks of hidden states; see `chunked_sum`."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, terms: ChunkTerms, chunk_size: int) -> tuple[Tensor, Tensor]:
-        needs_gradient = ctx.needs_input_grad[0]  # type: ignore[attr-defined]  # torch sets it, untyped
+        needs_gradient: bool = ctx.needs_input_grad[0]  # type: ignore[attr-defined]  # torch sets it, untyped
         gradient = torch.empty_like(hidden) if needs_gradient else None
         losses, parts = [], []
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
             states = hidden[rows].detach().requires_grad_(needs_gradient)
-            with torch.set_grad_enabled(needs_gradient):
-                loss, part = terms(states, rows)
+            chunk = terms(states, rows)
+            losses.append(chunk.loss)
+            parts.append(chunk.parts)
             if gradient is not None:
-                (gradient[rows],) = torch.autograd.grad(loss, states)
-            losses.append(loss.detach())
-            parts.append(part.detach())
+                (gradient[rows],) = torch.autograd.grad(chunk.outputs, states, chunk.output_gradients)
             # Before the next chunk takes memory of the same size.
-            del loss, part
+            del chunk
         ctx.save_for_backward(*([] if gradient is None else [gradient]))
         total = torch.stack(parts).sum(dim=0)
         ctx.mark_non_differentiable(total)
@@ -131,7 +149,7 @@ def chunked_sum(hidden: Tensor, terms: ChunkTerms, chunk_size: int) -> tuple[Ten
 
     Args:
         hidden: ``[n, C]``; the only thing that gets a gradient.
-        terms: the states of a chunk and its rows, to the chunk's share of the sum, and parts of it to look at.
+        terms: the states of a chunk and its rows, to the chunk's share of the sum.
         chunk_size: rows of a chunk.
 
     Returns:
@@ -194,28 +212,56 @@ class QueryTokens:
         )
 
 
-def _chunk_terms(
-    tokens: QueryTokens, log_softmax: LogSoftmax, beta: float, entropy_coef: float, epsilon: float
-) -> tuple[Tensor, Tensor]:
-    """Compute a chunk's loss, and its policy, KL and entropy parts, ``[3]``."""
-    log_probabilities = log_softmax(tokens.hidden)
-    logprobs = log_probabilities.gather(1, tokens.index[:, None]).squeeze(1)
-    policy = policy_gradient_terms(logprobs, tokens.advantages, tokens.rollout_logprobs, epsilon)
-    zero = torch.zeros_like(policy)
-    kl, entropy = zero, zero
+def _chunk_terms(tokens: QueryTokens, logits_of: Logits, beta: float, entropy_coef: float, epsilon: float) -> Chunk:
+    """Compute a chunk's loss, its policy, KL and entropy parts, and the gradient with respect to its logits.
+
+    With c = d policy / d log π(token), p and q the present and the previous probabilities and H the entropy:
+
+        d loss / d logits = w · [c · onehot + (β - c) · p - β · q + entropy_coef · p · (log p + H)]
+
+    Written out and computed in place: autograd would hold three times as many tensors of the vocabulary's size, and
+    most of the time would go into allocating them.
+    """
+    with torch.enable_grad():
+        logits = logits_of(tokens.hidden)
+    place = tokens.index[:, None]
+    present = torch.log_softmax(logits.detach(), dim=-1)
+    policy, slope = _policy_terms_and_slope(present.gather(1, place).squeeze(1), tokens, epsilon)
+    kl, entropy = torch.zeros_like(policy), torch.zeros_like(policy)
+    previous = None
     if tokens.previous_hidden is not None:
         with torch.no_grad():
-            previous = log_softmax(tokens.previous_hidden)
-        kl = kl_divergence(previous, log_probabilities)
+            previous = torch.log_softmax(logits_of(tokens.previous_hidden), dim=-1)
+        probabilities = previous.exp()
+        kl = torch.linalg.vecdot(probabilities, previous.sub_(present))
+        previous = probabilities
     if entropy_coef != 0:
-        entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
+        log_probabilities = present.clone()
+        entropy = -torch.linalg.vecdot(present.exp(), present)
+        gradient = present.exp_().mul_(
+            log_probabilities.add_(entropy[:, None]).mul_(entropy_coef).add_((beta - slope)[:, None])
+        )
+    else:
+        gradient = present.exp_().mul_((beta - slope)[:, None])
+    if previous is not None:
+        gradient.add_(previous, alpha=-beta)
+    gradient.scatter_add_(1, place, slope[:, None]).mul_(tokens.weights[:, None])
     parts = torch.stack([policy, kl, entropy]) @ tokens.weights
-    return parts[0] + beta * parts[1] - entropy_coef * parts[2], parts
+    return Chunk(parts[0] + beta * parts[1] - entropy_coef * parts[2], parts, logits, gradient)
+
+
+def _policy_terms_and_slope(logprobs: Tensor, tokens: QueryTokens, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Compute the policy gradient terms and their derivative with respect to the log-probabilities, ``[n]`` each."""
+    with torch.enable_grad():
+        variable = logprobs.requires_grad_()
+        terms = policy_gradient_terms(variable, tokens.advantages, tokens.rollout_logprobs, epsilon)
+        (slope,) = torch.autograd.grad(terms.sum(), variable)
+    return terms.detach(), slope
 
 
 def query_terms(
     tokens: QueryTokens,
-    log_softmax: LogSoftmax,
+    logits_of: Logits,
     *,
     beta: float,
     entropy_coef: float = 0.0,
@@ -226,16 +272,17 @@ def query_terms(
 
     Args:
         tokens: the tokens and what belongs to each.
-        log_softmax: hidden states ``[n, C]`` to log-probabilities over the allowed ids ``[n, A]``.
+        logits_of: hidden states ``[n, C]`` to logits of the allowed ids ``[n, A]`` in float32.
         beta: weight of the KL.
         entropy_coef: weight of the entropy; at 0 it is not computed.
         epsilon: clip of the importance ratio.
         chunk_size: tokens in a chunk.
     """
+    # Without a previous adapter there is no KL, whatever its weight.
+    weight = beta if tokens.previous_hidden is not None else 0.0
 
-    def terms(states: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        chunk = replace(tokens.chunk(rows), hidden=states)
-        return _chunk_terms(chunk, log_softmax, beta, entropy_coef, epsilon)
+    def terms(states: Tensor, rows: slice) -> Chunk:
+        return _chunk_terms(replace(tokens.chunk(rows), hidden=states), logits_of, weight, entropy_coef, epsilon)
 
     loss, parts = chunked_sum(tokens.hidden, terms, chunk_size)
     return QueryTerms(loss, *parts)
@@ -265,8 +312,9 @@ def reward_gradient_term(
         chunk_size: tokens in a chunk.
     """
 
-    def terms(states: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        loss = -(score_tokens(states, token_ids[rows]) * weights[rows]).sum()
-        return loss, loss[None]
+    def terms(states: Tensor, rows: slice) -> Chunk:
+        with torch.enable_grad():
+            loss = -(score_tokens(states, token_ids[rows]) * weights[rows]).sum()
+        return Chunk(loss.detach(), loss.detach()[None], loss)
 
     return chunked_sum(hidden, terms, chunk_size)[0]

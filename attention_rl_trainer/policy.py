@@ -33,9 +33,10 @@ from attention_rl_trainer.key_vectors import KeyVectorCache
 from attention_rl_trainer.kv_cache import PreallocatedCache, keeps_every_token
 from attention_rl_trainer.sampling import sample_by_inverse
 
-# Main memory blocks above 32 MiB go back to the system when they are freed, which clears their pages at the next use:
-# measured, five times the time of the arithmetic. A GPU would rather read the head's weight less often.
-_LOGITS_CHUNK_BYTES_ON_CPU = 24 * 2**20
+# In main memory, blocks below 32 MiB are kept by glibc's allocator, which finds no use for freed aligned ones: the heap
+# grows to several times what is alive. Above, every new block costs cleared pages, so no larger than need be.
+# A GPU would rather read the head's weight less often.
+_LOGITS_CHUNK_BYTES_ON_CPU = 40 * 2**20
 _LOGITS_CHUNK_BYTES = 64 * 2**20
 
 
@@ -195,7 +196,7 @@ def _adapt_rows(layer: nn.Module, arguments: tuple[Tensor], output: Tensor, num_
 
 
 def default_logits_chunk_size(vocabulary_size: int, *, on_cpu: bool) -> int:
-    """Positions whose logits take 64 MiB in float32, 24 MiB on a CPU: memory does not grow with the vocabulary.
+    """Positions whose logits take 64 MiB in float32, 40 MiB on a CPU: memory does not grow with the vocabulary.
 
     Args:
         vocabulary_size: logits of a position.
@@ -369,6 +370,17 @@ class PolicyModel:
         Returns:
             Log-probabilities ``[..., A]`` in float32, A the number of allowed ids.
         """
+        return torch.log_softmax(self.query_logits(hidden), dim=-1)
+
+    def query_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the next query token, on the axis of the allowed ids, divided by the temperature.
+
+        Args:
+            hidden: ``[..., C]``.
+
+        Returns:
+            ``[..., A]`` in float32.
+        """
         logits = self.head(hidden)
         if self._is_range:
             allowed = logits[..., self._first_id : self._last_id + 1]
@@ -376,7 +388,7 @@ class PolicyModel:
             allowed = logits.index_select(-1, self.allowed_ids)
         if self.query_temperature != 1:
             allowed = allowed / self.query_temperature
-        return torch.log_softmax(allowed, dim=-1)
+        return allowed
 
     def allowed_index(self, token_ids: Tensor) -> Tensor:
         """Translate allowed ids into places on their axis.

@@ -171,7 +171,7 @@ def compute_loss_terms(
     tokens = _query_tokens(policy, kept, positions, hidden, previous_hidden, settings)
     terms = query_terms(
         tokens,
-        policy.query_log_probabilities,
+        policy.query_logits,
         beta=settings.beta,
         entropy_coef=settings.entropy_coef,
         epsilon=settings.epsilon,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def make_tokens(count: int, vocabulary: int = 11, ratios: bool = False) -> tuple
 @pytest.mark.parametrize("chunk_size", [1, 3, 10, 64])
 def test_chunked_terms_equal_a_slow_loop(chunk_size: int, ratios: bool) -> None:
     tokens, head = make_tokens(10, ratios=ratios)
-    terms = query_terms(tokens, lambda h: (h @ head).log_softmax(-1), beta=0.3, entropy_coef=0.2, chunk_size=chunk_size)
+    terms = query_terms(tokens, lambda h: h @ head, beta=0.3, entropy_coef=0.2, chunk_size=chunk_size)
     policy = kl = entropy = 0.0
     for i in range(10):
         current = (tokens.hidden[i].detach() @ head).log_softmax(-1).tolist()
@@ -137,7 +138,7 @@ def test_chunked_terms_equal_a_slow_loop(chunk_size: int, ratios: bool) -> None:
     assert terms.loss.item() == pytest.approx(policy + 0.3 * kl - 0.2 * entropy, abs=1e-4)
 
 
-def plain_loss(tokens: QueryTokens, head: Tensor) -> Tensor:
+def plain_loss(tokens: QueryTokens, head: Tensor, entropy_coef: float) -> Tensor:
     """The loss over all tokens at once, as autograd sees it."""
     assert tokens.previous_hidden is not None
     current = (tokens.hidden @ head).log_softmax(-1)
@@ -145,33 +146,45 @@ def plain_loss(tokens: QueryTokens, head: Tensor) -> Tensor:
     logprobs = current.gather(1, tokens.index[:, None]).squeeze(1)
     kl = (previous.exp() * (previous - current)).sum(dim=1)
     entropy = -(current.exp() * current).sum(dim=1)
-    return ((-tokens.advantages * logprobs + 0.1 * kl - 0.01 * entropy) * tokens.weights).sum()
+    policy = policy_gradient_terms(logprobs, tokens.advantages, tokens.rollout_logprobs)
+    return ((policy + 0.1 * kl - entropy_coef * entropy) * tokens.weights).sum()
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+@pytest.mark.parametrize("ratios", [False, True])
 @pytest.mark.parametrize("chunk_size", [1, 5, 12, 100])
-def test_chunks_have_the_gradient_of_the_plain_loss(chunk_size: int) -> None:
-    tokens, head = make_tokens(12)
-    expected = torch.autograd.grad(3 * plain_loss(tokens, head), tokens.hidden)[0]
-    terms = query_terms(
-        tokens, lambda h: (h @ head).log_softmax(-1), beta=0.1, entropy_coef=0.01, chunk_size=chunk_size
-    )
+def test_chunks_have_the_gradient_of_the_plain_loss(chunk_size: int, ratios: bool, entropy_coef: float) -> None:
+    tokens, head = make_tokens(12, ratios=ratios)
+    expected = torch.autograd.grad(3 * plain_loss(tokens, head, entropy_coef), tokens.hidden)[0]
+    terms = query_terms(tokens, lambda h: h @ head, beta=0.1, entropy_coef=entropy_coef, chunk_size=chunk_size)
     # The loss is scaled behind it, as gradient accumulation does.
     got = torch.autograd.grad(3 * terms.loss, tokens.hidden)[0]
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
     assert not terms.policy.requires_grad
+    assert terms.loss.item() == pytest.approx(plain_loss(tokens, head, entropy_coef).item(), abs=1e-6)
+
+
+def test_without_a_previous_adapter_beta_pulls_nowhere() -> None:
+    tokens, head = make_tokens(6)
+    alone = replace(tokens, previous_hidden=None)
+    gradients = [
+        torch.autograd.grad(query_terms(alone, lambda h: h @ head, beta=beta).loss, alone.hidden)[0]
+        for beta in (0.0, 5.0)
+    ]
+    assert torch.equal(*gradients)
 
 
 def test_chunks_do_not_keep_logits_and_do_not_compute_them_twice() -> None:
     tokens, head = make_tokens(12)
     calls: list[int] = []
 
-    def log_softmax(hidden: Tensor) -> Tensor:
+    def logits_of(hidden: Tensor) -> Tensor:
         calls.append(len(hidden))
-        return (hidden @ head).log_softmax(-1)
+        return hidden @ head
 
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        terms = query_terms(tokens, log_softmax, beta=0.1, chunk_size=4)
+        terms = query_terms(tokens, logits_of, beta=0.1, chunk_size=4)
     outside = [size for size in saved if size > 4 * 11]
     assert outside == [12 * 4], "only the gradient of the hidden states outlives a chunk"
     terms.loss.backward()

@@ -241,7 +241,7 @@ def test_a_trained_output_head_is_refused(llama: PreTrainedModel, tokenizer: Pre
 
 
 def test_logits_chunks_hold_the_same_memory_for_any_vocabulary() -> None:
-    for on_cpu, num_bytes in [(True, 24 * 2**20), (False, 64 * 2**20)]:
+    for on_cpu, num_bytes in [(True, 40 * 2**20), (False, 64 * 2**20)]:
         for vocabulary in (49152, 128256, 262144):
             size = default_logits_chunk_size(vocabulary, on_cpu=on_cpu)
             assert size * vocabulary * 4 <= num_bytes < (size + 1) * vocabulary * 4

@@ -12,13 +12,14 @@ import torch
 import transformers
 from rich.console import Console
 from tiny import adapted, tiny_config, tiny_gpt2, tiny_llama, tiny_trainer
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from attention_rl_trainer.preflight import (
     context_length,
     expect_fitting_context,
     expect_one_process,
     expect_writable,
+    memory_shortage,
     print_facts,
 )
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
@@ -178,3 +179,40 @@ class TestFacts:
         printed = capsys.readouterr()
         assert "here" in printed.err
         assert printed.out == ""
+
+
+class TestMemoryShortage:
+    def test_a_tiny_run_fits(self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+        trainer = tiny_trainer(tmp_path, texts, tokenizer)
+        assert memory_shortage(trainer.args, trainer.policy, trainer.separators) is None
+
+    def test_too_large_a_batch_names_the_part_and_the_option(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        trainer = tiny_trainer(tmp_path, texts, tokenizer, generation_batch_size=10**9, num_episodes=10**9)
+        shortage = memory_shortage(trainer.args, trainer.policy, trainer.separators)
+        assert shortage is not None
+        assert re.search(r"will probably not fit: .* needs [\d.]+ GiB beside the model", shortage)
+        assert "lower generation_batch_size" in shortage
+
+    def test_an_unknown_architecture_is_said_and_not_refused(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        trainer = tiny_trainer(tmp_path, texts, tokenizer)
+        trainer.policy.causal_lm.config = PreTrainedConfig()
+        shortage = memory_shortage(trainer.args, trainer.policy, trainer.separators)
+        assert shortage is not None
+        assert shortage.startswith("the run's memory cannot be planned: ")
+
+    def test_it_is_said_at_the_start_of_a_run(
+        self,
+        tmp_path: Path,
+        texts: list[str],
+        tokenizer: PreTrainedTokenizerFast,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        trainer = tiny_trainer(tmp_path, texts, tokenizer, num_episodes=8)
+        monkeypatch.setattr("attention_rl_trainer.preflight.free_memory_gib", lambda device: 1e-6)
+        trainer.train()
+        assert [record for record in caplog.records if "will probably not fit" in record.message]

@@ -1,0 +1,215 @@
+"""One update over 16 kept trajectories beside the bare passes that it needs, and its memory as the vocabulary grows.
+
+The bare passes: a forward under the previous adapter without gradient, a forward and a backward, all over the same
+whole trajectories in the same micro-batches, with logits at the query positions. Ours besides: both distributions, the
+REINFORCE and KL terms and their gradient, in chunks.
+
+    python tests/benchmarks/update.py
+    python tests/benchmarks/update.py --vocabulary 131072    # peak of one update with a tiny trunk, as JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import bitsandbytes
+import torch
+from harness import PeakMemory, Report, run_in_process, time_in_turn
+from rollout import TOKENS
+from scene import new_sampler, offline_batch, offline_policy, randomize_adapter
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from attention_rl_trainer.adapters import AdapterSnapshot, add_adapter
+from attention_rl_trainer.memory import KVMemoryEnvironment
+from attention_rl_trainer.policy import PolicyModel, dropout_disabled
+from attention_rl_trainer.types import KeyValuePairs
+from attention_rl_trainer.update import KeptTrajectories, LossSettings, compute_loss_terms
+
+STEPS, KEPT = 8, 16
+VOCABULARIES = (49152, 131072, 262144)
+
+
+def make_kept(token_ids: torch.Tensor, query_starts: tuple[int, ...]) -> KeptTrajectories:
+    """Kept trajectories over given tokens."""
+    rows = len(token_ids)
+    return KeptTrajectories(
+        token_ids=token_ids,
+        query_starts=query_starts,
+        value_starts=tuple(start + TOKENS + 2 for start in query_starts),
+        query_length=TOKENS,
+        value_length=TOKENS,
+        rollout_logprobs=torch.zeros(rows, STEPS, TOKENS),
+        selected_index=torch.zeros(rows, STEPS, dtype=torch.int64),
+        memory=KeyValuePairs(
+            torch.zeros(rows, STEPS, TOKENS, dtype=torch.int64),
+            torch.zeros(rows, STEPS, TOKENS, dtype=torch.int64),
+            torch.zeros(rows, STEPS, 1, 1),
+            torch.zeros(rows, STEPS, dtype=torch.int64),
+        ),
+        advantages=torch.linspace(0.1, 1, rows)[:, None].expand(-1, STEPS),
+        weights=torch.full((rows,), 1 / 64),
+    )
+
+
+class Update:
+    """The gradient of one update, ours and bare.
+
+    Args:
+        policy: the model.
+        kept: what is trained on.
+        micro_batch_size: trajectories in a pass.
+    """
+
+    def __init__(self, policy: PolicyModel, kept: KeptTrajectories, micro_batch_size: int) -> None:
+        self.policy = policy
+        self.kept = kept
+        self.micro_batch_size = micro_batch_size
+        self.snapshot = AdapterSnapshot(policy.model)
+        self.environment = KVMemoryEnvironment()
+        self.settings = LossSettings()
+        starts = torch.tensor(kept.query_starts)[:, None]
+        self.positions = (starts + torch.arange(kept.query_length)).flatten() - 1
+        policy.model.train()
+
+    def ours(self) -> None:
+        """Differentiate the loss as the trainer does."""
+        model = self.policy.model
+        for batch in self.kept.split(self.micro_batch_size):
+            with dropout_disabled(model):
+                terms = compute_loss_terms(self.policy, model, self.environment, self.snapshot, batch, self.settings)
+                terms.loss.backward()
+        model.zero_grad()
+
+    def bare(self, head: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Forward, forward and backward, with logits at the query positions, in as many chunks as ours."""
+        policy, model = self.policy, self.policy.model
+        for batch in self.kept.split(self.micro_batch_size):
+            with dropout_disabled(model):
+                with self.snapshot.swapped_in():
+                    for states in self.chunks(policy.forward(batch.token_ids)):
+                        head(states)
+                hidden = policy.forward(batch.token_ids)[:, self.positions].flatten(0, 1)
+                leaf = hidden.detach().requires_grad_()
+                for states in torch.split(leaf, policy.logits_chunk_size):
+                    logits = head(states)
+                    logits.backward(torch.ones_like(logits))
+                hidden.backward(leaf.grad)
+        model.zero_grad()
+
+    def chunks(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Cut the states of the query positions."""
+        return torch.split(hidden[:, self.positions].flatten(0, 1), self.policy.logits_chunk_size)
+
+
+def rolled_out_update(micro_batch_size: int) -> Update:
+    """An update on the embedded model's own trajectories."""
+    policy, tokenizer = offline_policy()
+    trajectory = new_sampler(policy, tokenizer, STEPS, TOKENS).sample(
+        offline_batch(tokenizer, KEPT, STEPS, TOKENS), range(KEPT)
+    )
+    return Update(policy, make_kept(trajectory.token_ids, tuple(trajectory.query_starts)), micro_batch_size)
+
+
+def tiny_trunk_update(vocabulary: int, micro_batch_size: int = KEPT) -> Update:
+    """An update on a trunk of 2 layers of 128 with a vocabulary of any size."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=256,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+    model = add_adapter(LlamaForCausalLM(config), None)
+    randomize_adapter(model)
+    starts = tuple(46 + 44 * step for step in range(STEPS))
+    token_ids = torch.randint(1, 40000, (KEPT, starts[-1] + 42))
+    return Update(PolicyModel(model, torch.arange(17, vocabulary)), make_kept(token_ids, starts), micro_batch_size)
+
+
+def measure_memory(vocabulary: int) -> dict[str, float]:
+    """Peak of one update beyond the loaded process, in MiB."""
+    update = tiny_trunk_update(vocabulary)
+    with torch.no_grad():
+        # Weights are resident once they were read.
+        update.policy.head(update.policy.forward(torch.arange(2)[None])[0])
+    with PeakMemory() as memory:
+        update.ours()
+    weights = sum(p.numel() * p.element_size() for p in update.policy.model.parameters()) / 2**20
+    return {"weights": weights, "loaded": memory.before_mib, "update": memory.peak_mib - memory.before_mib}
+
+
+def optimizer_step(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], sizes: list[torch.Size]) -> Any:
+    """One step over tensors of the adapter's sizes."""
+    parameters = [nn.Parameter(torch.randn(size)) for size in sizes]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    return make(parameters).step
+
+
+def measure(micro_batch_size: int, repeats: int) -> Report:
+    """Time the update, its bare passes and optimizers; measure memory in processes of their own."""
+    update = rolled_out_update(micro_batch_size)
+    # The states that reach it are contiguous.
+    linear = update.policy.head.linear
+    timings = time_in_turn(
+        {
+            "ours": update.ours,
+            "bare": partial(update.bare, linear),
+        },
+        repeats,
+    )
+    sizes = [p.shape for p in update.policy.model.parameters() if p.requires_grad]
+    optimizers = time_in_turn(
+        {
+            "AdamW, 8-bit (bitsandbytes)": optimizer_step(partial(bitsandbytes.optim.AdamW8bit, lr=1e-4), sizes),
+            "AdamW (torch)": optimizer_step(partial(torch.optim.AdamW, lr=1e-4), sizes),
+            "AdamW, fused (torch)": optimizer_step(partial(torch.optim.AdamW, lr=1e-4, fused=True), sizes),
+        },
+        max(repeats, 15),
+    )
+    settings = {"trajectories": KEPT, "T": STEPS, "tokens each": update.kept.token_ids.shape[1]}
+    settings |= {"micro-batch": micro_batch_size, "weights": "bfloat16", "repeats": repeats}
+    report = Report("update", "python tests/benchmarks/update.py", settings)
+    report.figure("update.floor_ratio", timings["ours"].median / timings["bare"].median)
+    bare = timings["bare"].median
+    report.table(["update", "time", "of bare"], [[n, t, f"{t.median / bare:.2f}"] for n, t in timings.items()])
+    add_memory(report)
+    steps = [[name, f"{timing.median * 1e3:.2f} ms"] for name, timing in optimizers.items()]
+    report.table([f"optimizer step, {sum(size.numel() for size in sizes):,} parameters", "time"], steps)
+    return report
+
+
+def add_memory(report: Report) -> None:
+    """Add the update's memory for each vocabulary."""
+    memory = {size: run_in_process(__file__, "--vocabulary", str(size)) for size in VOCABULARIES}
+    report.figure("update.vocab_growth", memory[262144]["update"] / memory[49152]["update"] - 1)
+    report.table(
+        ["vocabulary, trunk of 2 layers of 128, float32", "weights, MiB", "process with the model, MiB", "update, MiB"],
+        [[size, *(f"{memory[size][name]:.0f}" for name in ("weights", "loaded", "update"))] for size in VOCABULARIES],
+    )
+
+
+def main() -> None:
+    """Measure memory, or time and report."""
+    parser = argparse.ArgumentParser(description="An update beside its bare passes.")
+    parser.add_argument("--micro_batch", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--vocabulary", type=int)
+    arguments = parser.parse_args()
+    if arguments.vocabulary is not None:
+        print(json.dumps(measure_memory(arguments.vocabulary)))
+    else:
+        measure(arguments.micro_batch, arguments.repeats).write()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
