@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: setup demo test test-slow lint build clean
+.PHONY: setup demo test test-slow bench lint build clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,12 @@ test: setup
 
 test-slow: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 -m slow $(ARGS)
+
+# Nothing else may run beside it: two models on two threads each wait for one another.
+bench: setup
+	for name in selection update peer rollout growth; do \
+		HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/$$name.py $(ARGS) || exit 1; \
+	done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -480,8 +480,8 @@ class PolicyModel:
         states: list[Tensor] = []
         handles = [
             self.backbone.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state)),
-            # The wrapper's own logits are not used; one position for each row, and never a strided slice.
-            self.head.linear.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),)),
+            # The wrapper's own logits are not used: those of a single position are the fewest that it can be told.
+            self.head.linear.register_forward_pre_hook(lambda module, args: (args[0].flatten(0, -2)[:1],)),
         ]
         try:
             if not capture_queries:

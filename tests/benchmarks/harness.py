@@ -40,19 +40,32 @@ class Timing:
         return statistics.median(self.seconds)
 
     def __str__(self) -> str:
+        if len(self.seconds) == 1:
+            return f"{self.median:.3g} s (once)"
         return f"{self.median:.3g} s ({min(self.seconds):.3g}–{max(self.seconds):.3g})"
 
 
-def time_in_turn(contenders: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, Timing]:
-    """Time each contender once a round, after one round that does not count.
+def time_in_turn(
+    contenders: Mapping[str, Callable[[], object]],
+    repeats: int = 5,
+    *,
+    warm_up: bool = True,
+    once: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, Timing]:
+    """Time each contender once a round.
 
     Args:
         contenders: what to run, by name.
         repeats: rounds that count.
+        warm_up: whether a round that does not count comes first.
+        once: what stands beside the figures and is timed in the first counted round alone.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(repeats + 1):
-        for name, run in contenders.items():
+    runs = {**contenders, **(once or {})}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for round_number in range(0 if warm_up else 1, repeats + 1):
+        for name, run in runs.items():
+            if name not in contenders and round_number != 1:
+                continue
             gc.collect()
             started = time.perf_counter()
             run()
@@ -88,16 +101,19 @@ class PeakMemory:
         return int(found.group(1)) / 1024
 
 
-def run_in_process(script: str, *arguments: str) -> dict[str, Any]:
+def run_in_process(script: str, *arguments: str, return_freed_memory: bool = False) -> dict[str, Any]:
     """Run a benchmark's script in a process of its own, for a peak of its own.
 
     Args:
         script: its file.
         arguments: its arguments; its last line must be JSON.
+        return_freed_memory: whether the allocator gives back whatever is freed. By default it keeps blocks below a
+            size that moves, which adds to the peak what nobody uses.
     """
     command = [sys.executable, script, *arguments]
-    # A growing heap counts as memory in use; without this the allocator keeps what was freed, in thresholds that move.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    environment = dict(os.environ)
+    if return_freed_memory:
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 

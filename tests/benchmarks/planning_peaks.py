@@ -169,7 +169,7 @@ def measure_in_process(name: str) -> dict[str, Any]:
     Args:
         name: one of `SETTINGS`.
     """
-    return run_in_process(__file__, name)
+    return run_in_process(__file__, name, return_freed_memory=True)
 
 
 def main() -> None:
