@@ -158,7 +158,8 @@ def optimizer_step(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], 
 def measure(micro_batch_size: int, repeats: int) -> Report:
     """Time the update, its bare passes and optimizers; measure memory in processes of their own."""
     update = rolled_out_update(micro_batch_size)
-    # The states that reach it are contiguous.
+    # One trajectory warms up. The states that reach the head are contiguous.
+    Update(update.policy, update.kept.select_rows(torch.arange(1)), 1).ours()
     linear = update.policy.head.linear
     timings = time_in_turn(
         {
@@ -166,6 +167,7 @@ def measure(micro_batch_size: int, repeats: int) -> Report:
             "bare": partial(update.bare, linear),
         },
         repeats,
+        warm_up=False,
     )
     sizes = [p.shape for p in update.policy.model.parameters() if p.requires_grad]
     optimizers = time_in_turn(
