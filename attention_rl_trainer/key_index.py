@@ -111,18 +111,18 @@ class KeyDistribution:
         self._chunks: list[Tensor] = []
         maxima, sums = [], []
         for start in range(0, index.blocks.shape[0], step):
-            exponentials, maximum, total = self._exponentials(slice(start, start + step), scaled_queries)
+            scores = self._scores(slice(start, start + step), scaled_queries)
+            exponentials, maximum, total = _relative_exponentials(scores)
             self._chunks.append(exponentials)
             maxima.append(maximum)
             sums.append(total)
         # Of each block, query and head: the largest score, and the sum of exponentials relative to it.
         self._maxima, self._sums = torch.cat(maxima), torch.cat(sums)
 
-    def _exponentials(self, blocks: slice, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _scores(self, blocks: slice, queries: Tensor) -> Tensor:
+        """Score some blocks, ``[n, Q, heads, block]``; the heads' mean counts as one head."""
         scores = self._index.block_scores(queries, blocks)
-        if self._aggregation == "scores":
-            scores = scores.mean(dim=2, keepdim=True)
-        return _relative_exponentials(scores)
+        return scores.mean(dim=2, keepdim=True) if self._aggregation == "scores" else scores
 
     def _log_masses(self) -> Tensor:
         """Log of the exponentials' sums of each block, ``[blocks, Q, heads]``."""
@@ -184,9 +184,7 @@ class KeyDistribution:
 
     def _block_without(self, query: int, block: int, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Score a block again without what was taken: relative to its new maximum, small masses do not vanish."""
-        scores = self._index.block_scores(self._queries[query : query + 1], slice(block, block + 1))
-        if self._aggregation == "scores":
-            scores = scores.mean(dim=2, keepdim=True)
+        scores = self._scores(slice(block, block + 1), self._queries[query : query + 1])
         scores[..., taken] = -torch.inf
         exponentials, maximum, total = _relative_exponentials(scores)
         return exponentials[0, 0], maximum[0, 0], total[0, 0]

@@ -9,7 +9,8 @@ Knows nothing about models beyond what transformers asks of a cache.
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -110,8 +111,11 @@ class PreallocatedCache(Cache):
 
     def __init__(self, num_layers: int, num_rows: int, capacity: int) -> None:
         storages = [_Storage(num_rows, capacity) for _ in range(num_layers)]
-        self._views: list[PreallocatedLayer] = [PreallocatedLayer(item, slice(0, num_rows), 0) for item in storages]
-        super().__init__(layers=list(self._views))
+        super().__init__(layers=[PreallocatedLayer(storage, slice(0, num_rows), 0) for storage in storages])
+
+    @property
+    def _own_layers(self) -> list[PreallocatedLayer]:
+        return cast(list[PreallocatedLayer], self.layers)
 
     def view(self, rows: slice) -> PreallocatedCache:
         """Make a cache of some of the rows, over the same memory, with a length of its own.
@@ -119,19 +123,18 @@ class PreallocatedCache(Cache):
         Args:
             rows: which.
         """
-        cache = PreallocatedCache(0, 0, 0)
-        cache._views = [layer.view(rows) for layer in self._views]
-        cache.layers = list(cache._views)
+        cache = copy.copy(self)
+        cache.layers = [layer.view(rows) for layer in self._own_layers]
         return cache
 
     @property
     def length(self) -> int:
         """Tokens in the cache. Setting it forgets those behind, or takes in those that another view wrote."""
-        return self._views[0].get_seq_length()
+        return self._own_layers[0].get_seq_length()
 
     @length.setter
     def length(self, length: int) -> None:
-        for layer in self._views:
+        for layer in self._own_layers:
             layer._length = length
 
 
@@ -141,5 +144,5 @@ def memory_bytes(cache: PreallocatedCache) -> int:
     Args:
         cache: a cache that was written to.
     """
-    tensors = [tensor for layer in cache._views for tensor in layer._storage._tensors or ()]
+    tensors = [tensor for layer in cache._own_layers for tensor in layer._storage._tensors or ()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -228,23 +228,22 @@ def _chunk_terms(tokens: QueryTokens, logits_of: Logits, beta: float, entropy_co
     present = torch.log_softmax(logits.detach(), dim=-1)
     policy, slope = _policy_terms_and_slope(present.gather(1, place).squeeze(1), tokens, epsilon)
     kl, entropy = torch.zeros_like(policy), torch.zeros_like(policy)
-    previous = None
+    previous_probabilities = None
     if tokens.previous_hidden is not None:
         with torch.no_grad():
             previous = torch.log_softmax(logits_of(tokens.previous_hidden), dim=-1)
-        probabilities = previous.exp()
-        kl = torch.linalg.vecdot(probabilities, previous.sub_(present))
-        previous = probabilities
-    if entropy_coef != 0:
-        log_probabilities = present.clone()
-        entropy = -torch.linalg.vecdot(present.exp(), present)
-        gradient = present.exp_().mul_(
-            log_probabilities.add_(entropy[:, None]).mul_(entropy_coef).add_((beta - slope)[:, None])
-        )
+        previous_probabilities = previous.exp()
+        kl = torch.linalg.vecdot(previous_probabilities, previous.sub_(present))
+        del previous
+    slope_of_all = (beta - slope)[:, None]
+    if entropy_coef == 0:
+        gradient = present.exp_().mul_(slope_of_all)
     else:
-        gradient = present.exp_().mul_((beta - slope)[:, None])
-    if previous is not None:
-        gradient.add_(previous, alpha=-beta)
+        probabilities = present.exp()
+        entropy = -torch.linalg.vecdot(probabilities, present)
+        gradient = probabilities.mul_(present.add_(entropy[:, None]).mul_(entropy_coef).add_(slope_of_all))
+    if previous_probabilities is not None:
+        gradient.add_(previous_probabilities, alpha=-beta)
     gradient.scatter_add_(1, place, slope[:, None]).mul_(tokens.weights[:, None])
     parts = torch.stack([policy, kl, entropy]) @ tokens.weights
     return Chunk(parts[0] + beta * parts[1] - entropy_coef * parts[2], parts, logits, gradient)

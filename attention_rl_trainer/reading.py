@@ -11,12 +11,11 @@ Knows nothing about memories, separators or rewards.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from attention_rl_trainer.kv_cache import PreallocatedCache
 from attention_rl_trainer.policy import DecodedQuery, PolicyModel
@@ -37,13 +36,30 @@ class StepQueries:
     counterfactual: DecodedQuery
 
 
-class Readers(Protocol):
-    """Policy and reference with the same context behind them."""
+class Readers(ABC):
+    """Policy and reference with the same context behind them.
+
+    Args:
+        policy: the adapted model and its reference.
+        prompt: ``[B, S]`` int64.
+    """
+
+    def __init__(self, policy: PolicyModel, prompt: Tensor) -> None:
+        self._policy = policy
+        self._prompt = prompt
+        self._behind_prompt: ContextReader | None = None
 
     @property
     def forward_tokens(self) -> int:
         """Tokens that passed through either model so far."""
+        return self._context_tokens + (0 if self._behind_prompt is None else self._behind_prompt.forward_tokens)
 
+    @property
+    @abstractmethod
+    def _context_tokens(self) -> int:
+        """Those of them that were read in the common context."""
+
+    @abstractmethod
     def write_queries(self, noise: Tensor, counterfactual_noise: Tensor) -> StepQueries:
         """Let both write a query.
 
@@ -52,6 +68,7 @@ class Readers(Protocol):
             counterfactual_noise: the same for the reference's.
         """
 
+    @abstractmethod
     def read_response(self, block: Tensor, num_scored: int) -> tuple[Tensor, Tensor]:
         """Let each read the response behind its own query.
 
@@ -63,6 +80,7 @@ class Readers(Protocol):
             Hidden states of the policy, ``[B, S, C]``, and of the reference, at least ``[B, num_scored, C]``.
         """
 
+    @abstractmethod
     def follow(self, token_ids: Tensor) -> Tensor:
         """Let the reference forget its query and the response, and read the policy's instead.
 
@@ -77,11 +95,20 @@ class Readers(Protocol):
         """Let the reference read tokens right behind the prompt, and forget them.
 
         Args:
-            token_ids: ``[B, S]`` int64.
+            token_ids: as many at each call, ``[B, S]`` int64.
 
         Returns:
             Hidden states, ``[B, S, C]``.
         """
+        num_tokens = token_ids.shape[1]
+        with self._policy.reference():
+            if self._behind_prompt is None:
+                capacity = self._prompt.shape[1] + num_tokens
+                self._behind_prompt = ContextReader(self._policy, self._prompt, capacity)
+            self._behind_prompt.mark()
+            hidden = self._behind_prompt.read(token_ids)
+            self._behind_prompt.roll_back(num_tokens)
+        return hidden
 
 
 def open_readers(policy: PolicyModel, prompt: Tensor, capacity: int, *, joint: bool | None = None) -> Readers:
@@ -136,10 +163,8 @@ class ContextReader:
 
     def mark(self) -> None:
         """Remember the present context for `roll_back`: a copy where a layer forgets old tokens or has a state."""
-        can_crop = isinstance(self.cache, PreallocatedCache) or all(
-            type(layer) is DynamicLayer for layer in self.cache.layers
-        )
-        self._saved = self.cache if can_crop else copy.deepcopy(self.cache)
+        # The policy preallocates wherever every layer keeps every token.
+        self._saved = self.cache if isinstance(self.cache, PreallocatedCache) else copy.deepcopy(self.cache)
 
     def roll_back(self, num_tokens: int) -> None:
         """Forget the tokens that were read since `mark`."""
@@ -149,31 +174,7 @@ class ContextReader:
             self.cache = self._saved
 
 
-class _PromptReader:
-    """The reference with the prompt alone behind it, made when it is first asked."""
-
-    def __init__(self, policy: PolicyModel, prompt: Tensor) -> None:
-        self._policy = policy
-        self._prompt = prompt
-        self._reader: ContextReader | None = None
-
-    @property
-    def forward_tokens(self) -> int:
-        return 0 if self._reader is None else self._reader.forward_tokens
-
-    def read(self, token_ids: Tensor) -> Tensor:
-        num_tokens = token_ids.shape[1]
-        with self._policy.reference():
-            if self._reader is None:
-                # Every step reads as many tokens as the first.
-                self._reader = ContextReader(self._policy, self._prompt, self._prompt.shape[1] + num_tokens)
-            self._reader.mark()
-            hidden = self._reader.read(token_ids)
-            self._reader.roll_back(num_tokens)
-        return hidden
-
-
-class SeparateReaders:
+class SeparateReaders(Readers):
     """Policy and reference one after the other, each with a cache of its own.
 
     Args:
@@ -183,18 +184,16 @@ class SeparateReaders:
     """
 
     def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int) -> None:
-        self._policy = policy
+        super().__init__(policy, prompt)
         self._reader = ContextReader(policy, prompt, capacity)
         with policy.reference():
             self._reference = ContextReader(policy, prompt, capacity)
-        self._behind_prompt = _PromptReader(policy, prompt)
         self._last_token = prompt[:, -1:]
         self._ahead = 0
 
     @property
-    def forward_tokens(self) -> int:
-        """Tokens that passed through either model so far."""
-        return self._reader.forward_tokens + self._reference.forward_tokens + self._behind_prompt.forward_tokens
+    def _context_tokens(self) -> int:
+        return self._reader.forward_tokens + self._reference.forward_tokens
 
     def write_queries(self, noise: Tensor, counterfactual_noise: Tensor) -> StepQueries:
         """See `Readers`."""
@@ -221,12 +220,8 @@ class SeparateReaders:
         with self._policy.reference():
             return self._reference.read(token_ids)
 
-    def read_behind_prompt(self, token_ids: Tensor) -> Tensor:
-        """See `Readers`."""
-        return self._behind_prompt.read(token_ids)
 
-
-class JointReaders:
+class JointReaders(Readers):
     """Policy and reference in one batch of 2B rows: the policy's above, the reference's below.
 
     Args:
@@ -236,18 +231,16 @@ class JointReaders:
     """
 
     def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int) -> None:
-        self._policy = policy
+        super().__init__(policy, prompt)
         self._rows = prompt.shape[0]
         self._cache = policy.new_preallocated_cache(2 * self._rows, capacity)
-        self._behind_prompt = _PromptReader(policy, prompt)
         self._own_tokens = 0
         self._last_hidden = self._read(prompt)[:, -1]
         self._reference_cache = self._cache.view(slice(self._rows, 2 * self._rows))
 
     @property
-    def forward_tokens(self) -> int:
-        """Tokens that passed through either model so far."""
-        return self._own_tokens + self._behind_prompt.forward_tokens
+    def _context_tokens(self) -> int:
+        return self._own_tokens
 
     def write_queries(self, noise: Tensor, counterfactual_noise: Tensor) -> StepQueries:
         """See `Readers`."""
@@ -272,10 +265,6 @@ class JointReaders:
         self._own_tokens += token_ids.numel()
         self._last_hidden = torch.cat([self._last_hidden[: self._rows], hidden[:, -1]])
         return hidden
-
-    def read_behind_prompt(self, token_ids: Tensor) -> Tensor:
-        """See `Readers`."""
-        return self._behind_prompt.read(token_ids)
 
     def _read(self, token_ids: Tensor) -> Tensor:
         """Let both read the same tokens, ``[2B, S, C]``."""

@@ -104,6 +104,7 @@ class TrajectorySampler:
         self.environment = environment
         self.settings = settings
         self.joint = joint
+        self._separators = separators
         self._query_separator = torch.tensor(separators.query, device=policy.device)
         self._response_separator = torch.tensor(separators.response, device=policy.device)
 
@@ -135,10 +136,7 @@ class TrajectorySampler:
         self._expect_finite({"key embedding": memory.key_vectors.flatten(1)}, 0, batch.articles)
         self.environment.reset(memory)
         prompt = self._prompt(batch)
-        # The longest context is the whole trajectory, and the separator that joint reading carries behind a response.
-        step_tokens = self.settings.tokens_per_query + self._response_tokens(batch)
-        capacity = prompt.shape[1] + self.settings.num_steps * step_tokens
-        run = _Run(self, batch.articles, prompt, capacity, self._noise(episodes))
+        run = _Run(self, batch.articles, prompt, self.cache_capacity(batch), self._noise(episodes))
         steps = [run.step(number) for number in range(self.settings.num_steps)]
         rewards = torch.stack([step.reward for step in steps], dim=1)
         return Trajectory(
@@ -179,11 +177,14 @@ class TrajectorySampler:
             for purpose, shape in shapes.items()
         }
 
-    def _response_tokens(self, batch: ArticleBatch) -> int:
-        """Count the tokens of ``[" Response:"] (key) value [" Query:"]``."""
-        key = batch.key_tokens.shape[2] if self.settings.include_key_in_context else 0
-        separators = self._response_separator.shape[0] + self._query_separator.shape[0]
-        return separators + key + batch.value_tokens.shape[2]
+    def cache_capacity(self, batch: ArticleBatch) -> int:
+        """Count the tokens that a row of the caches must hold: a whole trajectory, and the separator of its prompt.
+
+        Args:
+            batch: the pairs that will be read.
+        """
+        key, value = batch.key_tokens.shape[2], batch.value_tokens.shape[2]
+        return trajectory_length(self._separators, self.settings, key, value) + len(self._separators.query)
 
     @staticmethod
     def separator(token_ids: Tensor, rows: int) -> Tensor:
