@@ -24,13 +24,11 @@ from attention_rl_trainer.attention import AttentionHeads
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.diagnostics import free_memory_gib
 from attention_rl_trainer.planning import ModelShape, RunShape, memory_warning, plan_memory
-from attention_rl_trainer.planning.shapes import WeightBits
+from attention_rl_trainer.planning.shapes import WeightBits, context_length_of
 from attention_rl_trainer.policy import PolicyModel, base_language_model
 from attention_rl_trainer.tokenization import Separators
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
-# How architectures name the number of positions that they were made for.
-_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
 def expect_one_process(world_size: int, num_gpus: int) -> None:
@@ -94,8 +92,7 @@ def context_length(model: PeftModel) -> int | None:
     Args:
         model: the model.
     """
-    options = base_language_model(model).config.get_text_config().to_dict()
-    return next((int(options[name]) for name in _CONTEXT_NAMES if options.get(name)), None)
+    return context_length_of(base_language_model(model).config)
 
 
 def expect_fitting_context(

@@ -56,15 +56,21 @@ def test_joint_equals_separate(model: PreTrainedModel, tokenizer: PreTrainedToke
     assert (joint["policy 0"] - joint["counterfactual states 0"][:, :1]).abs().max() > 1e-2
 
 
+def expect_halves(policy: PolicyModel, ids: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Read jointly, and compare each half with the model alone."""
+    with policy.jointly(num_rows):
+        both = policy.forward(ids)
+    torch.testing.assert_close(both[:num_rows], policy.forward(ids[:num_rows]), atol=1e-5, rtol=0)
+    with policy.reference():
+        torch.testing.assert_close(both[num_rows:], policy.forward(ids[num_rows:]), atol=1e-5, rtol=0)
+    return both
+
+
 def test_each_half_reads_as_the_model_alone_would(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     policy = make_policy(model, tokenizer)
     ids = torch.randint(1, 380, (5, 8))
     with policy.inference():
-        with policy.jointly(3):
-            both = policy.forward(ids)
-        torch.testing.assert_close(both[:3], policy.forward(ids[:3]), atol=1e-5, rtol=0)
-        with policy.reference():
-            torch.testing.assert_close(both[3:], policy.forward(ids[3:]), atol=1e-5, rtol=0)
+        both = expect_halves(policy, ids, 3)
         with pytest.raises(KeyboardInterrupt), policy.jointly(3):
             raise KeyboardInterrupt
         torch.testing.assert_close(policy.forward(ids[:3]), both[:3], atol=1e-5, rtol=0)
@@ -116,13 +122,8 @@ def test_rank_stabilized_lora_with_a_bias_reads_jointly_too(tokenizer: PreTraine
         for parameter in policy.model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.1)
-    ids = torch.randint(1, 380, (4, 6))
     with policy.inference():
-        with policy.jointly(2):
-            both = policy.forward(ids)
-        torch.testing.assert_close(both[:2], policy.forward(ids[:2]), atol=1e-5, rtol=0)
-        with policy.reference():
-            torch.testing.assert_close(both[2:], policy.forward(ids[2:]), atol=1e-5, rtol=0)
+        expect_halves(policy, torch.randint(1, 380, (4, 6)), 2)
 
 
 def test_no_number_of_a_decoding_step_is_asked_back_from_the_device(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from attention_rl_trainer.policy import PolicyModel
 from attention_rl_trainer.rollout import RolloutSettings, TrajectorySampler
 from attention_rl_trainer.tokenization import PlainTextEncoder, Separators, allowed_token_ids
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
+from attention_rl_trainer.types import KeyValuePairs
+from attention_rl_trainer.update import KeptTrajectories
 
 VOCABULARY_SIZE = 420  # larger than the tokenizer's, so that there are padding ids
 PROSE = """
@@ -144,6 +147,31 @@ def random_batch(
         articles=[
             ArticleReference(f"title {row}", "made up", 0, row, StreamPosition(0, row + 1)) for row in range(rows)
         ],
+    )
+
+
+def made_up_kept(
+    token_ids: torch.Tensor,
+    query_starts: Sequence[int],
+    value_starts: Sequence[int],
+    query_length: int,
+    value_length: int,
+) -> KeptTrajectories:
+    """Kept trajectories over given tokens; their memory is not looked at unless the draws are reinforced."""
+    rows, steps = len(token_ids), len(query_starts)
+    tokens = torch.zeros(rows, steps, value_length, dtype=torch.int64)
+    index = torch.zeros(rows, steps, dtype=torch.int64)
+    return KeptTrajectories(
+        token_ids=token_ids,
+        query_starts=tuple(query_starts),
+        value_starts=tuple(value_starts),
+        query_length=query_length,
+        value_length=value_length,
+        rollout_logprobs=torch.zeros(rows, steps, query_length),
+        selected_index=index,
+        memory=KeyValuePairs(tokens, tokens, torch.zeros(rows, steps, 1, 1), index),
+        advantages=torch.linspace(0.1, 1, rows)[:, None].expand(-1, steps),
+        weights=torch.full((rows,), 1 / rows),
     )
 
 

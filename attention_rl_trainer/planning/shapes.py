@@ -26,8 +26,20 @@ _GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"
 _PLAIN = ("gpt2", "gpt_neox")
 _FUSED = ("gpt2", "gpt_neox", "phi3")
 _CONFIG_NAMES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+# How architectures name the number of positions that they were made for.
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 # bitsandbytes packs two weights into a byte and keeps one float32 scale for each block of 64.
 _BITS_OF_A_QUANTIZED_WEIGHT = 4 + 32 / 64
+
+
+def context_length_of(config: PreTrainedConfig) -> int | None:
+    """Read how many positions a model was made for, or ``None`` where its config does not say.
+
+    Args:
+        config: the model's config.
+    """
+    options = config.get_text_config().to_dict()
+    return next((int(options[name]) for name in _CONTEXT_NAMES if options.get(name)), None)
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,7 @@ class ModelShape:
             norm="rms" if kind in _GATED else "layer",
             fused_projections=kind in _FUSED,
             learned_positions=options.get("n_positions", 0),
-            context_length=options.get("max_position_embeddings") or options.get("n_positions"),
+            context_length=context_length_of(config),
         )
 
     @property

@@ -10,13 +10,13 @@ asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from scene import contiguous_head, lay_out_prompt
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -27,17 +27,6 @@ from attention_rl_trainer.tokenization import Separators
 from attention_rl_trainer.types import Trajectory, TrajectoryStep
 
 Select = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-@contextmanager
-def contiguous_head(policy: PolicyModel) -> Iterator[None]:
-    """Make what reaches the head contiguous, without which its weight is copied for every row."""
-    head = policy.causal_lm.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda module, arguments: (arguments[0].contiguous(), *arguments[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 class GivenTokens(LogitsProcessor):
@@ -85,15 +74,10 @@ class NaiveRollout:
 
     def __init__(self, policy: PolicyModel, separators: Separators, tokens: int) -> None:
         self.policy = policy
+        self.separators = separators
         self.tokens = tokens
         self.query_separator = torch.tensor(separators.query)[None]
         self.response_separator = torch.tensor(separators.response)[None]
-
-    def prompt(self, batch: ArticleBatch) -> Tensor:
-        """The in-context example and the first query separator, ``[B, S]``."""
-        rows = len(batch)
-        query, response = self.query_separator.expand(rows, -1), self.response_separator.expand(rows, -1)
-        return torch.cat([query, batch.example_keys, response, batch.example_values, query], dim=1)
 
     def embed_keys(self, keys: Tensor) -> Tensor:
         """Embed every key of the memory, ``[B, M, K]`` to ``[B, M, G, D]``."""
@@ -167,7 +151,7 @@ class NaiveRollout:
             steps: T.
             given: trajectories whose queries and choices are made again.
         """
-        context = self.prompt(batch)
+        context = lay_out_prompt(batch, self.separators)
         rows = torch.arange(len(batch))
         available = torch.ones(batch.pair_numbers.shape, dtype=torch.bool)
         taken: list[NaiveStep] = []

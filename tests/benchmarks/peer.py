@@ -44,14 +44,12 @@ import torch
 import trl
 from datasets import Dataset
 from harness import Report, Timing, time_in_turn
+from scene import contiguous_head, lay_out_prompt, offline_batch, offline_policy
 from tiny import adapted, article_texts, byte_level_tokenizer, random_batch, tiny_llama
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from attention_rl_trainer.adapters import add_adapter
-from attention_rl_trainer.articles import ArticleStream, load_articles
-from attention_rl_trainer.base_models import load_base_model, load_tokenizer
-from attention_rl_trainer.pairs import ArticleBatch, PairShape, collate_article_pairs, iter_article_pairs
+from attention_rl_trainer.pairs import ArticleBatch
 from attention_rl_trainer.policy import PolicyModel, deterministic_inference
 from attention_rl_trainer.sampling import Purpose, episode_noise
 from attention_rl_trainer.tokenization import PlainTextEncoder, Separators, allowed_token_ids
@@ -104,9 +102,8 @@ def build_contexts(batch: ArticleBatch, separators: Separators, steps: int, toke
     """Lay a batch's example and its first T values out; the order is fixed, because selection is not measured."""
     rows = len(batch)
     query, response = (torch.tensor(ids).expand(rows, -1) for ids in (separators.query, separators.response))
-    start = torch.cat([query, batch.example_keys, response, batch.example_values, query], dim=1)
     blocks = [torch.cat([response, batch.value_tokens[:, step], query], dim=1) for step in range(steps)]
-    return Contexts(start, blocks, tokens)
+    return Contexts(lay_out_prompt(batch, separators), blocks, tokens)
 
 
 @dataclass(frozen=True)
@@ -119,16 +116,12 @@ class Scene:
 
 
 def offline_scene(rows: int, steps: int, tokens: int) -> Scene:
-    """SmolLM2-135M in bfloat16 with the default adapter, and embedded articles in the order of their data set."""
-    tokenizer = load_tokenizer("offline")
-    encoder = PlainTextEncoder(tokenizer)
-    shape = PairShape(subset_fraction=steps / PairShape.num_kv_pairs, tokens_per_key=tokens, tokens_per_value=tokens)
-    articles = ArticleStream(load_articles("offline"), source="offline", seed=_SEED, shuffle=False)
-    pairs = iter_article_pairs(articles, encoder, shape, _SEED, articles.skipped)
-    batch = collate_article_pairs([next(pairs) for _ in range(rows)], tokens)
-    model = add_adapter(load_base_model("offline", dtype=torch.bfloat16), None)
-    policy = PolicyModel(model, allowed_token_ids(tokenizer, model.config.vocab_size))
-    return Scene(policy, tokenizer, build_contexts(batch, Separators.encode(encoder), steps, tokens))
+    """SmolLM2-135M in bfloat16 with an adapter, and embedded articles in the order of their data set."""
+    policy, tokenizer = offline_policy()
+    batch = offline_batch(tokenizer, rows, steps, tokens)
+    return Scene(
+        policy, tokenizer, build_contexts(batch, Separators.encode(PlainTextEncoder(tokenizer)), steps, tokens)
+    )
 
 
 def tiny_scene(rows: int, steps: int, tokens: int, temperature: float = 1.0) -> Scene:
@@ -225,17 +218,6 @@ def generate_completions(trainer: trl.GRPOTrainer, prompts: list[list[int]]) -> 
         prompt_ids=prompts, images=None, multimodal_fields={}, num_generations=trainer.num_generations
     )
     return [list(completion) for completion in completions]
-
-
-@contextmanager
-def contiguous_head(policy: PolicyModel) -> Iterator[None]:
-    """Make what reaches the head contiguous, without which the head's weight is copied for every row of a prefill."""
-    head = policy.causal_lm.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def grpo_trainer(scene: Scene, folder: str, **generation: Any) -> trl.GRPOTrainer:

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import PeakMemory, run_in_process
-from tiny import adapted, random_batch, tiny_llama
+from tiny import adapted, made_up_kept, random_batch, tiny_llama
 
 from attention_rl_trainer.adapters import AdapterSnapshot
 from attention_rl_trainer.memory import KVMemoryEnvironment
@@ -30,7 +30,6 @@ from attention_rl_trainer.planning.memory import ROLLOUT_PHASES, UPDATE_PHASES
 from attention_rl_trainer.policy import PolicyModel, dropout_disabled
 from attention_rl_trainer.rollout import RolloutSettings, TrajectorySampler
 from attention_rl_trainer.tokenization import Separators
-from attention_rl_trainer.types import KeyValuePairs
 from attention_rl_trainer.update import KeptTrajectories, LossSettings, compute_loss_terms
 
 MIB = 2**20
@@ -94,30 +93,11 @@ def rollout(policy: PolicyModel, run: RunShape) -> None:
 
 def kept_trajectories(run: RunShape) -> KeptTrajectories:
     """Make trajectories up that have a real one's lengths."""
-    rows, steps, pairs = run.micro_batch_size, run.num_steps, run.num_pairs
-    starts = [run.context_tokens(step) for step in range(steps)]
+    starts = [run.context_tokens(step) for step in range(run.num_steps)]
     behind = run.tokens_per_query + run.scored_tokens - run.tokens_per_value
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randint(1, 380, shape, generator=torch.Generator().manual_seed(0))
-
-    return KeptTrajectories(
-        token_ids=draw(rows, run.trajectory_tokens),
-        query_starts=tuple(starts),
-        value_starts=tuple(start + behind for start in starts),
-        query_length=run.tokens_per_query,
-        value_length=run.tokens_per_value,
-        rollout_logprobs=torch.zeros(rows, steps, run.tokens_per_query),
-        selected_index=torch.zeros(rows, steps, dtype=torch.int64),
-        memory=KeyValuePairs(
-            key_tokens=draw(rows, pairs, run.tokens_per_key),
-            value_tokens=draw(rows, pairs, run.tokens_per_value),
-            key_vectors=torch.zeros(rows, pairs, 1, 1),
-            pair_numbers=torch.zeros(rows, pairs, dtype=torch.int64),
-        ),
-        advantages=torch.ones(rows, steps),
-        weights=torch.full((rows,), 1 / rows),
-    )
+    token_ids = torch.randint(1, 380, (run.micro_batch_size, run.trajectory_tokens))
+    value_starts = [start + behind for start in starts]
+    return made_up_kept(token_ids, starts, value_starts, run.tokens_per_query, run.tokens_per_value)
 
 
 def update(policy: PolicyModel, run: RunShape) -> None:

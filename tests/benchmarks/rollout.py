@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 from harness import PeakMemory, Report, Timing, run_in_process, time_in_turn
-from naive import NaiveRollout, StepMemory, contiguous_head
-from scene import new_sampler, offline_batch, offline_policy
+from naive import NaiveRollout, StepMemory
+from scene import contiguous_head, lay_out_prompt, new_sampler, offline_batch, offline_policy
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -106,7 +106,7 @@ class Floor:
         self.steps = steps
         self.rows = len(batch)
         self.keys = batch.key_tokens.flatten(0, 1)
-        self.prompt = NaiveRollout(policy, separators, TOKENS).prompt(batch)
+        self.prompt = lay_out_prompt(batch, separators)
         self.response = len(separators.response) + TOKENS
         self.block = self.response + len(separators.query)
         length = self.prompt.shape[1] + steps * (TOKENS + self.block)
@@ -176,7 +176,7 @@ class NaiveCost:
         self.batch = batch
         self.anchors = [1, (3 + steps) // 3, 1 + 2 * steps // 3]
         self.checked = (self.anchors[0] + self.anchors[1]) // 2
-        self.start = naive.prompt(batch).shape[1]
+        self.start = lay_out_prompt(batch, naive.separators).shape[1]
         frame = naive.response_separator.shape[1] + naive.query_separator.shape[1]
         self.growth = 2 * TOKENS + frame
 
@@ -248,8 +248,7 @@ def measure_memory(rows: int, steps: int) -> dict[str, float]:
     sampler = new_sampler(policy, tokenizer, steps, TOKENS)
     with policy.inference():
         policy.head(policy.forward(batch.example_keys[:1, :2]))
-    length = policy_cache_length(policy, sampler, batch)
-    cache = policy.new_preallocated_cache(2 * rows, length)
+    cache = policy.new_preallocated_cache(2 * rows, sampler.cache_capacity(batch))
     with policy.inference(), policy.jointly(rows):
         policy.forward(batch.example_keys[:, :1].repeat(2, 1), cache)
     caches = memory_bytes(cache) / 2**20
@@ -257,17 +256,6 @@ def measure_memory(rows: int, steps: int) -> dict[str, float]:
     with PeakMemory() as memory:
         sampler.sample(batch, range(rows))
     return {"loaded": memory.before_mib, "caches": caches, "peak": memory.peak_mib}
-
-
-def policy_cache_length(policy: PolicyModel, sampler: TrajectorySampler, batch: ArticleBatch) -> int:
-    """Tokens that a rollout's caches hold."""
-    frame = sampler._response_separator.shape[0] + sampler._query_separator.shape[0]
-    return (
-        2 * TOKENS
-        + 2 * frame
-        - sampler._response_separator.shape[0]
-        + sampler.settings.num_steps * (2 * TOKENS + frame)
-    )
 
 
 # --- report ---------------------------------------------------------------------------------------------------------

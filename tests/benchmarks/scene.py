@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from peft import PeftModel
+from tiny import adapted
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from attention_rl_trainer.adapters import add_adapter
 from attention_rl_trainer.articles import ArticleStream, load_articles
 from attention_rl_trainer.base_models import load_base_model, load_tokenizer
 from attention_rl_trainer.memory import KVMemoryEnvironment
@@ -23,20 +25,21 @@ from attention_rl_trainer.tokenization import PlainTextEncoder, Separators, allo
 SEED = 0
 
 
-def randomize_adapter(model: PeftModel, scale: float = 0.02) -> None:
-    """Give the adapter weights that make it differ from the base model; a new adapter's product is zero."""
-    generator = torch.Generator().manual_seed(SEED)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(std=scale, generator=generator)
+@contextmanager
+def contiguous_head(policy: PolicyModel) -> Iterator[None]:
+    """Make what reaches the head contiguous, without which its weight is copied for every row."""
+    head = policy.causal_lm.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, arguments: (arguments[0].contiguous(), *arguments[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def offline_policy(dtype: torch.dtype = torch.bfloat16) -> tuple[PolicyModel, PreTrainedTokenizerFast]:
     """SmolLM2-135M with the default adapter, at the seed document's settings of the selector."""
     tokenizer = load_tokenizer("offline")
-    model = add_adapter(load_base_model("offline", dtype=dtype), None)
-    randomize_adapter(model)
+    model = adapted(load_base_model("offline", dtype=dtype), scale=0.02)
     return PolicyModel(model, allowed_token_ids(tokenizer, model.config.vocab_size)), tokenizer
 
 
@@ -55,3 +58,9 @@ def new_sampler(
     """A sampler that reads ``steps`` pairs."""
     separators = Separators.encode(PlainTextEncoder(tokenizer))
     return TrajectorySampler(policy, KVMemoryEnvironment(), separators, RolloutSettings(steps, tokens, SEED))
+
+
+def lay_out_prompt(batch: ArticleBatch, separators: Separators) -> Tensor:
+    """The in-context example and the first query separator, ``[B, S]``."""
+    query, response = (torch.tensor(ids).expand(len(batch), -1) for ids in (separators.query, separators.response))
+    return torch.cat([query, batch.example_keys, response, batch.example_values, query], dim=1)

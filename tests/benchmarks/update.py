@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,40 +21,23 @@ import bitsandbytes
 import torch
 from harness import PeakMemory, Report, run_in_process, time_in_turn
 from rollout import TOKENS
-from scene import new_sampler, offline_batch, offline_policy, randomize_adapter
+from scene import new_sampler, offline_batch, offline_policy
+from tiny import adapted, made_up_kept, tiny_llama
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from attention_rl_trainer.adapters import AdapterSnapshot, add_adapter
+from attention_rl_trainer.adapters import AdapterSnapshot
 from attention_rl_trainer.memory import KVMemoryEnvironment
 from attention_rl_trainer.policy import PolicyModel, dropout_disabled
-from attention_rl_trainer.types import KeyValuePairs
 from attention_rl_trainer.update import KeptTrajectories, LossSettings, compute_loss_terms
 
 STEPS, KEPT = 8, 16
 VOCABULARIES = (49152, 131072, 262144)
 
 
-def make_kept(token_ids: torch.Tensor, query_starts: tuple[int, ...]) -> KeptTrajectories:
+def make_kept(token_ids: torch.Tensor, query_starts: Sequence[int]) -> KeptTrajectories:
     """Kept trajectories over given tokens."""
-    rows = len(token_ids)
-    return KeptTrajectories(
-        token_ids=token_ids,
-        query_starts=query_starts,
-        value_starts=tuple(start + TOKENS + 2 for start in query_starts),
-        query_length=TOKENS,
-        value_length=TOKENS,
-        rollout_logprobs=torch.zeros(rows, STEPS, TOKENS),
-        selected_index=torch.zeros(rows, STEPS, dtype=torch.int64),
-        memory=KeyValuePairs(
-            torch.zeros(rows, STEPS, TOKENS, dtype=torch.int64),
-            torch.zeros(rows, STEPS, TOKENS, dtype=torch.int64),
-            torch.zeros(rows, STEPS, 1, 1),
-            torch.zeros(rows, STEPS, dtype=torch.int64),
-        ),
-        advantages=torch.linspace(0.1, 1, rows)[:, None].expand(-1, STEPS),
-        weights=torch.full((rows,), 1 / 64),
-    )
+    value_starts = [start + TOKENS + 2 for start in query_starts]
+    return made_up_kept(token_ids, query_starts, value_starts, TOKENS, TOKENS)
 
 
 class Update:
@@ -113,23 +96,13 @@ def rolled_out_update(micro_batch_size: int) -> Update:
     trajectory = new_sampler(policy, tokenizer, STEPS, TOKENS).sample(
         offline_batch(tokenizer, KEPT, STEPS, TOKENS), range(KEPT)
     )
-    return Update(policy, make_kept(trajectory.token_ids, tuple(trajectory.query_starts)), micro_batch_size)
+    return Update(policy, make_kept(trajectory.token_ids, trajectory.query_starts), micro_batch_size)
 
 
 def tiny_trunk_update(vocabulary: int, micro_batch_size: int = KEPT) -> Update:
     """An update on a trunk of 2 layers of 128 with a vocabulary of any size."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=256,
-        vocab_size=vocabulary,
-        tie_word_embeddings=True,
-    )
-    model = add_adapter(LlamaForCausalLM(config), None)
-    randomize_adapter(model)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": vocabulary, "tie_word_embeddings": True}
+    model = adapted(tiny_llama(**sizes))
     starts = tuple(46 + 44 * step for step in range(STEPS))
     token_ids = torch.randint(1, 40000, (KEPT, starts[-1] + 42))
     return Update(PolicyModel(model, torch.arange(17, vocabulary)), make_kept(token_ids, starts), micro_batch_size)
