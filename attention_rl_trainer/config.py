@@ -327,6 +327,8 @@ class AttentionGuidedRLConfig(TrainingArguments):
             "fp16_full_eval": own_precision,
             "auto_find_batch_size": "a retried step would count its episodes twice; lower generation_batch_size",
             "load_best_model_at_end": "a checkpoint is written by save_episodes, not at evaluations",
+            "torch_compile": "the cache's growing length makes it compile again and again, for no gain where it was "
+            "measured (docs/benchmarks.md)",
         }
         for name, reason in unsupported.items():
             if getattr(self, name):

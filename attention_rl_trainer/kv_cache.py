@@ -1,8 +1,11 @@
-"""A key-value cache that is allocated once for whole trajectories and read through views of its rows (design §6).
+"""A key-value cache that is allocated ahead for whole trajectories and read through views of its rows (design §6).
 
 transformers' own dynamic cache copies every layer's keys and values for each new token; a static one attends over its
 whole length from the first token on. Here new tokens are written in place and the filled part is attended to. Policy
 and reference own half of the rows each: read together they are one batch, and one can be rolled back without the other.
+
+On a CPU matrix products need contiguous memory, so attention runs over all places that are allocated
+(`grouped_attention`). There the memory grows by pieces of some tokens: few places are empty, and few growths copy.
 
 Knows nothing about models beyond what transformers asks of a cache.
 """
@@ -28,21 +31,34 @@ def keeps_every_token(model: PreTrainedModel) -> bool:
 
 
 class _Storage:
-    """The memory of one layer: keys and values, ``[rows, G, capacity, D]`` each."""
+    """The memory of one layer: keys and values, ``[rows, G, places, D]`` each."""
 
-    def __init__(self, num_rows: int, capacity: int) -> None:
+    def __init__(self, num_rows: int, capacity: int, piece: int) -> None:
         self.num_rows = num_rows
         self.capacity = capacity
-        self._tensors: tuple[Tensor, Tensor] | None = None
+        self.piece = piece
+        self.tensors: tuple[Tensor, Tensor] | None = None
 
-    def tensors_like(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the memory, allocated at the first call, when the shapes are known."""
-        if self._tensors is None:
-            key_shape, value_shape = list(keys.shape), list(values.shape)
-            key_shape[0] = value_shape[0] = self.num_rows
-            key_shape[2] = value_shape[2] = self.capacity
-            self._tensors = keys.new_empty(key_shape), values.new_empty(value_shape)
-        return self._tensors
+    def with_places(self, length: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the memory with places for ``length`` tokens; what it is made of shows at the first call."""
+        if length > self.capacity:
+            raise ValueError(f"the cache was made for {self.capacity} tokens, got {length}")
+        if self.tensors is None or length > self.tensors[0].shape[2]:
+            places = min(self.capacity, -(-length // self.piece) * self.piece)
+            old_keys, old_values = self.tensors or (None, None)
+            # One after the other: beside the new memory, the old one of one layer's keys or values.
+            self.tensors = None
+            new_keys = self._allocate(keys, places, old_keys)
+            del old_keys
+            self.tensors = new_keys, self._allocate(values, places, old_values)
+        return self.tensors
+
+    def _allocate(self, like: Tensor, places: int, old: Tensor | None) -> Tensor:
+        # Zeros, because empty places are multiplied by 0, and what is left in memory may be infinite.
+        new = like.new_zeros((self.num_rows, like.shape[1], places, like.shape[3]))
+        if old is not None:
+            new[:, :, : old.shape[2]] = old
+        return new
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__ has no types
@@ -55,9 +71,8 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # trans
         self._length = length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the memory that all views share."""
+        """Note what the memory is made of; all views share it, so none holds it."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = self._storage.tensors_like(key_states, value_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -74,10 +89,8 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # trans
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = self._storage.tensors_like(key_states, value_states)
         end = self._length + key_states.shape[2]
-        if end > self._storage.capacity:
-            raise ValueError(f"the cache was made for {self._storage.capacity} tokens, got {end}")
+        keys, values = self._storage.with_places(end, key_states, value_states)
         keys[self._rows, :, self._length : end] = key_states
         values[self._rows, :, self._length : end] = value_states
         self._length = end
@@ -101,16 +114,17 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # trans
 
 
 class PreallocatedCache(Cache):
-    """Keys and values of at most ``capacity`` tokens in ``num_rows`` rows, in one piece of memory for each layer.
+    """Keys and values of at most ``capacity`` tokens in ``num_rows`` rows, one buffer of each for every layer.
 
     Args:
         num_layers: layers of the model.
         num_rows: rows.
         capacity: tokens in a row.
+        piece: tokens by which the memory grows; by default all of it is allocated at once.
     """
 
-    def __init__(self, num_layers: int, num_rows: int, capacity: int) -> None:
-        storages = [_Storage(num_rows, capacity) for _ in range(num_layers)]
+    def __init__(self, num_layers: int, num_rows: int, capacity: int, piece: int | None = None) -> None:
+        storages = [_Storage(num_rows, capacity, piece or capacity) for _ in range(num_layers)]
         super().__init__(layers=[PreallocatedLayer(storage, slice(0, num_rows), 0) for storage in storages])
 
     @property
@@ -144,5 +158,5 @@ def memory_bytes(cache: PreallocatedCache) -> int:
     Args:
         cache: a cache that was written to.
     """
-    tensors = [tensor for layer in cache._own_layers for tensor in layer._storage._tensors or ()]
+    tensors = [tensor for layer in cache._own_layers for tensor in layer._storage.tensors or ()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -38,6 +38,8 @@ from attention_rl_trainer.sampling import sample_by_inverse
 # A GPU would rather read the head's weight less often.
 _LOGITS_CHUNK_BYTES_ON_CPU = 40 * 2**20
 _LOGITS_CHUNK_BYTES = 64 * 2**20
+# Tokens by which a cache grows on a CPU: attention runs over the empty places too, and a growth copies the cache.
+_CACHE_PIECE_ON_CPU = 128
 
 
 @contextmanager
@@ -327,7 +329,8 @@ class PolicyModel:
             capacity: tokens of the longest context.
         """
         num_layers: int = self.causal_lm.config.get_text_config().num_hidden_layers
-        return PreallocatedCache(num_layers, num_rows, capacity)
+        piece = _CACHE_PIECE_ON_CPU if self.device.type == "cpu" else None
+        return PreallocatedCache(num_layers, num_rows, capacity, piece)
 
     def forward(self, token_ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Run the decoder without its head.

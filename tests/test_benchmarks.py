@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,10 @@ def test_greedy_queries_equal_those_of_trl() -> None:
 
 def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
     calls: list[str] = []
-    timings = harness.time_in_turn(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, once={"c": lambda: calls.append("c")}
-    )
-    assert calls == ["a", "b", "a", "b", "c", "a", "b", "a", "b"]
-    assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "b": 3, "c": 1}
+    contenders = {name: partial(calls.append, name) for name in ("a", "b", "c")}
+    timings = harness.time_in_turn(contenders, 3, once={"b"})
+    assert calls == ["a", "c", "a", "b", "c", "a", "c", "a", "c"]
+    assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "b": 1, "c": 3}
     assert harness.Timing((3.0, 1.0, 2.0)).median == 2.0
 
 

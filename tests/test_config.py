@@ -106,6 +106,7 @@ class TestDefaults:
             ({"bf16_full_eval": True}, "bf16_full_eval is not supported"),
             ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported: .*lower generation_batch_size"),
             ({"load_best_model_at_end": True}, "load_best_model_at_end is not supported: .*save_episodes"),
+            ({"torch_compile": True}, "torch_compile is not supported: .*no gain where it was measured"),
             ({"dataloader_num_workers": 2}, "dataloader_num_workers must be 0 or 1, got 2"),
         ],
     )

@@ -9,7 +9,13 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from attention_rl_trainer.grouped_attention import NAME, grouped_attention, grouped_attention_forward
+from attention_rl_trainer import grouped_attention as module_under_test
+from attention_rl_trainer.grouped_attention import (
+    NAME,
+    attend_by_products,
+    grouped_attention,
+    grouped_attention_forward,
+)
 
 
 class Attention(nn.Module):
@@ -39,6 +45,68 @@ def test_equals_transformers_attention(
     assert weights is None
     assert got.is_contiguous()
     torch.testing.assert_close(got, expected, atol=1e-6 if dtype == torch.float32 else 1e-2, rtol=0)
+
+
+def triangle(num_queries: int, context: int) -> torch.Tensor:
+    return torch.ones(num_queries, context, dtype=torch.bool).tril(context - num_queries)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 5])
+@pytest.mark.parametrize("scaling", [0.3, 1.0])
+def test_products_equal_the_formula(rows_at_once: int, scaling: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, (key, value) = torch.randn(5, 2, 4, 8), torch.randn(2, 5, 2, 7, 8)
+    bias = torch.zeros(4, 7).masked_fill(~triangle(4, 7), -torch.inf)
+    monkeypatch.setattr(module_under_test, "_SCORES_BYTES", rows_at_once * 2 * 4 * 7 * 4)
+    for added in (bias, bias[3:], None):
+        scores = scaling * query @ key.transpose(2, 3)
+        expected = (scores if added is None else scores + added).softmax(-1) @ value
+        torch.testing.assert_close(attend_by_products(query, key, value, added, scaling), expected, atol=1e-6, rtol=0)
+
+
+def in_buffer(states: torch.Tensor, num_places: int) -> torch.Tensor:
+    """The same states as the first places of a buffer; those behind hold something else."""
+    buffer = states.new_full((*states.shape[:2], num_places, states.shape[3]), 50.0)
+    buffer[:, :, : states.shape[2]] = states
+    return buffer[:, :, : states.shape[2]]
+
+
+@pytest.mark.parametrize("num_places", [9, 12])
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4), (4, 1)])
+@pytest.mark.parametrize("num_queries", [1, 4])
+@pytest.mark.parametrize("additive", [False, True])
+def test_products_run_in_bfloat16_over_a_buffer_and_equal_transformers_attention(
+    additive: bool, num_queries: int, heads: int, groups: int, num_places: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = torch.randn(3, heads, num_queries, 8, dtype=torch.bfloat16)
+    states = torch.randn(2, 3, groups, 9, 8, dtype=torch.bfloat16)
+    key, value = in_buffer(states[0], num_places), in_buffer(states[1], num_places)
+    mask = triangle(num_queries, 9)[None, None] if num_queries > 1 else None
+    seen = None if mask is None else mask.expand(3, -1, -1, -1)
+    expected, _ = sdpa_attention_forward(Attention(heads // groups), query.float(), *states.float(), seen)
+    if additive and mask is not None:
+        mask = torch.zeros(1, 1, num_queries, 9, dtype=torch.bfloat16).masked_fill(~mask, -torch.inf)
+    calls = []
+    monkeypatch.setattr(
+        module_under_test,
+        "attend_by_products",
+        lambda *arguments: calls.append(arguments[1].shape) or attend_by_products(*arguments),
+    )
+    got, _ = grouped_attention_forward(Attention(heads // groups), query, key, value, mask)
+    assert calls == [(3, groups, num_places, 8)]
+    torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=0)
+
+
+def test_what_is_no_slice_of_a_buffer_or_has_its_end_outside_is_left_to_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(module_under_test, "attend_by_products")
+    query = torch.randn(3, 4, 1, 8, dtype=torch.bfloat16)
+    states = torch.randn(2, 3, 2, 12, 8, dtype=torch.bfloat16)
+    by_token = states.transpose(2, 3).contiguous().transpose(2, 3)
+    for key, value in [by_token, (states[0][:, :, 3:], states[1][:, :, 3:]), (states[0], by_token[1])]:
+        expected, _ = sdpa_attention_forward(Attention(2), query, key, value, None)
+        got, _ = grouped_attention_forward(Attention(2), query, key, value, None)
+        torch.testing.assert_close(got, expected, atol=1e-2, rtol=0)
 
 
 def test_a_mask_for_each_head_is_left_to_transformers() -> None:

@@ -73,6 +73,10 @@ def test_more_tokens_than_it_was_made_for_are_refused(llama: PreTrainedModel) ->
         read(llama, torch.randint(1, 380, (1, 5)), cache)
 
 
+def addresses(cache: PreallocatedCache) -> list[int]:
+    return [tensor.data_ptr() for layer in cache._own_layers for tensor in layer._storage.tensors or ()]
+
+
 def test_memory_is_allocated_once() -> None:
     model = tiny_llama()
     cache = PreallocatedCache(2, 3, 10)
@@ -80,9 +84,32 @@ def test_memory_is_allocated_once() -> None:
     read(model, torch.randint(1, 380, (3, 2)), cache)
     # 2 layers, keys and values, 3 rows, 2 groups, 10 tokens, 8 dimensions, float32
     assert memory_bytes(cache) == 2 * 2 * 3 * 2 * 10 * 8 * 4
-    before = [layer.keys.data_ptr() for layer in cache.layers]
+    before = addresses(cache)
+    assert len(set(before)) == 4
     read(model, torch.randint(1, 380, (3, 8)), cache)
-    assert [layer.keys.data_ptr() for layer in cache.layers] == before
+    assert addresses(cache) == before
+
+
+def test_memory_grows_by_pieces_and_never_beyond_the_capacity(llama: PreTrainedModel) -> None:
+    ids = torch.randint(1, 380, (3, 10))
+    cache = PreallocatedCache(2, 3, 10, piece=4)
+    below = cache.view(slice(1, 3))
+    expected = llama.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    for start, end, places in [(0, 3, 4), (3, 4, 4), (4, 9, 10), (9, 10, 10)]:
+        hidden = read(llama, ids[:, start:end], cache)
+        torch.testing.assert_close(hidden, expected[:, start:end], atol=1e-5, rtol=0)
+        assert memory_bytes(cache) == 2 * 2 * 3 * 2 * places * 8 * 4
+    # A view that was made before the memory was reads what has been written since.
+    below.length = 9
+    torch.testing.assert_close(read(llama, ids[1:, 9:], below), expected[1:, 9:], atol=1e-5, rtol=0)
+
+
+def test_empty_places_are_finite(llama: PreTrainedModel) -> None:
+    cache = PreallocatedCache(2, 2, 64, piece=32)
+    read(llama, torch.randint(1, 380, (2, 40)), cache)
+    for layer in cache._own_layers:
+        assert layer._storage.tensors is not None
+        assert all(bool((tensor[:, :, 40:] == 0).all()) for tensor in layer._storage.tensors)
 
 
 def test_layers_that_forget_are_told_apart() -> None:

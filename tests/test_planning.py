@@ -233,8 +233,8 @@ class TestPlanMemory:
         # Ten rows of ten logits, six copies; 20 value tokens, two copies.
         assert part_bytes(plan, "logits of the next token") == 6 * 10 * 10 * 4
         assert part_bytes(plan, "logits of values") == 2 * 20 * 10 * 4
-        # Both read 6 tokens behind 10 rows; a mask of bytes and of float32 for two heads of a group, 26 tokens each.
-        assert part_bytes(plan, "responses in a layer") == max(60 * 4 * 34, 60 * (64 + 48) + 60 * 26 * 2 * 5)
+        # Both read 6 tokens in 10 rows; one mask of bytes and of float32 for two heads of a group, 26 tokens each.
+        assert part_bytes(plan, "responses in a layer") == max(60 * 4 * 34, 60 * (64 + 48) + 6 * 26 * 2 * 5)
         # Two trajectories of 25 tokens: norms 2·(16+4), inputs of A 4·(4+4), A's outputs 16, attention 4·8+8, MLP 72.
         layer = 50 * (40 + 32 + 16 + 40 + 72)
         assert part_bytes(plan, "activations") == 3 * layer
@@ -247,6 +247,19 @@ class TestPlanMemory:
         checkpointed = plan_memory(SMALL, replace(SHORT, activation_checkpointing=True))
         assert part_bytes(checkpointed, "activations") == 3 * 50 * 4 * 4
         assert part_bytes(checkpointed, "a layer's backward") == layer + 50 * 4 * 22
+
+    def test_scores_of_a_few_rows_lie_in_memory_where_attention_is_two_products(self) -> None:
+        run = replace(SHORT, weight_bits=16, num_steps=200, num_pairs=200)
+        cached = 10 + 200 * 8
+        assert run.cached_tokens == cached
+        # 10 rows of 2 heads, 6 queries each, 2 bytes a score, are fewer than 4 MiB; a mask of bytes and of bfloat16.
+        read = 60 * (2 * 16 + 3 * 4 * 4 + 4 * 4) + 6 * cached * 2 * 3 + 2 * 10 * (2 * 6 * cached * 2)
+        assert part_bytes(plan_memory(SMALL, run), "responses in a layer") == read
+        # 2,000 of them are more.
+        more = replace(run, generation_batch_size=1000)
+        rows = 4 * 2**20 // (2 * 6 * cached * 2)
+        read = 12000 * (2 * 16 + 3 * 4 * 4 + 4 * 4) + 6 * cached * 2 * 3 + 2 * rows * (2 * 6 * cached * 2)
+        assert part_bytes(plan_memory(SMALL, more), "responses in a layer") == read
 
     def test_peak_is_the_largest_phase(self) -> None:
         plan = plan_memory(LLAMA_3_2_3B, RunShape())

@@ -11,6 +11,7 @@ from tiny import VOCABULARY_SIZE, make_policy, tiny_llama
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from attention_rl_trainer import grouped_attention
 from attention_rl_trainer.policy import PolicyModel
 from attention_rl_trainer.reading import JointReaders, Readers, SeparateReaders, open_readers
 from attention_rl_trainer.tokenization import allowed_token_ids
@@ -54,6 +55,28 @@ def test_joint_equals_separate(model: PreTrainedModel, tokenizer: PreTrainedToke
         torch.testing.assert_close(joint[name], tensor, atol=1e-5, rtol=0, msg=name)
     # The adapter makes a difference, or equality would say little.
     assert (joint["policy 0"] - joint["counterfactual states 0"][:, :1]).abs().max() > 1e-2
+
+
+def test_attention_as_two_products_reads_alike(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(model, tokenizer)
+    prompt = torch.randint(1, 380, (3, 9))
+    with policy.inference():
+        by_kernel = two_steps(JointReaders(policy, prompt, 40))
+        calls = []
+        original = grouped_attention.attend_by_products
+
+        def attend(*arguments: Any) -> torch.Tensor:
+            calls.append(arguments[0].shape)
+            return original(*arguments)
+
+        monkeypatch.setattr(grouped_attention, "attend_by_products", attend)
+        monkeypatch.setattr(grouped_attention, "_DTYPES_OF_PRODUCTS", (torch.float32,))
+        by_products = two_steps(JointReaders(policy, prompt, 40))
+    assert calls
+    for name, tensor in by_kernel.items():
+        torch.testing.assert_close(by_products[name], tensor, atol=1e-5, rtol=0, msg=name)
 
 
 def expect_halves(policy: PolicyModel, ids: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from attention_rl_trainer.grouped_attention import rows_at_once
 from attention_rl_trainer.planning.shapes import ModelShape, RunShape
 
 GIBIBYTE = 2**30
@@ -143,11 +144,17 @@ def _forward_bytes(shape: ModelShape, run: RunShape, num_tokens: int, attended_b
 
 
 def _attended_bytes(shape: ModelShape, run: RunShape, rows: int, num_tokens: int) -> int:
-    """Bytes of the mask, and of keys and values repeated for each query head, when tokens read a whole context."""
+    """Bytes that attention needs besides keys and values when tokens read a whole context.
+
+    On a CPU the mask of one row, and, in bfloat16, scores and their softmax of a few rows; else the mask of all rows,
+    and keys and values repeated for each query head.
+    """
     shared = shape.num_query_heads // shape.num_key_value_heads
     number, scores = run.bytes_per_number, rows * num_tokens * run.cached_tokens
     if run.on_cpu:
-        return scores * shared * (1 + number)
+        mask = num_tokens * run.cached_tokens * shared * (1 + number)
+        row = shape.num_query_heads * num_tokens * run.cached_tokens * number
+        return mask + (2 * row * min(rows, rows_at_once(row)) if number < 4 else 0)
     repeated = rows * run.cached_tokens * 2 * shape.query_width * number if shared > 1 else 0
     return scores * number + repeated
 

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,21 +50,20 @@ def time_in_turn(
     repeats: int = 5,
     *,
     warm_up: bool = True,
-    once: Mapping[str, Callable[[], object]] | None = None,
+    once: Collection[str] = (),
 ) -> dict[str, Timing]:
     """Time each contender once a round.
 
     Args:
-        contenders: what to run, by name.
+        contenders: what to run, by name, in this order.
         repeats: rounds that count.
         warm_up: whether a round that does not count comes first.
-        once: what stands beside the figures and is timed in the first counted round alone.
+        once: names of those that stand beside the figures and are timed in the first counted round alone.
     """
-    runs = {**contenders, **(once or {})}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(0 if warm_up else 1, repeats + 1):
-        for name, run in runs.items():
-            if name not in contenders and round_number != 1:
+        for name, run in contenders.items():
+            if name in once and round_number != 1:
                 continue
             gc.collect()
             started = time.perf_counter()

@@ -68,6 +68,11 @@ SETTINGS = {
         RunShape(**_CPU, **_LONG, generation_batch_size=10, logits_chunk_size=128),
         "rollout",
     ),
+    "bfloat16": Setting(
+        _MODEL,
+        RunShape(**_CPU | {"weight_bits": 16}, **_LONG, generation_batch_size=32, logits_chunk_size=128),
+        "rollout",
+    ),
     "activations": Setting(_MODEL, RunShape(**_CPU, **_LONG, training_batch_size=8, logits_chunk_size=128), "update"),
     "checkpointing": Setting(
         _MODEL,
@@ -119,7 +124,7 @@ def build_policy(model: dict[str, Any], run: RunShape) -> PolicyModel:
     """Build a model of random weights with the default adapter; every id of its vocabulary is allowed."""
     vocabulary_size = model.get("vocab_size", 420)
     return PolicyModel(
-        adapted(tiny_llama(**model)),
+        adapted(tiny_llama(**model).to(torch.float32 if run.weight_bits == 32 else torch.bfloat16)),
         torch.arange(vocabulary_size),
         logits_chunk_size=run.logits_chunk_size,
         embedding_batch_size=run.embedding_batch_size,

@@ -26,22 +26,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from harness import PeakMemory, Report, Timing, run_in_process, time_in_turn
-from naive import NaiveRollout, StepMemory
+from naive import NaiveRollout, NaiveStep, StepMemory
 from scene import contiguous_head, lay_out_prompt, new_sampler, offline_batch, offline_policy
 from torch import Tensor
 from transformers import DynamicCache
 
+from attention_rl_trainer import grouped_attention
 from attention_rl_trainer.key_vectors import KeyVectorCache
-from attention_rl_trainer.kv_cache import memory_bytes
+from attention_rl_trainer.kv_cache import PreallocatedCache, memory_bytes
 from attention_rl_trainer.pairs import ArticleBatch
 from attention_rl_trainer.policy import PolicyModel, deterministic_inference
 from attention_rl_trainer.reading import JointReaders
 from attention_rl_trainer.rollout import TrajectorySampler
 from attention_rl_trainer.tokenization import PlainTextEncoder, Separators
+from attention_rl_trainer.types import Trajectory
 
 TOKENS = 20
 
@@ -215,17 +218,30 @@ class NaiveCost:
 
 
 def check(rows: int = 3, steps: int = 3) -> None:
-    """Compare ours with naive in float32, on the same queries and choices.
+    """Compare ours with naive in float32, on the same queries and choices, by either way of attending.
 
     Raises:
         RuntimeError: a number differs by more than 2e-4.
     """
     policy, tokenizer = offline_policy(torch.float32)
     batch = offline_batch(tokenizer, rows, steps, TOKENS)
-    trajectory = new_sampler(policy, tokenizer, steps, TOKENS).sample(batch, range(rows))
     naive = NaiveRollout(policy, Separators.encode(PlainTextEncoder(tokenizer)), TOKENS)
     worst = 0.0
-    for number, (ours, theirs) in enumerate(zip(trajectory.steps, naive.sample(batch, steps, trajectory), strict=True)):
+    for dtypes in ((), (torch.float32,)):
+        with mock.patch.object(grouped_attention, "_DTYPES_OF_PRODUCTS", dtypes):
+            trajectory = new_sampler(policy, tokenizer, steps, TOKENS).sample(batch, range(rows))
+        worst = max(worst, largest_difference(trajectory, naive.sample(batch, steps, trajectory)))
+    print(f"check: {rows} trajectories of {steps} steps; the largest difference of a log-probability is {worst:.1g}")
+
+
+def largest_difference(trajectory: Trajectory, naive_steps: list[NaiveStep]) -> float:
+    """Compare every number that both compute.
+
+    Raises:
+        RuntimeError: a number differs by more than 2e-4.
+    """
+    worst = 0.0
+    for number, (ours, theirs) in enumerate(zip(trajectory.steps, naive_steps, strict=True)):
         assert theirs.query_logprobs is not None
         pairs = {
             "query_logprobs": (ours.query_logprobs, theirs.query_logprobs),
@@ -238,7 +254,7 @@ def check(rows: int = 3, steps: int = 3) -> None:
             worst = max(worst, difference)
             if not difference <= 2e-4:
                 raise RuntimeError(f"step {number}: {name} differs by {difference:.2g}")
-    print(f"check: {rows} trajectories of {steps} steps; the largest difference of a log-probability is {worst:.1g}")
+    return worst
 
 
 def measure_memory(rows: int, steps: int) -> dict[str, float]:
@@ -248,8 +264,9 @@ def measure_memory(rows: int, steps: int) -> dict[str, float]:
     sampler = new_sampler(policy, tokenizer, steps, TOKENS)
     with policy.inference():
         policy.head(policy.forward(batch.example_keys[:1, :2]))
-    cache = policy.new_preallocated_cache(2 * rows, sampler.cache_capacity(batch))
-    with policy.inference(), policy.jointly(rows):
+    # All of it at once, as long as the trajectories will be.
+    cache = PreallocatedCache(policy.causal_lm.config.num_hidden_layers, 2 * rows, sampler.cache_capacity(batch))
+    with policy.inference():
         policy.forward(batch.example_keys[:, :1].repeat(2, 1), cache)
     caches = memory_bytes(cache) / 2**20
     del cache
@@ -279,10 +296,11 @@ def measure(rows: int, repeats: int) -> Report:
             "floor": floor.with_our_kernels,
             "ours, T = 16": lambda: sample(samplers[16], batches[16]),
             **cost.contenders(),
+            "bare forwards of transformers": floor.with_transformers_own,
         },
         repeats,
         warm_up=False,
-        once={"bare forwards of transformers": floor.with_transformers_own},
+        once={"bare forwards of transformers", f"naive step {cost.checked}"},
     )
     with phases() as seconds:
         started = time.perf_counter()
