@@ -186,6 +186,13 @@ class AttentionGuidedRLConfig(TrainingArguments):
         default=100, metadata=_help("Save a checkpoint at the first step that reaches a multiple of this.")
     )
     eval_episodes: int = field(default=64, metadata=_help("Trajectories rolled out by an evaluation."))
+    eval_tables: bool = field(
+        default=True,
+        metadata=_help(
+            "Measure orders and queries against baselines in evaluations too; takes several times as long as the "
+            "trajectories alone."
+        ),
+    )
     log_trajectory_steps: int = field(
         default=10, metadata=_help("Print a table of one trajectory every so many steps; 0 for never.")
     )

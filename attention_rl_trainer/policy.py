@@ -271,15 +271,17 @@ class PolicyModel:
     def reference(self) -> Iterator[None]:
         """Disable the adapter while the context lasts.
 
-        `PeftModel.disable_adapter` does the same but walks the model's status each time, ten times as slow.
+        `PeftModel.disable_adapter` does the same but walks the model's status each time, ten times as slow. May be
+        nested.
         """
+        was_disabled = [layer.disable_adapters for layer in self._adapter_layers]
         try:
             for layer in self._adapter_layers:
                 layer.enable_adapters(False)
             yield
         finally:
-            for layer in self._adapter_layers:
-                layer.enable_adapters(True)
+            for layer, disabled in zip(self._adapter_layers, was_disabled, strict=True):
+                layer.enable_adapters(not disabled)
 
     @property
     def can_read_jointly(self) -> bool:

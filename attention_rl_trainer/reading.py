@@ -145,9 +145,9 @@ class ContextReader:
     def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int) -> None:
         self._policy = policy
         self.cache = policy.new_cache(prompt.shape[0], capacity)
-        self._saved = self.cache
         self.forward_tokens = 0
         self.last_hidden = self.read(prompt)[:, -1]
+        self.mark()
 
     def read(self, token_ids: Tensor) -> Tensor:
         """Append tokens to the context; returns their hidden states ``[B, S, C]``."""
@@ -163,11 +163,13 @@ class ContextReader:
 
     def mark(self) -> None:
         """Remember the present context for `roll_back`: a copy where a layer forgets old tokens or has a state."""
+        self._saved_hidden = self.last_hidden
         # The policy preallocates wherever every layer keeps every token.
         self._saved = self.cache if isinstance(self.cache, PreallocatedCache) else copy.deepcopy(self.cache)
 
     def roll_back(self, num_tokens: int) -> None:
         """Forget the tokens that were read since `mark`."""
+        self.last_hidden = self._saved_hidden
         if self._saved is self.cache:
             self.cache.crop(-num_tokens)
         else:

@@ -12,7 +12,7 @@ each of them once (`reading`). Where a step's cost goes:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -135,9 +135,10 @@ class TrajectorySampler:
         embedded_tokens = self.policy.embedded_tokens - embedded_before
         self._expect_finite({"key embedding": memory.key_vectors.flatten(1)}, 0, batch.articles)
         self.environment.reset(memory)
-        prompt = self._prompt(batch)
-        run = _Run(self, batch.articles, prompt, self.cache_capacity(batch), self._noise(episodes))
-        steps = [run.step(number) for number in range(self.settings.num_steps)]
+        prompt, num_steps = self.prompt(batch), self.settings.num_steps
+        noise = self.noise(episodes, num_steps)
+        run = _Run(self, batch.articles, prompt, self.cache_capacity(batch), noise)
+        steps = [run.step(number) for number in range(num_steps)]
         rewards = torch.stack([step.reward for step in steps], dim=1)
         return Trajectory(
             steps=steps,
@@ -151,8 +152,12 @@ class TrajectorySampler:
             forward_tokens=run.readers.forward_tokens + embedded_tokens,
         )
 
-    def _prompt(self, batch: ArticleBatch) -> Tensor:
-        """Build ``[" Query:"] key_0 [" Response:"] value_0 [" Query:"]``, ``[B, S0]``."""
+    def prompt(self, batch: ArticleBatch) -> Tensor:
+        """Build ``[" Query:"] key_0 [" Response:"] value_0 [" Query:"]``, ``[B, S0]``.
+
+        Args:
+            batch: the articles.
+        """
         device, rows = self.policy.device, len(batch)
         return torch.cat(
             [
@@ -165,26 +170,37 @@ class TrajectorySampler:
             dim=1,
         )
 
-    def _noise(self, episodes: Sequence[int]) -> dict[Purpose, Tensor]:
-        steps, tokens, seed = self.settings.num_steps, self.settings.tokens_per_query, self.settings.seed
+    def noise(self, episodes: Sequence[int], num_steps: int) -> dict[Purpose, Tensor]:
+        """Draw the uniform numbers of episodes; more steps leave those of the first ones as they are.
+
+        Args:
+            episodes: running numbers of the episodes.
+            num_steps: T.
+
+        Returns:
+            ``[B, T, L]`` for the queries, ``[B, T]`` for the draws of pairs.
+        """
+        tokens, seed = self.settings.tokens_per_query, self.settings.seed
         shapes = {
-            Purpose.POLICY: (steps, tokens),
-            Purpose.COUNTERFACTUAL: (steps, tokens),
-            Purpose.SELECTION: (steps,),
+            Purpose.POLICY: (num_steps, tokens),
+            Purpose.COUNTERFACTUAL: (num_steps, tokens),
+            Purpose.SELECTION: (num_steps,),
         }
         return {
             purpose: episode_noise(seed, episodes, purpose, shape).to(self.policy.device)
             for purpose, shape in shapes.items()
         }
 
-    def cache_capacity(self, batch: ArticleBatch) -> int:
+    def cache_capacity(self, batch: ArticleBatch, num_steps: int | None = None) -> int:
         """Count the tokens that a row of the caches must hold: a whole trajectory, and the separator of its prompt.
 
         Args:
             batch: the pairs that will be read.
+            num_steps: T; by default that of the settings.
         """
         key, value = batch.key_tokens.shape[2], batch.value_tokens.shape[2]
-        return trajectory_length(self._separators, self.settings, key, value) + len(self._separators.query)
+        settings = self.settings if num_steps is None else replace(self.settings, num_steps=num_steps)
+        return trajectory_length(self._separators, settings, key, value) + len(self._separators.query)
 
     @staticmethod
     def separator(token_ids: Tensor, rows: int) -> Tensor:

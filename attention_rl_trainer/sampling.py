@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     POLICY = 1
     COUNTERFACTUAL = 2
     SELECTION = 3
+    EVALUATION = 4
 
 
 def episode_noise(seed: int, episodes: Sequence[int], purpose: Purpose, shape: Sequence[int]) -> Tensor:

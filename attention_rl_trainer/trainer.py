@@ -51,7 +51,7 @@ from attention_rl_trainer.checkpointing import (
 )
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.diagnostics import peak_memory_gib, phase
-from attention_rl_trainer.evaluation import evaluate_policy
+from attention_rl_trainer.evaluation import TableBuilder, evaluate_policy
 from attention_rl_trainer.filtering import RewardStatistics, keep_mask
 from attention_rl_trainer.ledger import Ledger, LedgerRow
 from attention_rl_trainer.losses import step_advantages
@@ -573,7 +573,8 @@ class AttentionGuidedRLTrainer(Trainer):
         """Roll out trajectories on held-out articles, without training on them.
 
         The articles are read once in their order, at most ``eval_episodes`` of them; the random numbers are the same at
-        every call, so two evaluations differ by the policy alone.
+        every call, so two evaluations differ by the policy alone. With ``eval_tables`` the worth of orders and of
+        queries is written to ``output_dir/evaluation/<metric_key_prefix>`` as Markdown and JSON, with intervals.
 
         Args:
             eval_dataset: articles, or several sets by name; by default those given to the trainer.
@@ -581,10 +582,11 @@ class AttentionGuidedRLTrainer(Trainer):
             metric_key_prefix: put before each metric's name.
 
         Returns:
-            Reward, its parts, the order gain, and what is logged of selector and queries in training.
+            Reward, its parts, the order gain, what is logged of selector and queries in training, and, with
+            ``eval_tables``, the policy's orders and queries against baselines.
 
         Raises:
-            ValueError: there are no articles to evaluate on.
+            ValueError: there are no articles to evaluate on, or with ``eval_tables`` a single one.
         """
         articles = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(articles, dict):
@@ -595,8 +597,15 @@ class AttentionGuidedRLTrainer(Trainer):
         stream = self._article_stream(articles, StreamPosition(), evaluation=True)
         sampler = self._new_sampler(rollout_settings(self.args, evaluation=True))
         loader = self._loader(stream, min(self.args.generation_batch_size, self.args.eval_episodes))
+        builder = TableBuilder(sampler, self.encoder) if self.args.eval_tables else None
+        observe = None if builder is None else builder.add
+        batches = (inputs["articles"] for inputs in loader)
         with self._phase("evaluation", self.args.generation_batch_size, "generation_batch_size"):
-            results = evaluate_policy(sampler, (inputs["articles"] for inputs in loader), self.args.eval_episodes)
+            results = evaluate_policy(sampler, batches, self.args.eval_episodes, observe)
+        if builder is not None:
+            tables = builder.build()
+            tables.write(Path(str(self.args.output_dir)) / "evaluation" / metric_key_prefix)
+            results |= tables.metrics()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -5,22 +5,29 @@ Knows nothing about the trainer; a sampler and batches of articles come in, numb
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from attention_rl_trainer.pairs import ArticleBatch
 from attention_rl_trainer.records import trajectory_metrics
 from attention_rl_trainer.rollout import TrajectorySampler
+from attention_rl_trainer.types import Trajectory
 
 
-def evaluate_policy(sampler: TrajectorySampler, batches: Iterable[ArticleBatch], num_episodes: int) -> dict[str, float]:
+def evaluate_policy(
+    sampler: TrajectorySampler,
+    batches: Iterable[ArticleBatch],
+    num_episodes: int,
+    observe: Callable[[ArticleBatch, Trajectory], None] | None = None,
+) -> dict[str, float]:
     """Roll out one trajectory for each article and summarize them.
 
     Args:
         sampler: rolls the trajectories out; its episodes are numbered from 0.
         batches: the articles.
         num_episodes: trajectories at most.
+        observe: sees each batch and its trajectories.
 
     Returns:
         Means over trajectories and steps, by the names under which they are logged, and ``"episodes"``.
@@ -31,6 +38,8 @@ def evaluate_policy(sampler: TrajectorySampler, batches: Iterable[ArticleBatch],
     for whole in batches:
         batch = whole.select_rows(range(min(len(whole), num_episodes - done)))
         trajectory = sampler.sample(batch, range(done, done + len(batch)))
+        if observe is not None:
+            observe(batch, trajectory)
         done += len(batch)
         rewards.append(trajectory.avg_reward.cpu())
         for name, value in trajectory_metrics(trajectory).items():

@@ -1,0 +1,16 @@
+"""A policy on held-out articles: rewards, and what its orders and its queries are worth (design §7, §11).
+
+`rewards` summarizes trajectories as training does. `orders` and `queries` measure each against baselines, `estimates`
+puts intervals around means, and `tables` joins them. `reading_gain` is the gain as an `evaluate.Metric`.
+"""
+
+from pathlib import Path
+
+from attention_rl_trainer.evaluation.estimates import Estimate
+from attention_rl_trainer.evaluation.rewards import evaluate_policy
+from attention_rl_trainer.evaluation.tables import EvaluationTables, TableBuilder
+
+METRIC_PATH = str(Path(__file__).with_name("reading_gain.py"))
+"""What `evaluate.load` takes."""
+
+__all__ = ["METRIC_PATH", "Estimate", "EvaluationTables", "TableBuilder", "evaluate_policy"]

@@ -1,0 +1,373 @@
+"""What the order of reading is worth: orders of a memory, and the base model's score of each (design §11).
+
+Every order is scored under one rule, whoever chose it: the base model reads all M values in that order, each behind an
+empty query,
+
+    [" Query:"] key_0 [" Response:"] value_0   then   [" Query:"] [" Response:"] value   for each pair
+
+and the score is the mean log-probability of the values in nats per token. No sampling takes part, so two orders differ
+by the order alone. Greedy oracle, exact best order and "share of the gap closed" are defined here alone.
+
+The rules that choose an order see keys, what was read before and the order in the article, never an unread value; the
+oracles see everything.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import bm25s
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from attention_rl_trainer.pairs import ArticleBatch, add_embeddings
+from attention_rl_trainer.policy import PolicyModel
+from attention_rl_trainer.reading import ContextReader
+from attention_rl_trainer.reward import value_logprob
+from attention_rl_trainer.rollout import TrajectorySampler, predicting
+from attention_rl_trainer.sampling import Purpose
+from attention_rl_trainer.tokenization import PlainTextEncoder
+
+Order = tuple[int, ...]
+"""Columns of a memory, in the order of reading; possibly only the first few."""
+
+EXACT_MAX_PAIRS = 6
+"""Memories of at most so many pairs have all of their orders scored; 6 pairs have 720."""
+ORACLE, BEST, WORST, RANDOM = "greedy oracle", "exact best", "exact worst", "random"
+
+
+# --- rules ----------------------------------------------------------------------------------------------------------
+
+
+def article_order(pair_numbers: Tensor) -> Order:
+    """Order pairs as the article has them.
+
+    Args:
+        pair_numbers: numbers of a memory's pairs in their article, ``[M]`` int64.
+    """
+    return tuple(pair_numbers.argsort().tolist())
+
+
+def embedding_order(key_vectors: Tensor, example_vector: Tensor) -> Order:
+    """Read next whatever key resembles most, by cosine, the mean of the keys read so far, the example's included.
+
+    Args:
+        key_vectors: the keys' vectors, ``[M, G, D]``.
+        example_vector: the vector of the example's key, ``[G, D]``.
+    """
+    vectors = torch.nn.functional.normalize(key_vectors.flatten(1).float(), dim=1)
+    read = [torch.nn.functional.normalize(example_vector.flatten().float(), dim=0)]
+    order: list[int] = []
+    while len(order) < len(vectors):
+        similarity = vectors @ torch.stack(read).mean(dim=0)
+        similarity[order] = -torch.inf
+        order.append(int(similarity.argmax()))
+        read.append(vectors[order[-1]])
+    return tuple(order)
+
+
+def bm25_order(keys: Sequence[str], values: Sequence[str], example: str) -> Order:
+    """Read next whatever key BM25 ranks first, with all that was read so far as the query.
+
+    Words are compared without case, English stop words left out, as `bm25s` does by default. Among equals the pair
+    that stands first in the memory is taken.
+
+    Args:
+        keys: texts of the memory's keys, the documents.
+        values: texts of its values, which join the query once they were read.
+        example: text of the example, the first query.
+    """
+    index = bm25s.BM25()
+    documents = bm25s.tokenize(list(keys), stopwords="en", return_ids=False, show_progress=False)
+    if any(documents):
+        index.index(documents, show_progress=False)
+    text, order = example, list[int]()
+    while len(order) < len(keys):
+        query = bm25s.tokenize(text, stopwords="en", return_ids=False, show_progress=False)[0]
+        scores = np.array(index.get_scores(query)) if query and any(documents) else np.zeros(len(keys))
+        scores[order] = -np.inf
+        order.append(int(scores.argmax()))
+        text += f" {keys[order[-1]]} {values[order[-1]]}"
+    return tuple(order)
+
+
+def random_orders(num_pairs: int, count: int, seed: Sequence[int]) -> list[Order]:
+    """Draw orders uniformly.
+
+    Args:
+        num_pairs: M.
+        count: how many.
+        seed: seed of the draw.
+    """
+    generator = np.random.default_rng(list(seed))
+    return [tuple(generator.permutation(num_pairs).tolist()) for _ in range(count)]
+
+
+def attention_orders(
+    sampler: TrajectorySampler, batch: ArticleBatch, episodes: Sequence[int], *, untrained: bool
+) -> list[Order]:
+    """Let queries and attention choose: the whole memory is read as in a rollout, with the same random numbers.
+
+    Args:
+        sampler: policy, environment and settings; its number of steps is not used.
+        batch: the articles.
+        episodes: running numbers of the rows' episodes.
+        untrained: whether the base model chooses, without the adapter.
+    """
+    policy = sampler.policy
+    with policy.inference(), policy.reference() if untrained else nullcontext():
+        return _attention_orders(sampler, batch, episodes)
+
+
+def _attention_orders(sampler: TrajectorySampler, batch: ArticleBatch, episodes: Sequence[int]) -> list[Order]:
+    policy, environment = sampler.policy, sampler.environment
+    num_pairs = batch.pair_numbers.shape[1]
+    noise = sampler.noise(episodes, num_pairs)
+    environment.reset(add_embeddings(batch, policy.embed_keys))
+    reader = ContextReader(policy, sampler.prompt(batch), sampler.cache_capacity(batch, num_pairs))
+    chosen = []
+    for step in range(num_pairs):
+        with policy.attention.capture_queries() as capture:
+            reader.decode(noise[Purpose.POLICY][:, step], read_last=True)
+        selection = environment.step(capture.mean(), noise[Purpose.SELECTION][:, step])
+        chosen.append(selection.index)
+        reader.read(sampler.response(selection.pairs, is_last=step == num_pairs - 1)[0])
+    return [tuple(row) for row in torch.stack(chosen, dim=1).tolist()]
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredMemory:
+    """One memory to score orders of.
+
+    Attributes:
+        prompt: the in-context example and the first query separator, ``[1, S]`` int64.
+        blocks: what reading each pair appends to the context: response separator, key if asked for, value, query
+            separator, ``[M, n]`` int64.
+        value_start: place of the value's first token in a block.
+        value_length: V.
+    """
+
+    prompt: Tensor
+    blocks: Tensor
+    value_start: int
+    value_length: int
+
+    @classmethod
+    def of_row(cls, sampler: TrajectorySampler, batch: ArticleBatch, row: int) -> ScoredMemory:
+        """Take one row of a batch.
+
+        Args:
+            sampler: how a prompt is laid out.
+            batch: the articles.
+            row: which.
+        """
+        one = batch.select_rows([row])
+        pairs = add_embeddings(one, sampler.policy.embed_keys)
+        laid_out = [
+            sampler.response(pairs.gather(torch.tensor([column], device=pairs.key_tokens.device)), is_last=False)
+            for column in range(pairs.pair_numbers.shape[1])
+        ]
+        blocks = torch.cat([block for block, _ in laid_out])
+        return cls(sampler.prompt(one), blocks, laid_out[0][1], one.value_tokens.shape[2])
+
+
+class OrderScorer:
+    """Scores orders of one memory by the base model; what several orders have in common at their start is read once.
+
+    Args:
+        policy: the base model is its reference.
+        memory: the memory.
+        max_rows: orders that are read at once.
+    """
+
+    def __init__(self, policy: PolicyModel, memory: ScoredMemory, *, max_rows: int = 128) -> None:
+        self._policy = policy
+        self._memory = memory
+        self._max_rows = max_rows
+        self._scores: dict[Order, float] = {}
+
+    @property
+    def num_pairs(self) -> int:
+        """M."""
+        return len(self._memory.blocks)
+
+    def value_logprob(self, prefix: Order) -> float:
+        """Return the log-probability of the last value of a prefix that was scored, nats per token.
+
+        Args:
+            prefix: the first pairs of an order.
+        """
+        return self._scores[prefix]
+
+    def score(self, order: Order) -> float:
+        """Return the mean log-probability of an order's values, nats per token.
+
+        Args:
+            order: columns of the memory.
+        """
+        self.read([order])
+        return sum(self._scores[order[: depth + 1]] for depth in range(len(order))) / len(order)
+
+    def read(self, orders: Iterable[Order]) -> None:
+        """Score orders, all of their beginnings included.
+
+        Args:
+            orders: columns of the memory, each at most once in an order.
+        """
+        wanted = {order[: depth + 1] for order in orders for depth in range(len(order))}
+        wanted -= self._scores.keys()
+        if not wanted:
+            return
+        # Whoever is read again is what leads to something new.
+        tree = sorted({prefix[: depth + 1] for prefix in wanted for depth in range(len(prefix))})
+        with self._policy.inference(), self._policy.reference():
+            cache = DynamicCache(config=self._policy.causal_lm.config)
+            self._policy.forward(self._memory.prompt, cache)
+            self._descend(cache, [()], tree)
+
+    def _descend(self, cache: Cache, parents: list[Order], tree: list[Order]) -> None:
+        """Read every continuation of some beginnings, and their own continuations."""
+        depth = len(parents[0]) + 1
+        places = {parent: row for row, parent in enumerate(parents)}
+        children = [prefix for prefix in tree if len(prefix) == depth and prefix[:-1] in places]
+        for start in range(0, len(children), self._max_rows):
+            chunk = children[start : start + self._max_rows]
+            rows = torch.tensor([places[child[:-1]] for child in chunk], device=self._policy.device)
+            forked = copy.deepcopy(cache)
+            forked.batch_select_indices(rows)
+            self._read_blocks(forked, chunk)
+            within = set(chunk)
+            below = [prefix for prefix in tree if len(prefix) > depth and prefix[:depth] in within]
+            if below:
+                self._descend(forked, chunk, below)
+
+    def _read_blocks(self, cache: Cache, prefixes: list[Order]) -> None:
+        blocks = self._memory.blocks[[prefix[-1] for prefix in prefixes]]
+        hidden = self._policy.forward(blocks, cache)
+        start, length = self._memory.value_start, self._memory.value_length
+        states = predicting(hidden, start, length)
+        logprobs = value_logprob(self._policy.token_logprobs(states, blocks[:, start : start + length]))
+        self._scores.update(zip(prefixes, logprobs.tolist(), strict=True))
+
+    def greedy_oracle(self) -> Order:
+        """Read next whatever value the base model predicts best, having seen all of them."""
+        order: Order = ()
+        while len(order) < self.num_pairs:
+            candidates = [(*order, column) for column in range(self.num_pairs) if column not in order]
+            self.read(candidates)
+            order = max(candidates, key=self.value_logprob)
+        return order
+
+
+def all_orders(num_pairs: int) -> list[Order]:
+    """List every order of a memory.
+
+    Args:
+        num_pairs: M.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    if num_pairs > EXACT_MAX_PAIRS:
+        raise ValueError(f"a memory of {num_pairs} pairs has too many orders; {EXACT_MAX_PAIRS} at most")
+    return list(itertools.permutations(range(num_pairs)))
+
+
+@dataclass(frozen=True)
+class MemoryOrders:
+    """The scores of one memory's orders.
+
+    Attributes:
+        article: identity of the article.
+        scores: nats per token by the name of the rule; ``"random"`` is the mean over all orders where all were
+            scored, else over those that were drawn.
+        chosen_ease: mean log-probability, each behind the example alone, of the values that the first T steps of the
+            learned order read, less that of all values of the memory, nats per token: above 0 if the policy picks
+            what is easy.
+    """
+
+    article: str
+    scores: dict[str, float]
+    chosen_ease: float
+
+
+def score_orders(
+    sampler: TrajectorySampler,
+    batch: ArticleBatch,
+    episodes: Sequence[int],
+    encoder: PlainTextEncoder,
+    *,
+    num_random: int = 8,
+    max_rows: int = 128,
+) -> list[MemoryOrders]:
+    """Score the learned order and every baseline on a batch of memories.
+
+    Args:
+        sampler: policy, environment and settings.
+        batch: the articles.
+        episodes: running numbers of the rows' episodes; the learned order is drawn with their random numbers.
+        encoder: turns ids into the text that BM25 compares.
+        num_random: random orders of a memory, where not all orders are scored.
+        max_rows: orders that are read at once.
+
+    Returns:
+        One record for each row.
+    """
+    learned = attention_orders(sampler, batch, episodes, untrained=False)
+    untrained = attention_orders(sampler, batch, episodes, untrained=True)
+    vectors = add_embeddings(batch, sampler.policy.embed_keys).key_vectors
+    example_vectors = sampler.policy.embed_keys(batch.example_keys)
+    records = []
+    for row, article in enumerate(batch.articles):
+        scorer = OrderScorer(sampler.policy, ScoredMemory.of_row(sampler, batch, row), max_rows=max_rows)
+        in_order = article_order(batch.pair_numbers[row])
+        keys, values = ([encoder.decode(ids) for ids in part[row]] for part in (batch.key_tokens, batch.value_tokens))
+        example = encoder.decode(torch.cat([batch.example_keys[row], batch.example_values[row]]))
+        rules = {
+            "learned": learned[row],
+            "untrained attention": untrained[row],
+            "article order": in_order,
+            "reverse": in_order[::-1],
+            "BM25": bm25_order(keys, values, example),
+            "embedding similarity": embedding_order(vectors[row], example_vectors[row]),
+        }
+        scores = score_rules(scorer, rules, num_random, (sampler.settings.seed, episodes[row]))
+        alone = [scorer.score((column,)) for column in range(scorer.num_pairs)]
+        chosen = learned[row][: sampler.settings.num_steps]
+        ease = sum(alone[column] for column in chosen) / len(chosen) - sum(alone) / len(alone)
+        records.append(MemoryOrders(f"{article.source}:{article.article_index}", scores, ease))
+    return records
+
+
+def score_rules(scorer: OrderScorer, rules: dict[str, Order], num_random: int, seed: Sequence[int]) -> dict[str, float]:
+    """Score the orders of some rules, random ones and the oracles'.
+
+    Args:
+        scorer: the memory.
+        rules: orders by name.
+        num_random: random orders, where not all orders are scored.
+        seed: seed of their draw.
+    """
+    oracles: dict[str, float] = {}
+    is_exact = scorer.num_pairs <= EXACT_MAX_PAIRS
+    drawn = all_orders(scorer.num_pairs) if is_exact else random_orders(scorer.num_pairs, num_random, seed)
+    # All at once, so that what they share is read once.
+    scorer.read([*drawn, *rules.values()])
+    random_scores = [scorer.score(order) for order in drawn]
+    if is_exact:
+        oracles = {BEST: max(random_scores), WORST: min(random_scores)}
+    return {
+        **{name: scorer.score(order) for name, order in rules.items()},
+        RANDOM: sum(random_scores) / len(random_scores),
+        ORACLE: scorer.score(scorer.greedy_oracle()),
+        **oracles,
+    }

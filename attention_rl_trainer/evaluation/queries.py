@@ -1,0 +1,200 @@
+"""What a query is worth to the frozen reader: the policy's, and others in its place (design §11).
+
+The policy's trajectories are followed by the base model. Before every value it reads each of these in the same context,
+under the policy's own order, and then the value:
+
+* the policy's query, sampled as in training;
+* nothing, the empty query;
+* another key of the memory, and the key of the very pair that was drawn;
+* a content control: the policy's query at the same step of a trajectory on another article;
+* counterfactual queries that the base model samples, several of them.
+
+A query's gain is the log-probability of the value behind it less the mean of those behind the counterfactuals, nats per
+token. A policy whose gain stays below the empty query's has learned nothing that silence would not give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attention_rl_trainer.pairs import ArticleBatch, ArticleReference
+from attention_rl_trainer.reading import ContextReader
+from attention_rl_trainer.rollout import TrajectorySampler
+from attention_rl_trainer.sampling import Purpose, episode_noise
+from attention_rl_trainer.types import Trajectory
+
+POLICY, EMPTY, OTHER_KEY, OWN_KEY, CONTROL = (
+    "policy",
+    "empty query",
+    "another key of the article",
+    "the pair's own key",
+    "content control",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class QueryGains:
+    """What queries were worth on a batch of trajectories.
+
+    Attributes:
+        gains: by the name of the query, nats per token, averaged over the steps, ``[B]``.
+        counterfactual_std: standard deviation between the counterfactuals of a step, nats per token, ``[B]``.
+    """
+
+    gains: dict[str, Tensor]
+    counterfactual_std: Tensor
+
+
+class ControlQueries:
+    """Gives each trajectory the policy's queries from a trajectory on another article."""
+
+    def __init__(self) -> None:
+        self._articles: list[tuple[str, int]] = []
+        self._queries: Tensor | None = None
+
+    def take(self, articles: Sequence[ArticleReference], queries: Tensor) -> Tensor:
+        """Choose for each row the next one of the batch, cyclically, or else the last before the batch.
+
+        Args:
+            articles: the rows' articles.
+            queries: the policy's queries, ``[B, T, L]`` int64.
+
+        Returns:
+            As many queries, ``[B, T, L]``.
+
+        Raises:
+            ValueError: no trajectory so far is on another article.
+        """
+        earlier = 0 if self._queries is None else len(self._queries)
+        identities = [*self._articles, *((article.source, article.article_index) for article in articles)]
+        pool = queries if self._queries is None else torch.cat([self._queries, queries])
+        rows = []
+        for row in range(earlier, len(identities)):
+            following = [*range(row + 1, len(identities)), *range(earlier, row), *reversed(range(earlier))]
+            others = [other for other in following if identities[other] != identities[row]]
+            if not others:
+                raise ValueError(
+                    "the content control takes queries from a trajectory on another article, but all trajectories so "
+                    f"far are on {articles[0].title!r}; evaluate on more articles, or raise generation_batch_size"
+                )
+            rows.append(others[0])
+        self._articles, self._queries = identities[earlier:], queries
+        return pool[rows]
+
+
+def score_queries(
+    sampler: TrajectorySampler,
+    batch: ArticleBatch,
+    trajectory: Trajectory,
+    control_queries: Tensor,
+    *,
+    num_counterfactuals: int = 4,
+) -> QueryGains:
+    """Score the policy's queries and others in their place.
+
+    Args:
+        sampler: what rolled the trajectories out.
+        batch: the articles that they read.
+        trajectory: the trajectories.
+        control_queries: the policy's queries from trajectories on other articles, ``[B, T, L]`` int64.
+        num_counterfactuals: queries of the base model at each step, at least 1; the first is the rollout's own.
+
+    Returns:
+        The gains.
+
+    Raises:
+        ValueError: there is no counterfactual.
+    """
+    if num_counterfactuals < 1:
+        raise ValueError(f"num_counterfactuals must be at least 1, got {num_counterfactuals}")
+    with sampler.policy.inference(), sampler.policy.reference():
+        return _Replay(sampler, batch, trajectory, control_queries).score(num_counterfactuals)
+
+
+class _Replay:
+    """The base model following trajectories that were rolled out."""
+
+    def __init__(
+        self, sampler: TrajectorySampler, batch: ArticleBatch, trajectory: Trajectory, control_queries: Tensor
+    ) -> None:
+        self._sampler = sampler
+        self._trajectory = trajectory
+        self._control_queries = control_queries
+        self._other_columns = self._draw_other_columns(sampler.settings.seed)
+        keys = trajectory.memory.key_tokens.shape[2]
+        # A key in a query's place may be longer.
+        capacity = sampler.cache_capacity(batch) + max(0, keys - sampler.settings.tokens_per_query)
+        self._reader = ContextReader(sampler.policy, sampler.prompt(batch), capacity)
+
+    def _draw_other_columns(self, seed: int) -> Tensor:
+        """Draw for each step a column of the memory other than the one read there, ``[B, T]``."""
+        chosen = self._trajectory.stack("selected_index").cpu()
+        num_pairs = self._trajectory.memory.pair_numbers.shape[1]
+        episodes = self._trajectory.episodes.tolist()
+        noise = episode_noise(seed, episodes, Purpose.EVALUATION, (chosen.shape[1],))
+        # One of the M - 1 others, counted on from the chosen one; a memory of one pair has no other.
+        shift = 1 + (noise * max(1, num_pairs - 1)).long()
+        return (chosen + shift) % num_pairs
+
+    def score(self, num_counterfactuals: int) -> QueryGains:
+        """Follow the trajectories to their end."""
+        trajectory, settings = self._trajectory, self._sampler.settings
+        noise = episode_noise(
+            settings.seed,
+            trajectory.episodes.tolist(),
+            Purpose.COUNTERFACTUAL,
+            (num_counterfactuals, settings.num_steps, settings.tokens_per_query),
+        ).to(self._sampler.policy.device)
+        scores: dict[str, list[Tensor]] = {}
+        counterfactuals: list[Tensor] = []
+        num_steps = len(trajectory.steps)
+        for number, step in enumerate(trajectory.steps):
+            block, value_start = self._sampler.response(step.selected_pair, is_last=number == num_steps - 1)
+            value = step.selected_pair.value_tokens
+            response = block[:, : value_start + value.shape[1]]
+            for name, query in self._queries(number).items():
+                scores.setdefault(name, []).append(self._score_behind(query, response, value))
+            drawn = [step.counterfactual_value_logprob]
+            drawn += [self._score_counterfactual(noise[:, k, number], response, value) for k in range(1, len(noise[0]))]
+            counterfactuals.append(torch.stack(drawn, dim=1))
+            self._reader.read(torch.cat([step.query_tokens, block], dim=1))
+        behind_counterfactuals = torch.stack(counterfactuals, dim=1)
+        baseline = behind_counterfactuals.mean(dim=2)
+        scores[POLICY] = [step.base_value_logprob for step in trajectory.steps]
+        gains = {name: (torch.stack(steps, dim=1) - baseline).mean(dim=1) for name, steps in scores.items()}
+        spread = behind_counterfactuals.std(dim=2, correction=0).mean(dim=1)
+        return QueryGains(gains, spread)
+
+    def _queries(self, number: int) -> dict[str, Tensor]:
+        """What stands in the place of the policy's query at a step."""
+        step, memory = self._trajectory.steps[number], self._trajectory.memory
+        queries = {
+            EMPTY: step.query_tokens[:, :0],
+            OWN_KEY: step.selected_pair.key_tokens,
+            CONTROL: self._control_queries[:, number],
+        }
+        if memory.pair_numbers.shape[1] > 1:
+            other = self._other_columns[:, number].to(memory.key_tokens.device)
+            queries[OTHER_KEY] = memory.gather(other).key_tokens
+        return queries
+
+    def _score_behind(self, query: Tensor, response: Tensor, value: Tensor) -> Tensor:
+        """Log-probability of a value behind a query in the present context, ``[B]``."""
+        token_ids = torch.cat([query, response], dim=1)
+        self._reader.mark()
+        hidden = self._reader.read(token_ids)
+        self._reader.roll_back(token_ids.shape[1])
+        return self._sampler.score(hidden, token_ids.shape[1] - value.shape[1], value)
+
+    def _score_counterfactual(self, noise: Tensor, response: Tensor, value: Tensor) -> Tensor:
+        """Log-probability of a value behind a query that the base model samples, ``[B]``."""
+        self._reader.mark()
+        query = self._reader.decode(noise, read_last=False)
+        token_ids = torch.cat([query.token_ids[:, -1:], response], dim=1)
+        hidden = self._reader.read(token_ids)
+        self._reader.roll_back(noise.shape[1] - 1 + token_ids.shape[1])
+        return self._sampler.score(hidden, token_ids.shape[1] - value.shape[1], value)

@@ -1,0 +1,205 @@
+"""A policy on held-out articles, in two tables: what its orders are worth, and what its queries are (design §11).
+
+Both are paired: every row of a table was measured on the same memories and contexts. Intervals are 95%, bootstrapped
+over articles. Knows nothing about the trainer; a sampler and batches of articles come in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from attention_rl_trainer.evaluation.estimates import Estimate, clustered_mean, clustered_ratio
+from attention_rl_trainer.evaluation.orders import BEST, ORACLE, RANDOM, WORST, score_orders
+from attention_rl_trainer.evaluation.queries import CONTROL, EMPTY, POLICY, ControlQueries, score_queries
+from attention_rl_trainer.pairs import ArticleBatch
+from attention_rl_trainer.rollout import TrajectorySampler
+from attention_rl_trainer.tokenization import PlainTextEncoder
+from attention_rl_trainer.types import Trajectory
+
+LEARNED = "learned"
+
+
+@dataclass(frozen=True)
+class EvaluationTables:
+    """What was measured, each figure with its interval.
+
+    Attributes:
+        orders: mean log-probability of the values by the order's rule, nats per token.
+        order_gains: each order less the random one, on the same memories.
+        share_closed: share of the gap between the random order and the oracle's that each order closes.
+        queries: gain of each query over those that the base model samples, nats per token.
+        policy_less: gain of the policy's query less that of another, on the same trajectories.
+        parts: reward of the trajectories and its parts, nats per token, and how easy the chosen values are.
+        settings: what the figures depend on.
+    """
+
+    orders: dict[str, Estimate]
+    order_gains: dict[str, Estimate]
+    share_closed: dict[str, Estimate]
+    queries: dict[str, Estimate]
+    policy_less: dict[str, Estimate]
+    parts: dict[str, Estimate]
+    settings: dict[str, int | float | str]
+
+    def metrics(self) -> dict[str, float]:
+        """Name the figures that tell whether a policy has learned anything, nats per token and a share."""
+        return {
+            "order_over_random": self.order_gains[LEARNED].mean,
+            "order_share_closed": self.share_closed[LEARNED].mean,
+            "query_over_counterfactuals": self.queries[POLICY].mean,
+            "query_over_empty": self.policy_less[EMPTY].mean,
+            "query_over_control": self.policy_less[CONTROL].mean,
+        }
+
+    def to_markdown(self) -> str:
+        """Write both tables as Markdown."""
+        orders = [
+            [name, str(score), str(self.order_gains.get(name, "")), str(self.share_closed.get(name, ""))]
+            for name, score in sorted(self.orders.items(), key=lambda item: -item[1].mean)
+        ]
+        queries = [[name, str(gain)] for name, gain in sorted(self.queries.items(), key=lambda item: -item[1].mean)]
+        less = [[f"policy less {name}", str(gain)] for name, gain in self.policy_less.items()]
+        parts = [[name.replace("_", " "), str(value)] for name, value in self.parts.items()]
+        first = next(iter(self.queries.values()))
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return "\n\n".join(
+            [
+                f"{first.num_values} trajectories on {first.num_clusters} articles; nats per token, with 95% intervals "
+                f"bootstrapped over articles. {settings}.",
+                "### Orders, scored by the base model behind empty queries",
+                _table(["order", "log-probability of the values", "less random", "share of the gap closed"], orders),
+                "### Queries, under the policy's own order, scored by the base model",
+                _table(["query", "gain over what the base model samples"], queries + less),
+                "### The trajectories",
+                _table(["", "mean"], parts),
+                "",
+            ]
+        )
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write ``evaluation.json`` and ``evaluation.md``.
+
+        Args:
+            folder: where; made if it is missing.
+
+        Returns:
+            The files.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        contents = {
+            "evaluation.json": json.dumps(asdict(self), indent=2, allow_nan=False) + "\n",
+            "evaluation.md": self.to_markdown(),
+        }
+        for name, text in contents.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        return [folder / name for name in contents]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+class TableBuilder:
+    """Collects what a policy's trajectories and orders are worth, batch by batch.
+
+    Args:
+        sampler: policy, environment and settings.
+        encoder: turns ids into the text that BM25 compares.
+        num_counterfactuals: queries of the base model at each step.
+        num_random: random orders of a memory that is too large to score all of its orders.
+    """
+
+    def __init__(
+        self,
+        sampler: TrajectorySampler,
+        encoder: PlainTextEncoder,
+        *,
+        num_counterfactuals: int = 4,
+        num_random: int = 8,
+    ) -> None:
+        self._sampler = sampler
+        self._encoder = encoder
+        self._num_counterfactuals = num_counterfactuals
+        self._num_random = num_random
+        self._control = ControlQueries()
+        self._articles: list[str] = []
+        self._orders: dict[str, list[float]] = {}
+        self._queries: dict[str, list[float]] = {}
+        self._parts: dict[str, list[float]] = {}
+
+    def add(self, batch: ArticleBatch, trajectory: Trajectory) -> None:
+        """Measure trajectories that the sampler rolled out.
+
+        Args:
+            batch: the articles that they read.
+            trajectory: the trajectories.
+
+        Raises:
+            ValueError: all trajectories so far are on one article.
+        """
+        control = self._control.take(batch.articles, trajectory.stack("query_tokens"))
+        queries = score_queries(
+            self._sampler, batch, trajectory, control, num_counterfactuals=self._num_counterfactuals
+        )
+        episodes = trajectory.episodes.tolist()
+        orders = score_orders(self._sampler, batch, episodes, self._encoder, num_random=self._num_random)
+        for name, gains in queries.gains.items():
+            _extend(self._queries, name, gains.tolist())
+        for record in orders:
+            for name, score in record.scores.items():
+                _extend(self._orders, name, [score])
+        _extend(self._parts, "reward", trajectory.avg_reward.tolist())
+        for name in ("query_gain", "model_gain"):
+            _extend(self._parts, name, trajectory.stack(name).mean(dim=1).tolist())
+        _extend(self._parts, "chosen_ease", [record.chosen_ease for record in orders])
+        self._articles += [f"{article.source}:{article.article_index}" for article in batch.articles]
+
+    def build(self) -> EvaluationTables:
+        """Estimate every figure.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        articles = self._articles
+        if not articles:
+            raise ValueError("nothing was measured: add trajectories before building the tables")
+        oracle = self._orders.get(BEST, self._orders.get(ORACLE, []))
+        random = self._orders.get(RANDOM, [])
+        gap = _less(oracle, random)
+        others = {name: scores for name, scores in self._orders.items() if name not in (RANDOM, BEST, WORST)}
+        return EvaluationTables(
+            orders=_estimates(self._orders, articles),
+            order_gains=_estimates(
+                {name: _less(scores, random) for name, scores in self._orders.items() if name != RANDOM}, articles
+            ),
+            share_closed={
+                name: clustered_ratio(_less(scores, random), gap, articles) for name, scores in others.items()
+            },
+            queries=_estimates(self._queries, articles),
+            policy_less=_estimates(
+                {name: _less(self._queries[POLICY], self._queries[name]) for name in (EMPTY, CONTROL)}, articles
+            ),
+            parts=_estimates(self._parts, articles),
+            settings={
+                "seed": self._sampler.settings.seed,
+                "T": self._sampler.settings.num_steps,
+                "L": self._sampler.settings.tokens_per_query,
+                "counterfactuals": self._num_counterfactuals,
+            },
+        )
+
+
+def _extend(columns: dict[str, list[float]], name: str, values: Iterable[float]) -> None:
+    columns.setdefault(name, []).extend(values)
+
+
+def _less(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [value - other for value, other in zip(values, others, strict=True)]
+
+
+def _estimates(columns: Mapping[str, Sequence[float]], articles: Sequence[str]) -> dict[str, Estimate]:
+    return {name: clustered_mean(values, articles) for name, values in columns.items()}
