@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attention_rl_trainer.base_models import choose_base_model, load_base_model, load_tokenizer
 from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.health import HealthLimits, expected_kept_fraction, max_selector_entropy
 from attention_rl_trainer.policy import PolicyModel, base_language_model, output_head
 from attention_rl_trainer.rollout import RolloutSettings
 from attention_rl_trainer.tokenization import allowed_token_ids
@@ -130,4 +131,17 @@ def loss_settings(args: AttentionGuidedRLConfig) -> LossSettings:
         epsilon=args.epsilon,
         use_importance_ratios=args.num_iterations > 1,
         disable_dropout=args.disable_dropout,
+    )
+
+
+def health_limits(args: AttentionGuidedRLConfig) -> HealthLimits:
+    """Derive from the options what would be out of the ordinary.
+
+    Args:
+        args: the run's options.
+    """
+    return HealthLimits(
+        max_selector_entropy=max_selector_entropy(args.pair_shape.memory_size, args.steps_per_trajectory),
+        expected_kept=expected_kept_fraction(args.filter_threshold),
+        has_kl=args.beta > 0 and args.kl_reference == "previous",
     )

@@ -53,6 +53,7 @@ _AT_LEAST_ZERO = (
     "order_coef",
     "entropy_coef",
     "log_trajectory_steps",
+    "overfit_articles",
 )
 _ABOVE_ZERO = ("query_temperature", "selection_temperature", "epsilon", "learning_rate")
 
@@ -103,6 +104,13 @@ class AttentionGuidedRLConfig(TrainingArguments):
         default="start",
         metadata=_help(
             "Which pairs of an article take part: its first N ('start') or a random run of as many ('random')."
+        ),
+    )
+    overfit_articles: int = field(
+        default=0,
+        metadata=_help(
+            "Train on the first so many usable articles alone, each with one and the same memory in every epoch: what "
+            "cannot even be learned by heart is broken. 0 for all articles."
         ),
     )
     include_key_in_context: bool = field(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from attention_rl_trainer.articles import ArticleStream, PositionedArticle, StreamPosition
+from attention_rl_trainer.articles import Article, ArticleStream, PositionedArticle, StreamPosition
 from attention_rl_trainer.tokenization import PlainTextEncoder
 from attention_rl_trainer.types import KeyValuePairs
 
@@ -236,6 +236,8 @@ def iter_article_pairs(
     seed: int,
     skipped: Counter[str],
     first_whole_epoch: int = 0,
+    *,
+    same_memory: bool = False,
 ) -> Iterator[ArticlePairs]:
     """Turn articles into the pairs of one trajectory each; too short ones are counted and passed over.
 
@@ -247,6 +249,7 @@ def iter_article_pairs(
         skipped: counts of the articles passed over, by reason; ``"too_short"`` is added here.
         first_whole_epoch: the first epoch that is iterated from its beginning; an earlier one, entered in its middle,
             may well have no usable article left.
+        same_memory: whether an article gives the same pairs in every epoch.
 
     Yields:
         The pairs of one article at a time.
@@ -265,7 +268,7 @@ def iter_article_pairs(
             skipped["too_short"] += 1
             continue
         num_used += 1
-        generator = np.random.default_rng([seed, item.position.epoch, item.row])
+        generator = np.random.default_rng([seed, 0 if same_memory else item.position.epoch, item.row])
         example, chunks, numbers = draw_pairs(token_ids, shape, generator)
         reference = ArticleReference(
             item.article.title, item.article.source, item.position.epoch, item.row, item.next_position
@@ -283,6 +286,32 @@ def _expect_usable_articles(num_used: int, longest: int, shape: PairShape, skipp
             f"{shape.min_article_tokens} tokens, the longest has {longest}. Use longer articles, or lower "
             "num_kv_pairs, tokens_per_key or tokens_per_value"
         )
+
+
+def first_usable_articles(
+    articles: Iterable[PositionedArticle], encoder: PlainTextEncoder, shape: PairShape, count: int
+) -> list[Article]:
+    """Take the first articles that are long enough.
+
+    Args:
+        articles: articles in their order, not endless.
+        encoder: text to ids.
+        shape: lengths and counts.
+        count: how many.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    usable: list[Article] = []
+    for item in articles:
+        if len(encoder.encode(item.article.text)) >= shape.min_article_tokens:
+            usable.append(item.article)
+        if len(usable) == count:
+            return usable
+    raise ValueError(
+        f"overfit_articles is {count}, but only {len(usable)} articles have the {shape.min_article_tokens} tokens that "
+        "num_kv_pairs, tokens_per_key and tokens_per_value ask for"
+    )
 
 
 def collate_article_pairs(rows: Sequence[ArticlePairs], tokens_per_key: int) -> ArticleBatch:
@@ -362,18 +391,34 @@ class ArticlePairsDataset(IterableDataset[ArticlePairs]):
         encoder: text to ids.
         shape: lengths and counts.
         seed: seed of the subset draws.
+        same_memory: whether an article gives the same pairs in every epoch.
     """
 
-    def __init__(self, stream: ArticleStream, encoder: PlainTextEncoder, shape: PairShape, seed: int) -> None:
+    def __init__(
+        self,
+        stream: ArticleStream,
+        encoder: PlainTextEncoder,
+        shape: PairShape,
+        seed: int,
+        *,
+        same_memory: bool = False,
+    ) -> None:
         self.stream = stream
         self.encoder = encoder
         self.shape = shape
         self.seed = seed
+        self.same_memory = same_memory
 
     def __iter__(self) -> Iterator[ArticlePairs]:
         """Iterate from the stream's position."""
         start = self.stream.position
         first_whole_epoch = start.epoch if start.index == 0 else start.epoch + 1
         yield from iter_article_pairs(
-            self.stream, self.encoder, self.shape, self.seed, self.stream.skipped, first_whole_epoch
+            self.stream,
+            self.encoder,
+            self.shape,
+            self.seed,
+            self.stream.skipped,
+            first_whole_epoch,
+            same_memory=self.same_memory,
         )

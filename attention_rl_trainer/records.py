@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from attention_rl_trainer.filtering import RewardStatistics
@@ -82,6 +83,21 @@ def ledger_rows(
     return rows
 
 
+def repetition(token_ids: Tensor) -> Tensor:
+    """Measure how much of each sequence repeats what stands in it before.
+
+    Args:
+        token_ids: ``[..., L]`` int64.
+
+    Returns:
+        Share of the tokens that occurred earlier in their sequence, ``[...]``; 0 where all differ, 1 - 1/L where none
+        does.
+    """
+    is_same = token_ids[..., :, None] == token_ids[..., None, :]
+    earlier = torch.ones(token_ids.shape[-1:] * 2, dtype=torch.bool, device=token_ids.device).tril(-1)
+    return (is_same & earlier).any(dim=-1).float().mean(dim=-1)
+
+
 def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
     """Summarize a rollout batch.
 
@@ -99,6 +115,7 @@ def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
         "query_gain": trajectory.stack("query_gain").mean(),
         "model_gain": trajectory.stack("model_gain").mean(),
         "query_entropy": trajectory.stack("query_entropy").mean(),
+        "query_repetition": repetition(trajectory.stack("query_tokens")).mean(),
         "selector_entropy": entropy(probabilities).mean(),
         "selector_max": probabilities.max(dim=-1).values.mean(),
     }

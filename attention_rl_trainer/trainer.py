@@ -31,6 +31,7 @@ from attention_rl_trainer.adapters import AdapterSnapshot, add_adapter
 from attention_rl_trainer.articles import Article, ArticleStream, ArticleTable, StreamPosition
 from attention_rl_trainer.assembly import (
     build_policy,
+    health_limits,
     load_named_model,
     loss_settings,
     rollout_settings,
@@ -53,10 +54,16 @@ from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.diagnostics import peak_memory_gib, phase
 from attention_rl_trainer.evaluation import TableBuilder, evaluate_policy
 from attention_rl_trainer.filtering import RewardStatistics, keep_mask
+from attention_rl_trainer.health import HealthMonitor
 from attention_rl_trainer.ledger import Ledger, LedgerRow
 from attention_rl_trainer.losses import step_advantages
 from attention_rl_trainer.memory import DifferentiableEnvironment, KVMemoryEnvironment, MemoryEnvironment
-from attention_rl_trainer.pairs import ArticleBatch, ArticlePairsDataset, collate_article_pairs
+from attention_rl_trainer.pairs import (
+    ArticleBatch,
+    ArticlePairsDataset,
+    collate_article_pairs,
+    first_usable_articles,
+)
 from attention_rl_trainer.policy import (
     base_language_model,
     dropout_disabled,
@@ -187,6 +194,7 @@ class AttentionGuidedRLTrainer(Trainer):
         self.run_state = RunState()
         self.snapshot.refresh()
         self._metrics = MetricsBuffer()
+        self._health = HealthMonitor(health_limits(self.args))
         self._window: list[KeptTrajectories] = []
         # Trajectories of the present update, known at its first batch; `None` between two updates.
         self._window_trajectories: int | None = None
@@ -270,7 +278,13 @@ class AttentionGuidedRLTrainer(Trainer):
         )
 
     def _loader(self, stream: ArticleStream, batch_size: int) -> DataLoader[Any]:
-        rows = ArticlePairsDataset(stream, self.encoder, self.args.pair_shape, self.args.seed)
+        rows = ArticlePairsDataset(
+            stream,
+            self.encoder,
+            self.args.pair_shape,
+            self.args.seed,
+            same_memory=self.args.overfit_articles > 0,
+        )
         return DataLoader(
             rows,
             batch_size=batch_size,
@@ -283,7 +297,12 @@ class AttentionGuidedRLTrainer(Trainer):
         """Return an endless loader of article batches, from the position of the run on."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset of articles; give one to the trainer")
-        self._stream = self._article_stream(self.train_dataset, self.run_state.position, evaluation=False)
+        articles = self.train_dataset
+        if self.args.overfit_articles > 0:
+            # In the order of the source, once.
+            once = self._article_stream(articles, StreamPosition(), evaluation=True)
+            articles = first_usable_articles(once, self.encoder, self.args.pair_shape, self.args.overfit_articles)
+        self._stream = self._article_stream(articles, self.run_state.position, evaluation=False)
         self._skipped_before = dict(self.run_state.skipped)
         return self._loader(self._stream, self.args.generation_batch_size)
 
@@ -560,6 +579,8 @@ class AttentionGuidedRLTrainer(Trainer):
         if "loss" in logs:
             self._metrics.add({"updates": self.run_state.num_updates})
             logs = {**logs, **self._metrics.drain()}
+            for warning in self._health.observe(logs):
+                logger.warning("Step %d: %s", self.state.global_step, warning)
         super().log(logs, start_time)
 
     # ---- Evaluation ----

@@ -1,0 +1,164 @@
+"""A language with a planted signal: topics, of which some are worth asking for, and one that must be read first.
+
+An article is nine pairs. A key is the two-word name of a topic, a value two symbols out of sixteen. Pair 0 is always of
+the example topic; the other eight pairs, one of each topic, stand in random order:
+
+=========== ====== ================================================================================
+role        topics value
+=========== ====== ================================================================================
+revealing   1      two random symbols, new in every article
+revealed    2      the revealing topic's two symbols: predictable once that was read, else noise
+predictable 2      a fixed symbol of the topic and a random one
+noise       3      two random symbols
+=========== ====== ================================================================================
+
+A reader who knows the language predicts a value the better, the better the query named its topic. With three values to
+read the best plan is: the revealing topic, then both revealed ones. Its first step earns nothing by itself.
+
+Knows nothing about models or training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from attention_rl_trainer.tokenization import QUERY_SEPARATOR, RESPONSE_SEPARATOR
+
+NUM_TOPICS, NUM_SYMBOLS = 8, 16
+EXAMPLE_TOPIC = NUM_TOPICS
+REVEALING, REVEALED, PREDICTABLE, NOISE = 0, (1, 2), (3, 4), (5, 6, 7)
+NAME_LENGTH = VALUE_LENGTH = 2
+NUM_STEPS = 3
+# A reader cannot be certain that a query named the pair that was drawn: so often, in what it is taught, it did not.
+MISMATCH = 0.1
+
+_UNKNOWN, _QUERY, _RESPONSE = 0, 1, 2
+_FIRST_NAME = 3
+_SECOND_NAME = _FIRST_NAME + NUM_TOPICS + 1
+_SYMBOL = _SECOND_NAME + NUM_TOPICS + 1
+VOCABULARY_SIZE = _SYMBOL + NUM_SYMBOLS
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a tokenizer of the language's words; whatever is no word of it becomes ``unknown``."""
+    words = ["unknown", QUERY_SEPARATOR.strip(), RESPONSE_SEPARATOR.strip()]
+    words += [f"{first}{topic}" for first in ("topic", "part") for topic in range(NUM_TOPICS + 1)]
+    words += [f"symbol{number}" for number in range(NUM_SYMBOLS)]
+    tokenizer = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, unk_token=words[_UNKNOWN]))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)  # type: ignore[no-untyped-call]  # not annotated upstream
+
+
+def topic_names() -> Tensor:
+    """Return every topic's name, the example topic's last, ``[topics + 1, 2]`` int64."""
+    topics = torch.arange(NUM_TOPICS + 1)
+    return torch.stack([_FIRST_NAME + topics, _SECOND_NAME + topics], dim=1)
+
+
+def topic_values(count: int, generator: np.random.Generator) -> Tensor:
+    """Draw every topic's value in some articles.
+
+    Args:
+        count: articles.
+        generator: source of randomness.
+
+    Returns:
+        ``[count, topics + 1, 2]`` int64, the example topic's last.
+    """
+    symbols: NDArray[np.int64] = generator.integers(0, NUM_SYMBOLS, (count, NUM_TOPICS + 1, VALUE_LENGTH))
+    symbols[:, REVEALED] = symbols[:, [REVEALING]]
+    symbols[:, PREDICTABLE, 0] = PREDICTABLE
+    return torch.from_numpy(symbols) + _SYMBOL
+
+
+@dataclass(frozen=True)
+class Articles:
+    """Articles of the language.
+
+    Attributes:
+        texts: as a data set holds them.
+    """
+
+    texts: list[str]
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """The rows of a data set."""
+        return [{"title": f"article {number}", "text": text} for number, text in enumerate(self.texts)]
+
+
+def write_articles(count: int, seed: int) -> Articles:
+    """Write articles.
+
+    Args:
+        count: how many.
+        seed: seed of values and orders.
+    """
+    generator = np.random.default_rng([seed, 1])
+    tokenizer, names, values = build_tokenizer(), topic_names(), topic_values(count, generator)
+    texts = []
+    for number in range(count):
+        order = [EXAMPLE_TOPIC, *generator.permutation(NUM_TOPICS).tolist()]
+        ids = torch.cat([torch.cat([names[topic], values[number, topic]]) for topic in order])
+        texts.append(" ".join(tokenizer.convert_ids_to_tokens(ids.tolist())))
+    return Articles(texts)
+
+
+def prompt_of(values: Tensor) -> Tensor:
+    """Lay out the in-context example and the separator of the first query.
+
+    Args:
+        values: every topic's value, ``[n, topics + 1, 2]`` int64.
+
+    Returns:
+        ``[n, 7]`` int64.
+    """
+    rows = len(values)
+    name = topic_names()[EXAMPLE_TOPIC].expand(rows, -1)
+    query, response = (torch.full((rows, 1), separator) for separator in (_QUERY, _RESPONSE))
+    return torch.cat([query, name, response, values[:, EXAMPLE_TOPIC], query], dim=1)
+
+
+def step_of(names: Tensor, values: Tensor) -> Tensor:
+    """Lay out a query, the response to it, and the separator of the next query.
+
+    Args:
+        names: the queries, ``[n, 2]`` int64.
+        values: the values, ``[n, 2]`` int64.
+
+    Returns:
+        ``[n, 6]`` int64.
+    """
+    query, response = (torch.full((len(names), 1), separator) for separator in (_QUERY, _RESPONSE))
+    return torch.cat([names, response, values, query], dim=1)
+
+
+def draw_sequences(count: int, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Draw what the base model is taught: every topic asked for once, in random order, and a value after each.
+
+    With probability `MISMATCH` a value is that of another topic.
+
+    Args:
+        count: sequences.
+        generator: source of randomness.
+
+    Returns:
+        The sequences, ``[count, 7 + 6 · topics]`` int64, and the topics asked for, ``[count, topics]`` int64.
+    """
+    values = topic_values(count, generator)
+    asked = torch.from_numpy(generator.permuted(np.tile(np.arange(NUM_TOPICS), (count, 1)), axis=1))
+    other = (asked + torch.from_numpy(generator.integers(1, NUM_TOPICS, asked.shape))) % NUM_TOPICS
+    is_mismatch = torch.from_numpy(generator.random(asked.shape) < MISMATCH)
+    read = torch.where(is_mismatch, other, asked)
+    rows, names = torch.arange(count), topic_names()
+    steps = [step_of(names[asked[:, step]], values[rows, read[:, step]]) for step in range(NUM_TOPICS)]
+    return torch.cat([prompt_of(values), *steps], dim=1), asked

@@ -1,0 +1,175 @@
+"""One run of the self-test: a base model is taught, the shipped trainer trains on it, and the gap is measured.
+
+    attention-rl selftest
+
+Everything between the base model and the gap is what users get: `AttentionGuidedRLTrainer` with its rollout, attention
+selector, filter of 1 SD, warm-up and LoRA of rank 8.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from attention_rl_trainer.articles import ArticleStream
+from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.pairs import ArticleBatch, collate_article_pairs, iter_article_pairs
+from attention_rl_trainer.selftest.gap import BaseReader, KnownPolicies, Plan, enumerate_policies, trajectory_gains
+from attention_rl_trainer.selftest.language import (
+    NAME_LENGTH,
+    NUM_STEPS,
+    NUM_TOPICS,
+    VALUE_LENGTH,
+    build_tokenizer,
+    topic_names,
+    topic_values,
+    write_articles,
+)
+from attention_rl_trainer.selftest.teaching import lesson_learned, teach
+from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
+
+_NUM_ARTICLES = 1024
+_NUM_FRESH = 512
+_NUM_ENUMERATED = 16
+_FRESH_SEED_OFFSET = 10**6
+
+
+@dataclass(frozen=True)
+class SelfTestResult:
+    """What one seed gave.
+
+    Attributes:
+        seed: the seed.
+        known: the best and the random policy.
+        untrained: mean gain of the policy before training, nats per token.
+        trained: after it.
+        model_gain: what the adapted reader itself gained, which does not count, nats per token.
+        plans: how often each plan was followed after training, most frequent first.
+        lesson: what the base model had learned.
+        seconds: time of teaching, training and measuring.
+    """
+
+    seed: int
+    known: KnownPolicies
+    untrained: float
+    trained: float
+    model_gain: float
+    plans: dict[Plan, float]
+    lesson: dict[str, float]
+    seconds: float
+
+    @property
+    def gap_closed(self) -> float:
+        """Share of the gap between the random and the best policy that training closed."""
+        return self.known.gap_closed(self.trained)
+
+
+def selftest_config(folder: Path, seed: int, **changes: Any) -> AttentionGuidedRLConfig:
+    """Make the options of a run: the defaults, but for sizes, learning rate and output.
+
+    Args:
+        folder: where the run writes.
+        seed: its seed.
+        changes: other options.
+    """
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "seed": seed,
+        "num_kv_pairs": NUM_TOPICS + 1,
+        "subset_fraction": 1.0,
+        "num_steps": NUM_STEPS,
+        "tokens_per_query": NAME_LENGTH,
+        "tokens_per_key": NAME_LENGTH,
+        "tokens_per_value": VALUE_LENGTH,
+        "generation_batch_size": 64,
+        "training_batch_size": 64,
+        "num_episodes": 64 * 150,
+        "save_episodes": 64 * 150,
+        "learning_rate": 3e-3,
+        "optim": "adamw_torch",
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_trajectory_steps": 0,
+        "report_at_end": False,
+    }
+    return AttentionGuidedRLConfig(**options | changes)
+
+
+def run_seed(
+    seed: int,
+    folder: Path,
+    *,
+    base: PreTrainedModel | None = None,
+    trainer_class: type[AttentionGuidedRLTrainer] = AttentionGuidedRLTrainer,
+    **changes: Any,
+) -> SelfTestResult:
+    """Teach, train and measure.
+
+    Args:
+        seed: seed of everything.
+        folder: where the run writes; what it would print goes into ``run.log`` there.
+        base: a model that was taught with the same seed, which stays as it is; by default one is taught.
+        trainer_class: the trainer.
+        changes: options of the run that differ from `selftest_config`.
+    """
+    started = time.perf_counter()
+    base = teach(seed) if base is None else copy.deepcopy(base)
+    lesson = lesson_learned(base, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "run.log").open("w", encoding="utf-8") as log, redirect_stdout(log):
+        trainer = trainer_class(
+            model=base,
+            args=selftest_config(folder, seed, **changes),
+            train_dataset=write_articles(_NUM_ARTICLES, seed).rows,
+            processing_class=build_tokenizer(),
+        )
+        reader = BaseReader(trainer.policy)
+        values = topic_values(_NUM_ENUMERATED, np.random.default_rng([seed, _FRESH_SEED_OFFSET]))
+        known = enumerate_policies(reader, values)
+        untrained, _, _ = measure(trainer, reader, seed)
+        trainer.train()
+        trained, model_gain, plans = measure(trainer, reader, seed)
+    return SelfTestResult(seed, known, untrained, trained, model_gain, plans, lesson, time.perf_counter() - started)
+
+
+def measure(trainer: AttentionGuidedRLTrainer, reader: BaseReader, seed: int) -> tuple[float, float, dict[Plan, float]]:
+    """Let a policy read fresh articles.
+
+    Args:
+        trainer: its policy is measured.
+        reader: the base model.
+        seed: seed of the run; the articles are others.
+
+    Returns:
+        Mean gain of the queries, mean model gain, nats per token, and the share of the trajectories that followed
+        each plan.
+    """
+    gains, model_gains, plans = [], [], Counter[Plan]()
+    for first, batch in _fresh_batches(trainer, seed + _FRESH_SEED_OFFSET):
+        trajectory = trainer.sampler.sample(batch, range(first, first + len(batch)))
+        gains.append(trajectory_gains(reader, trajectory))
+        model_gains.append(trajectory.stack("model_gain").mean(dim=1))
+        keys = torch.stack([step.selected_pair.key_tokens[:, 0] for step in trajectory.steps], dim=1)
+        plans.update(tuple(row) for row in torch.searchsorted(topic_names()[:, 0], keys).tolist())
+    shares = {plan: count / _NUM_FRESH for plan, count in plans.most_common(5)}
+    return torch.cat(gains).mean().item(), torch.cat(model_gains).mean().item(), shares
+
+
+def _fresh_batches(trainer: AttentionGuidedRLTrainer, seed: int) -> Iterator[tuple[int, ArticleBatch]]:
+    stream = ArticleStream(write_articles(_NUM_FRESH, seed).rows, source="fresh articles", seed=seed, num_epochs=1)
+    pairs = iter_article_pairs(stream, trainer.encoder, trainer.args.pair_shape, seed, Counter())
+    rows = list(pairs)
+    for first in range(0, len(rows), 256):
+        # Numbers that no episode of the training has.
+        yield _FRESH_SEED_OFFSET + first, collate_article_pairs(rows[first : first + 256], NAME_LENGTH)
