@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ class TestLanguage:
 
 
 @pytest.fixture
-def policy() -> Iterator[PolicyModel]:
+def policy() -> PolicyModel:
     """An adapted policy over a model that was taught nothing, far from uniform."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -102,7 +101,7 @@ def policy() -> Iterator[PolicyModel]:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.5)
-    yield PolicyModel(model, torch.arange(VOCABULARY_SIZE))
+    return PolicyModel(model, torch.arange(VOCABULARY_SIZE))
 
 
 def read_slowly(policy: PolicyModel, context: torch.Tensor, name: torch.Tensor, value: torch.Tensor) -> list[float]:
