@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from attention_rl_trainer.evaluation.orders import (
     score_orders,
 )
 from attention_rl_trainer.pairs import ArticleBatch
+from attention_rl_trainer.policy import deterministic_inference
 from attention_rl_trainer.rollout import TrajectorySampler
 from attention_rl_trainer.tokenization import PlainTextEncoder
 
@@ -88,7 +90,7 @@ def score_by_whole_forwards(sampler: TrajectorySampler, batch: ArticleBatch, ord
         starts.append(sum(len(part) for part in sequence))
         sequence += [batch.value_tokens[row, column], query]
     ids = torch.cat(sequence)[None]
-    with torch.no_grad(), sampler.policy.model.disable_adapter():
+    with deterministic_inference(sampler.policy.model), sampler.policy.model.disable_adapter():
         log_probabilities = sampler.policy.model(ids).logits.log_softmax(-1)[0]
     length = batch.value_tokens.shape[2]
     return [
@@ -182,7 +184,8 @@ def test_the_learned_order_is_the_rollouts(model: PreTrainedModel, tokenizer: Pr
     rolled_out = whole.sample(batch, range(4)).stack("selected_index")
     assert learned == [tuple(row) for row in rolled_out.tolist()]
     # Fewer steps in training are the beginning of it.
-    short = make_sampler(model, tokenizer, num_steps=2)
+    settings = replace(whole.settings, num_steps=2)
+    short = TrajectorySampler(whole.policy, whole.environment, whole._separators, settings)
     assert attention_orders(short, batch, range(4), untrained=False) == learned
     assert short.sample(batch, range(4)).stack("selected_index").tolist() == [list(order[:2]) for order in learned]
 

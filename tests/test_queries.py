@@ -22,12 +22,13 @@ from attention_rl_trainer.evaluation.queries import (
     score_queries,
 )
 from attention_rl_trainer.pairs import ArticleReference
+from attention_rl_trainer.policy import deterministic_inference
 from attention_rl_trainer.rollout import TrajectorySampler
 from attention_rl_trainer.sampling import Purpose, episode_noise, sample_by_inverse
 
 
 def base_log_probabilities(sampler: TrajectorySampler, ids: Tensor) -> Tensor:
-    with torch.no_grad(), sampler.policy.model.disable_adapter():
+    with deterministic_inference(sampler.policy.model), sampler.policy.model.disable_adapter():
         log_probabilities: Tensor = sampler.policy.model(ids[None]).logits.log_softmax(-1)[0]
     return log_probabilities
 

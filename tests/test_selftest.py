@@ -12,17 +12,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from attention_rl_trainer import trainer as trainer_module
 from attention_rl_trainer.adapters import add_adapter
-from attention_rl_trainer.policy import PolicyModel
+from attention_rl_trainer.policy import PolicyModel, deterministic_inference
 from attention_rl_trainer.selftest import run_seed
 from attention_rl_trainer.selftest.gap import BaseReader, KnownPolicies, enumerate_policies
 from attention_rl_trainer.selftest.language import (
     EXAMPLE_TOPIC,
     MISMATCH,
     NUM_STEPS,
+    NUM_SYMBOLS,
     NUM_TOPICS,
     PREDICTABLE,
-    REVEALED,
-    REVEALING,
+    RELATED,
     VOCABULARY_SIZE,
     build_tokenizer,
     draw_sequences,
@@ -41,7 +41,12 @@ class TestLanguage:
         assert Separators.encode(encoder) == Separators((1,), (2,))
         assert encoder.control_ids == frozenset()
         assert len(allowed_token_ids(encoder.tokenizer, VOCABULARY_SIZE)) == VOCABULARY_SIZE
-        assert encoder.encode("topic0 nonsense part8 symbol15") == [3, 0, VOCABULARY_SIZE - 17, VOCABULARY_SIZE - 1]
+        assert encoder.encode("topic0 nonsense part8 symbol63") == [
+            3,
+            0,
+            VOCABULARY_SIZE - NUM_SYMBOLS - 1,
+            VOCABULARY_SIZE - 1,
+        ]
 
     def test_articles_hold_each_topic_once_behind_the_example(self) -> None:
         encoder, names = PlainTextEncoder(build_tokenizer()), topic_names()
@@ -50,37 +55,41 @@ class TestLanguage:
         assert articles.texts != write_articles(50, seed=4).texts
         orders = set()
         for text in articles.texts:
-            pairs = torch.tensor(encoder.encode(text)).view(NUM_TOPICS + 1, 4)
+            pairs = torch.tensor(encoder.encode(text)).view(NUM_TOPICS + 1, 3)
             topics = [int((names == pair[:2]).all(dim=1).nonzero()) for pair in pairs]
             assert topics[0] == EXAMPLE_TOPIC
             assert sorted(topics[1:]) == list(range(NUM_TOPICS))
             values = {topic: pair[2:].tolist() for topic, pair in zip(topics, pairs, strict=True)}
-            assert values[REVEALED[0]] == values[REVEALED[1]] == values[REVEALING]
+            assert values[RELATED[0]] == values[RELATED[1]] == values[RELATED[2]]
             orders.add(tuple(topics))
         assert len(orders) > 45
 
     def test_values(self) -> None:
-        values = topic_values(4000, np.random.default_rng(0))
-        first_symbol = values.min()
-        for topic in PREDICTABLE:
-            assert (values[:, topic, 0] == first_symbol + topic).all()
-        # Whatever is random is uniform over the sixteen symbols, and new in every article.
-        for place in (values[:, REVEALING, 0], values[:, PREDICTABLE[0], 1], values[:, 7, 1]):
-            counts = torch.bincount(place - first_symbol, minlength=16)
+        values = topic_values(16000, np.random.default_rng(0))[:, :, 0] - (VOCABULARY_SIZE - NUM_SYMBOLS)
+        assert 0 <= values.min() < values.max() < NUM_SYMBOLS
+        own = [set(values[:, topic].tolist()) for topic in PREDICTABLE]
+        assert [len(symbols) for symbols in own] == [16, 16]
+        assert not own[0] & own[1]
+        # Whatever is random is uniform over all symbols, and new in every article.
+        for topic in (RELATED[0], 7, EXAMPLE_TOPIC):
+            counts = torch.bincount(values[:, topic], minlength=NUM_SYMBOLS)
             assert 180 < counts.min() < counts.max() < 330
+        assert (values[:, 7] == values[:, RELATED[0]]).float().mean().item() == pytest.approx(
+            1 / NUM_SYMBOLS, abs=0.005
+        )
 
     def test_sequences_ask_for_every_topic_once_and_are_answered_mostly_right(self) -> None:
         sequences, asked = draw_sequences(2000, np.random.default_rng(0))
         assert asked.sort(dim=1).values.eq(torch.arange(NUM_TOPICS)).all()
-        steps = sequences[:, 7:].view(2000, NUM_TOPICS, 6)
+        steps = sequences[:, 6:].view(2000, NUM_TOPICS, 5)
         assert torch.equal(steps[:, :, :2], topic_names()[asked])
         assert (steps[:, :, 2] == 2).all()
-        assert (steps[:, :, 5] == 1).all()
-        # A topic with a fixed first symbol shows how often the answer is another topic's.
-        is_predictable = asked == PREDICTABLE[0]
-        symbol = topic_values(1, np.random.default_rng(0))[0, PREDICTABLE[0], 0]
-        wrong = (steps[:, :, 3][is_predictable] != symbol).float().mean().item()
-        assert wrong == pytest.approx(MISMATCH * (1 - 1 / 16 * 6 / 7), abs=0.02)
+        assert (steps[:, :, 4] == 1).all()
+        # A topic with symbols of its own shows how often the answer is another topic's; of those, the other predictable
+        # topic never has them and the six random ones have them in a quarter of the cases.
+        symbol = steps[:, :, 3][asked == PREDICTABLE[0]] - (VOCABULARY_SIZE - NUM_SYMBOLS)
+        wrong = (symbol % 4 != 0).float().mean().item()
+        assert wrong == pytest.approx(MISMATCH * (1 - 6 / 7 / 4), abs=0.02)
 
 
 @pytest.fixture
@@ -104,14 +113,13 @@ def policy() -> PolicyModel:
     return PolicyModel(model, torch.arange(VOCABULARY_SIZE))
 
 
-def read_slowly(policy: PolicyModel, context: torch.Tensor, name: torch.Tensor, value: torch.Tensor) -> list[float]:
-    """Log-probability of a query and, per token, of the value behind it."""
-    ids = torch.cat([context, name, torch.tensor([2]), value])
-    with torch.no_grad(), policy.model.disable_adapter():
+def read_slowly(policy: PolicyModel, context: torch.Tensor, name: torch.Tensor, value: int) -> list[float]:
+    """Log-probability of a query, and of the value behind it."""
+    ids = torch.cat([context, name, torch.tensor([2])])
+    with deterministic_inference(policy.model), policy.model.disable_adapter():
         scores = policy.model(ids[None]).logits.log_softmax(-1)[0]
     place = len(context)
-    query = sum(scores[place - 1 + i, ids[place + i]].item() for i in range(2))
-    return [query, sum(scores[place + 2 + i, ids[place + 3 + i]].item() for i in range(2)) / 2]
+    return [sum(scores[place - 1 + i, ids[place + i]].item() for i in range(2)), scores[-1, value].item()]
 
 
 class TestGap:
@@ -120,14 +128,15 @@ class TestGap:
         contexts, reader = prompt_of(values), BaseReader(policy)
         queries = torch.randint(3, VOCABULARY_SIZE, (3, 2))
         gains = reader.gains(contexts, queries, values[:, 4])
-        expected, probabilities = reader.expectation(contexts, values[:, 4])
+        probabilities, behind_names = reader.read_names(contexts)
         for row in range(3):
-            read = [read_slowly(policy, contexts[row], name, values[row, 4]) for name in topic_names()]
+            value = int(values[row, 4, 0])
+            read = [read_slowly(policy, contexts[row], name, value) for name in topic_names()]
             weights = torch.tensor([query for query, _ in read]).softmax(0)
-            baseline = sum(w.item() * value for w, (_, value) in zip(weights, read, strict=True))
             assert probabilities[row].tolist() == pytest.approx(weights.tolist(), abs=1e-5)
-            assert expected[row].item() == pytest.approx(baseline, abs=1e-5)
-            own = read_slowly(policy, contexts[row], queries[row], values[row, 4])[1]
+            assert behind_names[row, :, value].tolist() == pytest.approx([score for _, score in read], abs=1e-5)
+            baseline = sum(w.item() * score for w, (_, score) in zip(weights, read, strict=True))
+            own = read_slowly(policy, contexts[row], queries[row], value)[1]
             assert gains[row].item() == pytest.approx(own - baseline, abs=1e-5)
 
     def test_policies_are_those_of_a_recursion(self, policy: PolicyModel) -> None:
@@ -143,7 +152,7 @@ class TestGap:
                 random += probability * gain / NUM_STEPS / 2
                 return
             rest = [topic for topic in range(NUM_TOPICS) if topic not in plan]
-            _, asked = reader.expectation(context[None], values[article, 0][None])
+            asked, _ = reader.read_names(context[None])
             total = asked[0, rest].sum().item()
             for topic in rest:
                 name, value = names[topic], values[article, topic]
@@ -172,8 +181,7 @@ class TestTraining:
 
     def test_training_closes_the_gap(self, tmp_path: Path) -> None:
         result = run_seed(0, tmp_path)
-        assert result.known.best_plan[0] == REVEALING
-        assert set(result.known.best_plan[1:]) == set(REVEALED)
+        assert sorted(result.known.best_plan) == list(RELATED)
         assert abs(result.known.gap_closed(result.untrained)) < 0.15
         assert result.gap_closed >= 0.95
 

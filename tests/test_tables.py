@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import make_sampler, random_batch
+from tiny import make_sampler, random_batch, tiny_llama
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from attention_rl_trainer.evaluation import EvaluationTables, TableBuilder, evaluate_policy
@@ -61,10 +61,8 @@ def test_the_greedy_oracle_is_the_yardstick_of_large_memories(
     assert tables.share_closed[ORACLE].mean == pytest.approx(1.0)
 
 
-def test_an_evaluation_repeats_itself_to_the_last_digit(
-    tmp_path: Path, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    first, again = (build_tables(llama, tokenizer) for _ in range(2))
+def test_an_evaluation_repeats_itself_to_the_last_digit(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    first, again = (build_tables(tiny_llama(), tokenizer) for _ in range(2))
     assert first == again
     for name, tables in {"a": first, "b": again}.items():
         files = tables.write(tmp_path / name / "deeper")

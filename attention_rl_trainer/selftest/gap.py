@@ -20,7 +20,6 @@ from torch import Tensor
 
 from attention_rl_trainer.policy import PolicyModel
 from attention_rl_trainer.selftest.language import (
-    EXAMPLE_TOPIC,
     NAME_LENGTH,
     NUM_STEPS,
     NUM_TOPICS,
@@ -68,67 +67,59 @@ class BaseReader:
     def __init__(self, policy: PolicyModel) -> None:
         self._policy = policy
 
-    def gains(self, contexts: Tensor, queries: Tensor, values: Tensor) -> Tensor:
-        """Judge queries.
+    def read(self, contexts: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Read queries.
 
         Args:
             contexts: everything before the query, ``[n, C]`` int64.
             queries: ``[n, 2]`` int64.
-            values: what was read behind each, ``[n, 2]`` int64.
 
         Returns:
-            Nats per token, ``[n]``.
+            Log-probability of each query, ``[n]``, and of every value behind it, ``[n, vocabulary]``, nats.
         """
-        _, behind_query = self.read(contexts, queries, values)
-        expected, _ = self.expectation(contexts, values)
-        return behind_query - expected
+        response = step_of(queries, queries[:, :VALUE_LENGTH])[:, NAME_LENGTH : NAME_LENGTH + 1]
+        sequences = torch.cat([contexts, queries, response], dim=1)
+        query_parts, value_parts = [], []
+        with self._policy.inference(), self._policy.reference():
+            for chunk in torch.split(sequences, _ROWS_AT_ONCE):
+                hidden = self._policy.forward(chunk)[:, contexts.shape[1] - 1 :]
+                scores = self._policy.head(hidden).log_softmax(dim=-1)
+                names = chunk[:, contexts.shape[1] : -1]
+                query_parts.append(scores[:, :NAME_LENGTH].gather(2, names[:, :, None]).sum(dim=(1, 2)))
+                value_parts.append(scores[:, -1])
+        return torch.cat(query_parts), torch.cat(value_parts)
 
-    def expectation(self, contexts: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Read values behind what the base model would ask.
+    def read_names(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
+        """Read every topic's name as a query.
 
         Args:
             contexts: ``[n, C]`` int64.
-            values: ``[n, 2]`` int64.
 
         Returns:
-            The expected log-probability of each value, nats per token, ``[n]``, and the probability of each topic's
-            name as a query, ``[n, topics + 1]``.
+            Probability of each name as the base model's query, ``[n, topics + 1]``, and log-probability of every value
+            behind it, ``[n, topics + 1, vocabulary]``.
         """
         names = topic_names()
         count = len(names)
-        name_logprobs, value_logprobs = (
-            result.view(-1, count)
-            for result in self.read(
-                contexts.repeat_interleave(count, dim=0),
-                names.repeat(len(contexts), 1),
-                values.repeat_interleave(count, dim=0),
-            )
-        )
-        probabilities = name_logprobs.softmax(dim=1)
-        return (probabilities * value_logprobs).sum(dim=1), probabilities
+        asked, values = self.read(contexts.repeat_interleave(count, dim=0), names.repeat(len(contexts), 1))
+        return asked.view(-1, count).softmax(dim=1), torch.unflatten(values, 0, (-1, count))
 
-    def read(self, contexts: Tensor, queries: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Read values behind queries.
+    def gains(self, contexts: Tensor, queries: Tensor, values: Tensor) -> Tensor:
+        """Judge queries.
 
         Args:
             contexts: ``[n, C]`` int64.
             queries: ``[n, 2]`` int64.
-            values: ``[n, 2]`` int64.
+            values: what was read behind each, ``[n, 1]`` int64.
 
         Returns:
-            Log-probability of each query, nats, and of the value behind it, nats per token; ``[n]`` each.
+            Nats per token, ``[n]``.
         """
-        # The last separator is not read.
-        sequences = torch.cat([contexts, step_of(queries, values)[:, :-1]], dim=1)
-        query_parts, value_parts = [], []
-        with self._policy.inference(), self._policy.reference():
-            for chunk in torch.split(sequences, _ROWS_AT_ONCE):
-                hidden = self._policy.forward(chunk)[:, contexts.shape[1] - 1 : -1]
-                scores = self._policy.head(hidden).log_softmax(dim=-1)
-                scores = scores.gather(2, chunk[:, contexts.shape[1] :, None]).squeeze(2)
-                query_parts.append(scores[:, :NAME_LENGTH].sum(dim=1))
-                value_parts.append(scores[:, -VALUE_LENGTH:].mean(dim=1))
-        return torch.cat(query_parts), torch.cat(value_parts)
+        probabilities, behind_names = self.read_names(contexts)
+        _, behind_query = self.read(contexts, queries)
+        behind_names = behind_names.gather(2, values[:, None].expand(-1, behind_names.shape[1], -1)).squeeze(2)
+        expected = (probabilities * behind_names).sum(dim=1)
+        return behind_query.gather(1, values)[:, 0] - expected
 
 
 def enumerate_policies(reader: BaseReader, values: Tensor) -> KnownPolicies:
@@ -136,38 +127,33 @@ def enumerate_policies(reader: BaseReader, values: Tensor) -> KnownPolicies:
 
     Args:
         reader: the base model.
-        values: every topic's value in each article, ``[m, topics + 1, 2]`` int64.
+        values: every topic's value in each article, ``[m, topics + 1, 1]`` int64.
 
     Returns:
         The best and the random policy.
     """
     num_articles, names = len(values), topic_names()
-    articles = torch.arange(num_articles)
     plans: list[Plan] = [()]
     contexts = prompt_of(values)[:, None]
     gains = torch.zeros(num_articles, 1)
     probabilities = torch.ones(num_articles, 1)
     for _ in range(NUM_STEPS):
-        longer = [
-            (place, topic) for place, plan in enumerate(plans) for topic in range(NUM_TOPICS) if topic not in plan
-        ]
-        parents, topics = torch.tensor(longer).T
-        context = contexts[:, parents].flatten(0, 1)
-        name = names[topics].repeat(num_articles, 1)
-        value = values[articles[:, None], topics].flatten(0, 1)
-        expected, asked = reader.expectation(context, value)
-        _, behind_name = reader.read(context, name, value)
-        gains = gains[:, parents] + (behind_name - expected).view(num_articles, -1) / NUM_STEPS
-        # Of a topic that is still there; what was drawn cannot be drawn again.
-        asked = asked.view(num_articles, len(longer), -1)
-        rest = torch.ones(len(longer), NUM_TOPICS + 1)
-        rest[:, EXAMPLE_TOPIC] = 0
-        for place, (parent, _topic) in enumerate(longer):
-            rest[place, list(plans[parent])] = 0
-        chosen = asked[:, torch.arange(len(longer)), topics] / (asked * rest).sum(dim=2)
-        probabilities = probabilities[:, parents] * chosen
-        contexts = torch.cat([context, step_of(name, value)], dim=1).view(num_articles, len(longer), -1)
-        plans = [(*plans[parent], topic) for parent, topic in longer]
+        asked, behind_names = reader.read_names(contexts.flatten(0, 1))
+        # Of every topic's value behind every name, [m, plans, names, topics].
+        present = values[:, None, None, :NUM_TOPICS, 0].expand(-1, len(plans), len(names), -1)
+        read = torch.unflatten(behind_names, 0, (num_articles, -1)).gather(3, present)
+        asked = asked.view(num_articles, len(plans), -1)
+        step_gains = read.diagonal(dim1=2, dim2=3) - torch.einsum("mpn,mpnt->mpt", asked, read)
+        # What was drawn cannot be drawn again.
+        is_there = torch.tensor([[topic not in plan for topic in range(NUM_TOPICS)] for plan in plans])
+        chances = asked[:, :, :NUM_TOPICS] * is_there
+        chances = chances / chances.sum(dim=2, keepdim=True)
+        parents, topics = is_there.nonzero().T
+        gains = gains[:, parents] + step_gains[:, parents, topics] / NUM_STEPS
+        probabilities = probabilities[:, parents] * chances[:, parents, topics]
+        steps = step_of(names[topics].repeat(num_articles, 1), values[:, topics].flatten(0, 1))
+        contexts = torch.cat([contexts[:, parents], torch.unflatten(steps, 0, (num_articles, -1))], dim=2)
+        plans = [(*plans[parent], topic) for parent, topic in zip(parents.tolist(), topics.tolist(), strict=True)]
     by_plan = gains.mean(dim=0)
     best = int(by_plan.argmax())
     random = (gains * probabilities).sum(dim=1).mean()

@@ -1,19 +1,20 @@
 """A language with a planted signal: topics, of which some are worth asking for, and one that must be read first.
 
-An article is nine pairs. A key is the two-word name of a topic, a value two symbols out of sixteen. Pair 0 is always of
+An article is nine pairs. A key is the two-word name of a topic, a value one symbol out of 64. Pair 0 is always of
 the example topic; the other eight pairs, one of each topic, stand in random order:
 
 =========== ====== ================================================================================
 role        topics value
 =========== ====== ================================================================================
-revealing   1      two random symbols, new in every article
-revealed    2      the revealing topic's two symbols: predictable once that was read, else noise
-predictable 2      a fixed symbol of the topic and a random one
-noise       3      two random symbols
+related     3      one random symbol, new in every article and the same for all three: noise until one of
+                   them was read, which reveals the other two
+predictable 2      one of sixteen symbols that the topic has in every article
+noise       3      a random symbol
 =========== ====== ================================================================================
 
 A reader who knows the language predicts a value the better, the better the query named its topic. With three values to
-read the best plan is: the revealing topic, then both revealed ones. Its first step earns nothing by itself.
+read the best plan is the three related topics, in any order: its first step earns no more than noise does, less than
+a predictable topic would, and the next two earn most.
 
 Knows nothing about models or training.
 """
@@ -33,10 +34,10 @@ from transformers import PreTrainedTokenizerFast
 
 from attention_rl_trainer.tokenization import QUERY_SEPARATOR, RESPONSE_SEPARATOR
 
-NUM_TOPICS, NUM_SYMBOLS = 8, 16
+NUM_TOPICS, NUM_SYMBOLS = 8, 64
 EXAMPLE_TOPIC = NUM_TOPICS
-REVEALING, REVEALED, PREDICTABLE, NOISE = 0, (1, 2), (3, 4), (5, 6, 7)
-NAME_LENGTH = VALUE_LENGTH = 2
+RELATED, PREDICTABLE, NOISE = (0, 1, 2), (3, 4), (5, 6, 7)
+NAME_LENGTH, VALUE_LENGTH = 2, 1
 NUM_STEPS = 3
 # A reader cannot be certain that a query named the pair that was drawn: so often, in what it is taught, it did not.
 MISMATCH = 0.1
@@ -72,11 +73,12 @@ def topic_values(count: int, generator: np.random.Generator) -> Tensor:
         generator: source of randomness.
 
     Returns:
-        ``[count, topics + 1, 2]`` int64, the example topic's last.
+        ``[count, topics + 1, 1]`` int64, the example topic's last.
     """
     symbols: NDArray[np.int64] = generator.integers(0, NUM_SYMBOLS, (count, NUM_TOPICS + 1, VALUE_LENGTH))
-    symbols[:, REVEALED] = symbols[:, [REVEALING]]
-    symbols[:, PREDICTABLE, 0] = PREDICTABLE
+    symbols[:, RELATED] = symbols[:, RELATED[:1]]
+    # A quarter of the symbols for each of the two, its own.
+    symbols[:, PREDICTABLE] = symbols[:, PREDICTABLE] // 4 * 4 + np.array([[0], [2]])
     return torch.from_numpy(symbols) + _SYMBOL
 
 
@@ -96,6 +98,16 @@ class Articles:
         return [{"title": f"article {number}", "text": text} for number, text in enumerate(self.texts)]
 
 
+def article_values(count: int, seed: int) -> Tensor:
+    """Return the values of the articles that `write_articles` writes, ``[count, topics + 1, 1]`` int64.
+
+    Args:
+        count: how many.
+        seed: seed of values and orders.
+    """
+    return topic_values(count, np.random.default_rng([seed, 0]))
+
+
 def write_articles(count: int, seed: int) -> Articles:
     """Write articles.
 
@@ -103,8 +115,8 @@ def write_articles(count: int, seed: int) -> Articles:
         count: how many.
         seed: seed of values and orders.
     """
+    tokenizer, names, values = build_tokenizer(), topic_names(), article_values(count, seed)
     generator = np.random.default_rng([seed, 1])
-    tokenizer, names, values = build_tokenizer(), topic_names(), topic_values(count, generator)
     texts = []
     for number in range(count):
         order = [EXAMPLE_TOPIC, *generator.permutation(NUM_TOPICS).tolist()]
@@ -117,10 +129,10 @@ def prompt_of(values: Tensor) -> Tensor:
     """Lay out the in-context example and the separator of the first query.
 
     Args:
-        values: every topic's value, ``[n, topics + 1, 2]`` int64.
+        values: every topic's value, ``[n, topics + 1, 1]`` int64.
 
     Returns:
-        ``[n, 7]`` int64.
+        ``[n, 6]`` int64.
     """
     rows = len(values)
     name = topic_names()[EXAMPLE_TOPIC].expand(rows, -1)
@@ -133,10 +145,10 @@ def step_of(names: Tensor, values: Tensor) -> Tensor:
 
     Args:
         names: the queries, ``[n, 2]`` int64.
-        values: the values, ``[n, 2]`` int64.
+        values: the values, ``[n, 1]`` int64.
 
     Returns:
-        ``[n, 6]`` int64.
+        ``[n, 5]`` int64.
     """
     query, response = (torch.full((len(names), 1), separator) for separator in (_QUERY, _RESPONSE))
     return torch.cat([names, response, values, query], dim=1)
@@ -152,7 +164,7 @@ def draw_sequences(count: int, generator: np.random.Generator) -> tuple[Tensor, 
         generator: source of randomness.
 
     Returns:
-        The sequences, ``[count, 7 + 6 · topics]`` int64, and the topics asked for, ``[count, topics]`` int64.
+        The sequences, ``[count, 6 + 5 · topics]`` int64, and the topics asked for, ``[count, topics]`` int64.
     """
     values = topic_values(count, generator)
     asked = torch.from_numpy(generator.permuted(np.tile(np.arange(NUM_TOPICS), (count, 1)), axis=1))
