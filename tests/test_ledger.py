@@ -261,7 +261,9 @@ class TestTrajectoryMetrics:
         steps = [probabilities for row in rows for probabilities in row.selection_probabilities]
         entropies = [-sum(p * math.log(p) for p in probabilities if p > 0) for probabilities in steps]
         query_entropies = [float(step.query_entropy[row].mean()) for step in trajectory.steps for row in range(4)]
+        queries = [step.query_tokens[row].tolist() for step in trajectory.steps for row in range(4)]
         expected = {
+            "query_repetition": sum(1 - len(set(query)) / len(query) for query in queries) / 12,
             "reward": mean,
             "reward_std": math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / 4),
             "reward_max": max(rewards),

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks.scene import offline_policy
 from tiny import make_sampler, random_batch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -26,10 +27,11 @@ from attention_rl_trainer.evaluation.orders import (
     random_orders,
     score_orders,
 )
+from attention_rl_trainer.memory import KVMemoryEnvironment
 from attention_rl_trainer.pairs import ArticleBatch
 from attention_rl_trainer.policy import deterministic_inference
-from attention_rl_trainer.rollout import TrajectorySampler
-from attention_rl_trainer.tokenization import PlainTextEncoder
+from attention_rl_trainer.rollout import RolloutSettings, TrajectorySampler
+from attention_rl_trainer.tokenization import PlainTextEncoder, Separators
 
 
 class TestRules:
@@ -211,3 +213,35 @@ def test_ease_of_the_chosen_values(llama: PreTrainedModel, tokenizer: PreTrained
         alone = [score_by_whole_forwards(sampler, batch, (column,), row)[0] for column in range(4)]
         chosen = [alone[column] for column in learned[row][:2]]
         assert record.chosen_ease == pytest.approx(sum(chosen) / 2 - sum(alone) / 4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_bm25_wins_on_an_article_built_for_it() -> None:
+    """Each letter names the next; a reader predicts it best who comes from the one before, and so do its words."""
+    policy, tokenizer = offline_policy(torch.float32)
+    encoder = PlainTextEncoder(tokenizer)
+    names = ["Quorvex", "Zindral", "Mofterby", "Klathune", "Ribzogar", "Wexpodin"]
+
+    def cut(text: str, length: int) -> list[int]:
+        return (encoder.encode(text) + encoder.encode(" and so on and so forth and so it goes on and on"))[:length]
+
+    def letter(debtor: str, creditor: str) -> list[int]:
+        return cut(f" {debtor} owes nine silver coins to {creditor}; {creditor} owes nine silver coins to", 20)
+
+    keys = [cut(f" The {name} letter reads as follows today", 12) for name in names[:5]]
+    values = [letter(debtor, creditor) for debtor, creditor in itertools.pairwise(names)]
+    place_in_article = [3, 0, 4, 2, 1]
+    batch = ArticleBatch(
+        example_keys=torch.tensor([cut(" The opening letter reads as follows today", 12)]),
+        example_values=torch.tensor([letter("Opening", names[0])]),
+        key_tokens=torch.tensor([[keys[place] for place in place_in_article]]),
+        value_tokens=torch.tensor([[values[place] for place in place_in_article]]),
+        pair_numbers=torch.arange(1, 6)[None],
+        articles=random_batch(1).articles,
+    )
+    settings = RolloutSettings(num_steps=5, tokens_per_query=8, seed=0)
+    sampler = TrajectorySampler(policy, KVMemoryEnvironment(0.1), Separators.encode(encoder), settings)
+    (record,) = score_orders(sampler, batch, [0], encoder)
+    others = {name: score for name, score in record.scores.items() if name not in ("BM25", BEST, ORACLE)}
+    assert record.scores["BM25"] == record.scores[BEST]
+    assert record.scores["BM25"] > max(others.values()) + 0.2

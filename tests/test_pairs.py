@@ -18,6 +18,7 @@ from attention_rl_trainer.pairs import (
     chunk_tokens,
     collate_article_pairs,
     draw_pairs,
+    first_usable_articles,
     iter_article_pairs,
     iter_key_value_pairs,
     sample_chunks,
@@ -174,3 +175,23 @@ def test_iter_key_value_pairs_batches(texts: list[str], tokenizer: PreTrainedTok
     )
     assert len(batches) == 2
     assert batches[0].key_tokens.shape == (2, 3, 3)
+
+
+def test_the_first_usable_articles(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = PlainTextEncoder(tokenizer)
+    texts = ["short", "word " * 40, "tiny", "other " * 40, "third " * 40]
+    shape = PairShape(num_kv_pairs=4, subset_fraction=0.5, tokens_per_key=3, tokens_per_value=3)
+    first = first_usable_articles(stream_of(texts, shuffle=False, num_epochs=1), encoder, shape, 2)
+    assert [article.title for article in first] == ["article 1", "article 3"]
+    with pytest.raises(ValueError, match="overfit_articles is 4, but only 3 articles have the 24 tokens"):
+        first_usable_articles(stream_of(texts, shuffle=False, num_epochs=1), encoder, shape, 4)
+
+
+def test_one_memory_in_every_epoch(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> None:
+    drawn = {}
+    for same_memory in (False, True):
+        stream = stream_of(texts[:1], num_epochs=8)
+        pairs = iter_article_pairs(stream, PlainTextEncoder(tokenizer), SHAPE, 0, Counter(), same_memory=same_memory)
+        drawn[same_memory] = {tuple(item.pair_numbers.tolist()) for item in pairs}
+    assert len(drawn[True]) == 1
+    assert len(drawn[False]) > 3
