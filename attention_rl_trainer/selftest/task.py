@@ -182,7 +182,7 @@ def measure(trainer: AttentionGuidedRLTrainer, reader: BaseReader, seed: int) ->
         gains.append(trajectory_gains(reader, trajectory))
         model_gains.append(trajectory.stack("model_gain").mean(dim=1))
         keys = torch.stack([step.selected_pair.key_tokens[:, 0] for step in trajectory.steps], dim=1)
-        plans.update(tuple(row) for row in torch.searchsorted(topic_names()[:, 0], keys).tolist())
+        plans.update(tuple(row) for row in torch.searchsorted(topic_names()[:, 0].contiguous(), keys).tolist())
     shares = {plan: count / plans.total() for plan, count in plans.most_common(5)}
     return torch.cat(gains).mean().item(), torch.cat(model_gains).mean().item(), shares
 
