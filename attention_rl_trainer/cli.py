@@ -24,8 +24,7 @@ from trl import TrlParser  # type: ignore[attr-defined]  # trl's lazy names are 
 from attention_rl_trainer.articles import load_articles
 from attention_rl_trainer.assembly import load_named_model
 from attention_rl_trainer.config import AttentionGuidedRLConfig
-from attention_rl_trainer.selftest import SelfTestResult, run_seed
-from attention_rl_trainer.selftest.teaching import teach
+from attention_rl_trainer.selftest import judge
 from attention_rl_trainer.trainer import RUN_CONFIG_NAME, AttentionGuidedRLTrainer
 
 
@@ -46,7 +45,15 @@ class EvaluateArguments:
     skip_articles: int = field(
         default=0, metadata={"help": "Leave out this many articles at the beginning, such as those trained on."}
     )
-    episodes: int = field(default=64, metadata={"help": "Trajectories to evaluate, at most one for each article."})
+    episodes: int = field(default=64, metadata={"help": "Trajectories to evaluate."})
+    epochs: int | None = field(
+        default=None,
+        metadata={"help": "Readings of each article, each with another memory. Default: as in training, mostly 1."},
+    )
+    order_episodes: int | None = field(
+        default=None,
+        metadata={"help": "Trajectories whose orders are scored too, the slow part. Default: as in training, or all."},
+    )
     batch_size: int | None = field(default=None, metadata={"help": "Trajectories at once. Default: as in training."})
     num_steps: int | None = field(default=None, metadata={"help": "T. Default: as in training."})
     seed: int | None = field(default=None, metadata={"help": "Seed of queries and draws. Default: as in training."})
@@ -110,6 +117,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, float]:
         "generation_batch_size": arguments.batch_size,
         "num_steps": arguments.num_steps,
         "seed": arguments.seed,
+        "eval_epochs": arguments.epochs,
+        "eval_order_episodes": arguments.order_episodes,
     }
     options |= {name: value for name, value in changes.items() if value is not None}
     output_dir = Path(arguments.output_dir or arguments.adapter)
@@ -165,78 +174,13 @@ class SelfTestArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Where runs write. Default: a temporary folder."})
 
 
-REQUIRED_GAP_CLOSED = 0.95
-ABLATIONS: tuple[dict[str, Any], ...] = (
-    {"kl_reference": "base"},
-    {"beta": 0.0},
-    {"advantage": "reward"},
-    {"advantage": "whitened"},
-    {"credit": "return_to_go"},
-    {"credit": "step"},
-    {"selector_coef": 1.0},
-    {"order_coef": 1.0},
-)
-
-
-def selftest(arguments: SelfTestArguments, folder: Path) -> bool:
-    """Run the self-test, and print ``gap_closed: <share>`` for each seed and, last of all, their minimum.
-
-    Args:
-        arguments: how often.
-        folder: where the runs write.
-
-    Returns:
-        Whether every seed closed enough of the gap.
-
-    Raises:
-        ValueError: there is no seed.
-    """
-    if arguments.seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {arguments.seeds}")
-    shares: list[float] = []
-    ablated: dict[str, list[float]] = {}
-    for seed in range(arguments.seeds):
-        base = teach(seed) if arguments.ablate else None
-        result = run_seed(seed, folder / f"seed_{seed}", base=base)
-        print(describe(result))
-        print(f"gap_closed: {result.gap_closed:.3f}", flush=True)
-        shares.append(result.gap_closed)
-        for changes in ABLATIONS if arguments.ablate else ():
-            name = ", ".join(f"{option}={value}" for option, value in changes.items())
-            share = run_seed(seed, folder / f"seed_{seed}_{name}", base=base, **changes).gap_closed
-            ablated.setdefault(name, []).append(share)
-            print(f"  with {name}: {share:.3f}", flush=True)
-    if ablated:
-        print(f"\nGap closed, mean over {arguments.seeds} seeds:")
-        for name, values in {"as shipped": shares, **ablated}.items():
-            print(f"  {name:24} {sum(values) / len(values):.3f}  (lowest {min(values):.3f})")
-    print(f"\nLowest of {arguments.seeds} seeds; {REQUIRED_GAP_CLOSED} is required:")
-    print(f"gap_closed: {min(shares):.3f}")
-    return min(shares) >= REQUIRED_GAP_CLOSED
-
-
-def describe(result: SelfTestResult) -> str:
-    """Put one run of the self-test into words.
-
-    Args:
-        result: the run.
-    """
-    plans = ", ".join(f"{'-'.join(map(str, plan))} {share:.0%}" for plan, share in result.plans.items())
-    return (
-        f"seed {result.seed}: query gain {result.untrained:+.3f} before training, {result.trained:+.3f} after it; "
-        f"random {result.known.random:+.3f}, best {result.known.best:+.3f} nats per token "
-        f"(topics {'-'.join(map(str, result.known.best_plan))}). Read after training: {plans}. "
-        f"Model gain {result.model_gain:+.3f}. {result.seconds:.0f} s"
-    )
-
-
 def _selftest(arguments: Sequence[str]) -> int:
     parser = TrlParser((SelfTestArguments,), prog="attention-rl selftest")  # type: ignore[arg-type]
     (parsed,) = parser.parse_args_and_config(list(arguments))
     if parsed.output_dir is not None:
-        return 0 if selftest(parsed, Path(parsed.output_dir)) else 1
+        return 0 if judge(parsed.seeds, Path(parsed.output_dir), ablate=parsed.ablate) else 1
     with tempfile.TemporaryDirectory() as folder:
-        return 0 if selftest(parsed, Path(folder)) else 1
+        return 0 if judge(parsed.seeds, Path(folder), ablate=parsed.ablate) else 1
 
 
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {

@@ -38,6 +38,7 @@ _AT_LEAST_ONE = (
     "generation_batch_size",
     "training_batch_size",
     "eval_episodes",
+    "eval_epochs",
     "num_episodes",
     "save_episodes",
     "warmup_episodes",
@@ -201,6 +202,20 @@ class AttentionGuidedRLConfig(TrainingArguments):
             "trajectories alone."
         ),
     )
+    eval_order_episodes: int | None = field(
+        default=None,
+        metadata=_help(
+            "With eval_tables, score orders for so many of an evaluation's trajectories alone, the first ones; this "
+            "takes most of the time. 0 for none. Default: for all."
+        ),
+    )
+    eval_epochs: int = field(
+        default=1,
+        metadata=_help(
+            "How often the evaluation articles are read, each time with another memory; above 1 where they are fewer "
+            "than eval_episodes."
+        ),
+    )
     log_trajectory_steps: int = field(
         default=10, metadata=_help("Print a table of one trajectory every so many steps; 0 for never.")
     )
@@ -299,6 +314,9 @@ class AttentionGuidedRLConfig(TrainingArguments):
             raise ValueError(f"subset_fraction must lie in (0, 1], got {self.subset_fraction}")
         if self.filter_threshold is not None and math.isnan(self.filter_threshold):
             raise ValueError("filter_threshold must be a number, got nan")
+        orders = self.eval_order_episodes
+        if orders is not None and (type(orders) is not int or orders < 0):
+            raise ValueError(f"eval_order_episodes must be an integer of at least 0, or none, got {orders!r}")
         self._check_steps()
 
     def _check_steps(self) -> None:

@@ -168,8 +168,8 @@ class HealthMonitor:
         if entropy is None or limit == 0 or entropy > 0.02 * limit:
             return None
         return (
-            f"the selector is certain of every draw (entropy {entropy:.4f} of {limit:.3f} nats), so no other order is "
-            "tried any more; raise selection_temperature"
+            f"the selector is certain of every draw (entropy {entropy:.4f} of {limit:.3f} nats): only another query "
+            "draws another pair; raise selection_temperature if the orders read no longer differ"
         )
 
     def _queries_certain(self) -> str | None:

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,12 +21,14 @@ from rich.text import Text
 from torch import nn
 from transformers import PreTrainedModel
 
+from attention_rl_trainer.assembly import rollout_settings
 from attention_rl_trainer.attention import AttentionHeads
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.diagnostics import free_memory_gib
 from attention_rl_trainer.planning import ModelShape, RunShape, memory_warning, plan_memory
 from attention_rl_trainer.planning.shapes import WeightBits, context_length_of
 from attention_rl_trainer.policy import PolicyModel, base_language_model
+from attention_rl_trainer.rollout import trajectory_length
 from attention_rl_trainer.tokenization import Separators
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -118,6 +121,30 @@ def expect_fitting_context(
         f"{num_separator} + {config.tokens_per_query} + {key + config.tokens_per_value}. "
         "Lower num_steps, subset_fraction, num_kv_pairs or the tokens per query, key or value"
     )
+
+
+def expect_fitting_orders(separators: Separators, available: int | None, config: AttentionGuidedRLConfig) -> None:
+    """Refuse to score orders that are longer than the model's context: they read all M pairs, not T of them.
+
+    Args:
+        separators: the two separators' ids.
+        available: positions of the model, or ``None`` if unknown.
+        config: the run's options.
+
+    Raises:
+        ValueError: says the arithmetic.
+    """
+    if available is None or config.eval_order_episodes == 0:
+        return
+    num_pairs = config.pair_shape.memory_size
+    whole = replace(rollout_settings(config), num_steps=num_pairs)
+    needed = trajectory_length(separators, whole, config.tokens_per_key, config.tokens_per_value)
+    if needed > available:
+        raise ValueError(
+            f"an evaluation reads all {num_pairs} pairs of a memory to score orders, which takes {needed} tokens, but "
+            f"the model's context holds {available}. Set eval_order_episodes to 0 (queries are measured all the same) "
+            "or eval_tables to false, or lower subset_fraction, num_kv_pairs or the tokens per query, key or value"
+        )
 
 
 def expect_fitting_vocabulary(max_token_id: int, embeddings: nn.Embedding) -> None:

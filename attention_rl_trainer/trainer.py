@@ -73,6 +73,7 @@ from attention_rl_trainer.preflight import (
     context_length,
     expect_double_precision,
     expect_fitting_context,
+    expect_fitting_orders,
     expect_fitting_vocabulary,
     expect_one_process,
     expect_writable,
@@ -158,6 +159,8 @@ class AttentionGuidedRLTrainer(Trainer):
         )
         num_separator = len(self.separators.query) + len(self.separators.response)
         expect_fitting_context(self.trajectory_tokens, context_length(adapted), args, num_separator)
+        if eval_dataset is not None and args.eval_tables:
+            expect_fitting_orders(self.separators, context_length(adapted), args)
         # The base class wants a number of steps for data without a length; a run's own number is set by `train`.
         with _max_steps(args, math.ceil(args.num_episodes / args.episodes_per_step)):
             super().__init__(
@@ -263,18 +266,21 @@ class AttentionGuidedRLTrainer(Trainer):
 
     # ---- Data ----
 
-    def _article_stream(self, articles: Articles, position: StreamPosition, *, evaluation: bool) -> ArticleStream:
+    def _article_stream(
+        self, articles: Articles, position: StreamPosition, *, num_epochs: int | None = None
+    ) -> ArticleStream:
+        """Read articles endlessly, shuffled; or ``num_epochs`` times, in their order."""
         return ArticleStream(
             articles,
             source=_source_name(articles),
             seed=self.args.seed,
             text_column=self.args.dataset_text_column,
-            shuffle=self.args.shuffle and not evaluation,
+            shuffle=self.args.shuffle and num_epochs is None,
             shuffle_buffer_size=self.args.shuffle_buffer_size,
             position=position,
             process_index=self.args.process_index,
             num_processes=self.args.world_size,
-            num_epochs=1 if evaluation else None,
+            num_epochs=num_epochs,
         )
 
     def _loader(self, stream: ArticleStream, batch_size: int) -> DataLoader[Any]:
@@ -300,9 +306,9 @@ class AttentionGuidedRLTrainer(Trainer):
         articles = self.train_dataset
         if self.args.overfit_articles > 0:
             # In the order of the source, once.
-            once = self._article_stream(articles, StreamPosition(), evaluation=True)
+            once = self._article_stream(articles, StreamPosition(), num_epochs=1)
             articles = first_usable_articles(once, self.encoder, self.args.pair_shape, self.args.overfit_articles)
-        self._stream = self._article_stream(articles, self.run_state.position, evaluation=False)
+        self._stream = self._article_stream(articles, self.run_state.position)
         self._skipped_before = dict(self.run_state.skipped)
         return self._loader(self._stream, self.args.generation_batch_size)
 
@@ -593,9 +599,10 @@ class AttentionGuidedRLTrainer(Trainer):
     ) -> dict[str, float]:
         """Roll out trajectories on held-out articles, without training on them.
 
-        The articles are read once in their order, at most ``eval_episodes`` of them; the random numbers are the same at
-        every call, so two evaluations differ by the policy alone. With ``eval_tables`` the worth of orders and of
-        queries is written to ``output_dir/evaluation/<metric_key_prefix>`` as Markdown and JSON, with intervals.
+        The articles are read in their order, ``eval_epochs`` times each, until ``eval_episodes`` trajectories are
+        there. The random numbers are the same at every call, so two evaluations differ by the policy alone. With
+        ``eval_tables`` the worth of orders and of queries is written to ``output_dir/evaluation/<metric_key_prefix>``
+        as Markdown and JSON, with intervals.
 
         Args:
             eval_dataset: articles, or several sets by name; by default those given to the trainer.
@@ -607,7 +614,8 @@ class AttentionGuidedRLTrainer(Trainer):
             ``eval_tables``, the policy's orders and queries against baselines.
 
         Raises:
-            ValueError: there are no articles to evaluate on, or with ``eval_tables`` a single one.
+            ValueError: there are no articles to evaluate on, or with ``eval_tables`` a single one, or a context that
+                does not hold a whole memory.
         """
         articles = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(articles, dict):
@@ -615,10 +623,13 @@ class AttentionGuidedRLTrainer(Trainer):
             return {name: value for part in parts for name, value in part.items()}
         if articles is None:
             raise ValueError("evaluation needs an eval_dataset of articles; give one to the trainer or to evaluate()")
-        stream = self._article_stream(articles, StreamPosition(), evaluation=True)
+        stream = self._article_stream(articles, StreamPosition(), num_epochs=self.args.eval_epochs)
         sampler = self._new_sampler(rollout_settings(self.args, evaluation=True))
         loader = self._loader(stream, min(self.args.generation_batch_size, self.args.eval_episodes))
-        builder = TableBuilder(sampler, self.encoder) if self.args.eval_tables else None
+        builder = None
+        if self.args.eval_tables:
+            expect_fitting_orders(self.separators, context_length(self.policy.model), self.args)
+            builder = TableBuilder(sampler, self.encoder, num_order_episodes=self.args.eval_order_episodes)
         observe = None if builder is None else builder.add
         batches = (inputs["articles"] for inputs in loader)
         with self._phase("evaluation", self.args.generation_batch_size, "generation_batch_size"):

@@ -392,9 +392,34 @@ def test_a_large_dump_streams_unless_told_otherwise(tmp_path: Path, monkeypatch:
     assert isinstance(load_articles(path, streaming=False), datasets.Dataset)
 
 
-def test_a_dump_has_one_split(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has one split, 'train'; got 'test'"):
-        load_articles(str(write(tmp_path / "a.xml", numbered_dump(1))), split="test")
+@pytest.mark.parametrize(
+    ("split", "rows"), [("train[:3]", range(3)), ("train[7:]", range(7, 10)), ("train[20%:50%]", range(2, 5))]
+)
+def test_a_slice_of_a_dump(tmp_path: Path, split: str, rows: range) -> None:
+    dump = str(write(tmp_path / "a.xml", numbered_dump(10)))
+    whole = load_articles(dump)["title"]
+    assert list(load_articles(dump, split=split)["title"]) == [whole[row] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("test", "has one split, 'train', of which a slice can be taken; got 'test'"),
+        ("train[:1]+train[2:]", "of which a slice can be taken"),
+        ("train[", "'train\\[' cannot be read: Unrecognized"),
+        ("train[:200%]", "cannot be read: Percent slice"),
+        ("train[3:]", "is empty: the dump has 3 pages"),
+    ],
+)
+def test_a_split_that_a_dump_has_not(tmp_path: Path, split: str, message: str) -> None:
+    dump = str(write(tmp_path / "a.xml", numbered_dump(3)))
+    with pytest.raises(ValueError, match=message):
+        load_articles(dump, split=split)
+
+
+def test_a_streamed_dump_cannot_be_sliced(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a streamed dump cannot give; leave streaming out"):
+        load_articles(str(write(tmp_path / "a.xml", numbered_dump(3))), split="train[:2]", streaming=True)
 
 
 @pytest.mark.parametrize("name", ["offline", "a.jsonl", "a.xml", "texts"])

@@ -149,6 +149,7 @@ class TestRefusals:
             "generation_batch_size",
             "training_batch_size",
             "eval_episodes",
+            "eval_epochs",
             "num_episodes",
             "save_episodes",
             "warmup_episodes",
@@ -202,6 +203,11 @@ class TestRefusals:
     def test_steps_that_are_no_integer(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"^num_steps must be an integer or none, got 2\.5$"):
             tiny_config(tmp_path, num_steps=2.5)
+
+    @pytest.mark.parametrize("value", [-1, 1.5, "all"])
+    def test_orders_that_are_no_count(self, tmp_path: Path, value: object) -> None:
+        with pytest.raises(ValueError, match="^eval_order_episodes must be an integer of at least 0, or none, got "):
+            tiny_config(tmp_path, eval_order_episodes=value)
 
     @pytest.mark.parametrize(
         ("name", "choices"),

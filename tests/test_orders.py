@@ -131,8 +131,13 @@ def test_a_beginning_is_read_once(llama: PreTrainedModel, tokenizer: PreTrainedT
     assert sum(read) == prompt + 64 * block
     read.clear()
     scorer.read(all_orders(4))
-    scorer.greedy_oracle()
     assert read == []
+    for max_rows in (1, 3, 100):
+        fresh = OrderScorer(sampler.policy, scorer._memory, max_rows=max_rows)
+        read.clear()
+        assert fresh.greedy_oracle() == scorer.greedy_oracle()
+        # The candidates of every step, 4 + 3 + 2 + 1, behind what the steps before read.
+        assert sum(read) == 2 * (prompt + 10 * block)
     handle.remove()
 
 

@@ -79,12 +79,37 @@ def test_what_is_written(tmp_path: Path, llama: PreTrainedModel, tokenizer: PreT
     assert stored["orders"][RANDOM]["mean"] == tables.orders[RANDOM].mean
     assert stored["settings"] == {"seed": 7, "T": 3, "L": 4, "counterfactuals": 2}
     page = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
-    assert "6 trajectories on 4 articles" in page
+    assert page.count(": 6 memories of 4 articles") == 2
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
     # Best first; the random order has neither a difference from itself nor a share.
     assert rows[2] == [BEST, str(tables.orders[BEST]), str(tables.order_gains[BEST]), ""]
     assert [RANDOM, str(tables.orders[RANDOM]), "", ""] in rows
     assert ["policy less empty query", str(tables.policy_less[EMPTY])] in rows
+
+
+@pytest.mark.parametrize("num_scored", [0, 1, 5])
+def test_orders_of_a_few_trajectories_alone(
+    num_scored: int, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    sampler = make_sampler(llama, tokenizer)
+    builders = [
+        TableBuilder(sampler, PlainTextEncoder(tokenizer), num_counterfactuals=2, num_order_episodes=count)
+        for count in (None, num_scored)
+    ]
+    # 3 and 3 trajectories, so that one batch is measured in part.
+    for builder in builders:
+        evaluate_policy(sampler, [random_batch(3), random_batch(3, seed=4)], 6, builder.add)
+    whole, part = (builder.build() for builder in builders)
+    assert part.queries == whole.queries
+    assert {name: part.parts[name] for name in ("reward", "query_gain", "model_gain")} == {
+        name: estimate for name, estimate in whole.parts.items() if name != "chosen_ease"
+    }
+    assert {estimate.num_values for estimate in part.orders.values()} == ({num_scored} if num_scored else set())
+    assert ("order_over_random" in part.metrics()) == ("chosen_ease" in part.parts) == (num_scored > 0)
+    assert ("not measured" in part.to_markdown()) == (num_scored == 0)
+    if num_scored == 1:
+        scores = builders[0]._orders
+        assert {name: part.orders[name].mean for name in scores} == {name: column[0] for name, column in scores.items()}
 
 
 def test_nothing_measured_is_an_error(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

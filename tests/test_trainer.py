@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,74 @@ def test_evaluation_trains_nothing_and_repeats_itself(
     assert trainer.run_state.state_dict() == state
     few = trainer.evaluate(held_out[:3], metric_key_prefix="few")
     assert few["few_episodes"] == 3
+
+
+def test_evaluation_articles_are_read_more_than_once_if_asked(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    # Long enough that a random window of them differs from reading to reading.
+    held_out = [{"text": " ".join(article_texts(6, seed=seed))} for seed in (9, 10)]
+    options = {"eval_episodes": 6, "eval_order_episodes": 2, "window": "random"}
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, eval_epochs=4, **options)
+    read = []
+    trainer.environment.reset = spy(trainer.environment.reset, read)  # type: ignore[method-assign]
+    assert trainer.evaluate(held_out)["eval_episodes"] == 6
+    stored = json.loads((Path(trainer.args.output_dir) / "evaluation" / "eval" / "evaluation.json").read_text())
+    assert (stored["queries"]["policy"]["num_values"], stored["queries"]["policy"]["num_clusters"]) == (6, 2)
+    assert (stored["orders"]["learned"]["num_values"], stored["orders"]["learned"]["num_clusters"]) == (2, 2)
+    assert len({tuple(row) for memory in read for row in memory.key_tokens.flatten(1).tolist()}) == 6
+    once = tiny_trainer(tmp_path / "once", texts, tokenizer, **options)
+    assert once.evaluate(held_out)["eval_episodes"] == 2
+
+
+def spy(method: Callable[[Any], Any], seen: list[Any]) -> Callable[[Any], Any]:
+    """Call a method, and keep what it was given."""
+
+    def call(argument: Any) -> Any:
+        seen.append(argument)
+        return method(argument)
+
+    return call
+
+
+def test_the_best_evaluation_is_remembered(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trainer = tiny_trainer(
+        tmp_path, texts, tokenizer, num_episodes=32, eval_strategy="steps", eval_steps=1, eval_episodes=4,
+        metric_for_best_model="query_over_empty", greater_is_better=True,
+        filter_threshold=float("-inf"), warmup_episodes=1, learning_rate=1e-2,
+        trainer_options={"eval_dataset": [{"text": text} for text in article_texts(4, seed=9)]},
+    )  # fmt: skip
+    trainer.train()
+    values = [entry["eval_query_over_empty"] for entry in trainer.state.log_history if "eval_reward" in entry]
+    assert len(set(values)) == 4
+    assert trainer.state.best_metric == max(values)
+
+
+def test_a_context_that_holds_a_trajectory_but_no_whole_memory(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    held_out = [{"text": text} for text in article_texts(3, seed=9)]
+    longest = tiny_trainer(tmp_path / "longer", texts, tokenizer, num_steps=1).trajectory_tokens
+
+    def short_trainer(**options: Any) -> AttentionGuidedRLTrainer:
+        model = tiny_llama()
+        model.config.max_position_embeddings = longest
+        return tiny_trainer(tmp_path, texts, tokenizer, model=model, num_steps=1, trainer_options=options)
+
+    message = (
+        rf"reads all 4 pairs of a memory to score orders, which takes \d+ tokens, .* holds {longest}\. Set eval_order"
+    )
+    with pytest.raises(ValueError, match=message):
+        short_trainer(eval_dataset=held_out)
+    trainer = short_trainer()
+    with pytest.raises(ValueError, match=message):
+        trainer.evaluate(held_out)
+    trainer.args.eval_order_episodes = 0
+    metrics = trainer.evaluate(held_out)
+    assert "eval_query_over_empty" in metrics
+    assert "eval_order_over_random" not in metrics
 
 
 def test_an_unadapted_policy_has_no_model_gain(

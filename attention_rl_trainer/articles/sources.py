@@ -39,6 +39,7 @@ MAX_CACHED_DUMP_BYTES = 256 * 2**20
 _EMBEDDED_DUMP = Path("test", "test_data", "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2")
 _SCRIPT_WIKIPEDIA = "wikipedia"
 _DUMP_FORMAT = "MediaWiki dump"
+_DUMP_SPLIT = "train"
 _FORMATS = {
     ".json": "json",
     ".jsonl": "json",
@@ -74,7 +75,8 @@ def load_articles(
             that is called like one of these names is written with `./` before it.
         config_name: Configuration of a data set of the Hub, or of a folder laid out as one; `"20231101.en"` for
             Wikipedia where it is not given.
-        split: Split of the data set. A single file is the split that is asked for.
+        split: Split of the data set, or a slice of it such as `"train[:60]"` (of rows, those without an article
+            included). A single file is the split that is asked for.
         streaming: Read while iterating instead of preparing the whole source first. None means yes for Wikipedia on
             the Hub and for a dump of more than `MAX_CACHED_DUMP_BYTES`, else no.
         text_column: Column that holds the text.
@@ -174,8 +176,7 @@ def _files_of_folder(folder: Path, split: str) -> tuple[list[Path], str]:
 
 
 def _load_dumps(paths: Sequence[Path], split: str, streaming: bool | None) -> ArticleTable:
-    if split != "train":
-        raise ValueError(f"A MediaWiki dump has one split, 'train'; got {split!r}.")
+    part = _parse_dump_split(split)
     for path in paths:
         dumps.check_wiki_dump(path)
     arguments = {"paths": tuple(str(path.resolve()) for path in paths)}
@@ -183,12 +184,36 @@ def _load_dumps(paths: Sequence[Path], split: str, streaming: bool | None) -> Ar
     if streaming is None:
         streaming = sum(path.stat().st_size for path in paths) > MAX_CACHED_DUMP_BYTES
     if streaming:
+        if part is not None:
+            raise ValueError(
+                f"The split {split!r} is a slice, which a streamed dump cannot give; leave streaming out, or take "
+                "'train' and use .skip() and .take()."
+            )
         return datasets.IterableDataset.from_generator(dumps.article_rows, features, arguments)
     table = datasets.Dataset.from_generator(
         dumps.article_rows, features, gen_kwargs=arguments, fingerprint=_state_of_dumps(paths)
     )
     _warn_of_breaks(table)
+    if part is not None:
+        (rows,) = part.to_absolute({_DUMP_SPLIT: len(table)})
+        chosen = range(len(table))[rows.from_ : rows.to]
+        if not chosen:
+            raise ValueError(f"The split {split!r} is empty: the dump has {len(table)} pages.")
+        table = table.select(chosen)
     return table
+
+
+def _parse_dump_split(split: str) -> datasets.ReadInstruction | None:
+    """Read a slice such as "train[:60]"; None stands for the whole dump."""
+    name = re.split(r"\W", split, maxsplit=1)[0]
+    try:
+        part = datasets.ReadInstruction.from_spec(split)
+        part.to_absolute({name: 1})
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"The split {split!r} cannot be read: {error}") from error
+    if name != _DUMP_SPLIT or "+" in split:
+        raise ValueError(f"A MediaWiki dump has one split, 'train', of which a slice can be taken; got {split!r}.")
+    return None if split == _DUMP_SPLIT else part
 
 
 def _state_of_dumps(paths: Sequence[Path]) -> str:

@@ -230,9 +230,12 @@ class OrderScorer:
         # Whoever is read again is what leads to something new.
         tree = sorted({prefix[: depth + 1] for prefix in wanted for depth in range(len(prefix))})
         with self._policy.inference(), self._policy.reference():
-            cache = DynamicCache(config=self._policy.causal_lm.config)
-            self._policy.forward(self._memory.prompt, cache)
-            self._descend(cache, [()], tree)
+            self._descend(self._read_prompt(), [()], tree)
+
+    def _read_prompt(self) -> Cache:
+        cache = DynamicCache(config=self._policy.causal_lm.config)
+        self._policy.forward(self._memory.prompt, cache)
+        return cache
 
     def _descend(self, cache: Cache, parents: list[Order], tree: list[Order]) -> None:
         """Read every continuation of some beginnings, and their own continuations."""
@@ -241,14 +244,18 @@ class OrderScorer:
         children = [prefix for prefix in tree if len(prefix) == depth and prefix[:-1] in places]
         for start in range(0, len(children), self._max_rows):
             chunk = children[start : start + self._max_rows]
-            rows = torch.tensor([places[child[:-1]] for child in chunk], device=self._policy.device)
-            forked = copy.deepcopy(cache)
-            forked.batch_select_indices(rows)
-            self._read_blocks(forked, chunk)
+            forked = self._read_children(cache, [places[child[:-1]] for child in chunk], chunk)
             within = set(chunk)
             below = [prefix for prefix in tree if len(prefix) > depth and prefix[:depth] in within]
             if below:
                 self._descend(forked, chunk, below)
+
+    def _read_children(self, cache: Cache, rows: list[int], children: list[Order]) -> Cache:
+        """Read prefixes behind the rows of a cache that hold all but their last pair; returns a cache of them all."""
+        forked = copy.deepcopy(cache)
+        forked.batch_select_indices(torch.tensor(rows, device=self._policy.device))
+        self._read_blocks(forked, children)
+        return forked
 
     def _read_blocks(self, cache: Cache, prefixes: list[Order]) -> None:
         blocks = self._memory.blocks[[prefix[-1] for prefix in prefixes]]
@@ -261,11 +268,24 @@ class OrderScorer:
     def greedy_oracle(self) -> Order:
         """Read next whatever value the base model predicts best, having seen all of them."""
         order: Order = ()
-        while len(order) < self.num_pairs:
-            candidates = [(*order, column) for column in range(self.num_pairs) if column not in order]
-            self.read(candidates)
-            order = max(candidates, key=self.value_logprob)
+        with self._policy.inference(), self._policy.reference():
+            cache = self._read_prompt()
+            while len(order) < self.num_pairs:
+                order, cache = self._best_continuation(order, cache)
         return order
+
+    def _best_continuation(self, order: Order, cache: Cache) -> tuple[Order, Cache]:
+        """Append the pair whose value is predicted best to an order of one row, and to its cache."""
+        candidates = [(*order, column) for column in range(self.num_pairs) if column not in order]
+        best, best_cache = candidates[0], cache
+        for start in range(0, len(candidates), self._max_rows):
+            chunk = candidates[start : start + self._max_rows]
+            forked = self._read_children(cache, [0] * len(chunk), chunk)
+            winner = max(chunk, key=self.value_logprob)
+            if start == 0 or self.value_logprob(winner) > self.value_logprob(best):
+                forked.batch_select_indices(torch.tensor([chunk.index(winner)], device=self._policy.device))
+                best, best_cache = winner, forked
+        return best, best_cache
 
 
 def all_orders(num_pairs: int) -> list[Order]:
@@ -360,7 +380,9 @@ def score_rules(scorer: OrderScorer, rules: dict[str, Order], num_random: int, s
     oracles: dict[str, float] = {}
     is_exact = scorer.num_pairs <= EXACT_MAX_PAIRS
     drawn = all_orders(scorer.num_pairs) if is_exact else random_orders(scorer.num_pairs, num_random, seed)
-    # All at once, so that what they share is read once.
+    # First what is read step by step, so that the rest finds it read; then all at once, so that what they share is read
+    # once.
+    oracle = scorer.greedy_oracle()
     scorer.read([*drawn, *rules.values()])
     random_scores = [scorer.score(order) for order in drawn]
     if is_exact:
@@ -368,6 +390,6 @@ def score_rules(scorer: OrderScorer, rules: dict[str, Order], num_random: int, s
     return {
         **{name: scorer.score(order) for name, order in rules.items()},
         RANDOM: sum(random_scores) / len(random_scores),
-        ORACLE: scorer.score(scorer.greedy_oracle()),
+        ORACLE: scorer.score(oracle),
         **oracles,
     }

@@ -46,9 +46,13 @@ class EvaluationTables:
 
     def metrics(self) -> dict[str, float]:
         """Name the figures that tell whether a policy has learned anything, nats per token and a share."""
-        return {
-            "order_over_random": self.order_gains[LEARNED].mean,
-            "order_share_closed": self.share_closed[LEARNED].mean,
+        orders = {}
+        if LEARNED in self.orders:
+            orders = {
+                "order_over_random": self.order_gains[LEARNED].mean,
+                "order_share_closed": self.share_closed[LEARNED].mean,
+            }
+        return orders | {
             "query_over_counterfactuals": self.queries[POLICY].mean,
             "query_over_empty": self.policy_less[EMPTY].mean,
             "query_over_control": self.policy_less[CONTROL].mean,
@@ -63,15 +67,13 @@ class EvaluationTables:
         queries = [[name, str(gain)] for name, gain in sorted(self.queries.items(), key=lambda item: -item[1].mean)]
         less = [[f"policy less {name}", str(gain)] for name, gain in self.policy_less.items()]
         parts = [[name.replace("_", " "), str(value)] for name, value in self.parts.items()]
-        first = next(iter(self.queries.values()))
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         return "\n\n".join(
             [
-                f"{first.num_values} trajectories on {first.num_clusters} articles; nats per token, with 95% intervals "
-                f"bootstrapped over articles. {settings}.",
-                "### Orders, scored by the base model behind empty queries",
+                f"Nats per token, with 95% intervals bootstrapped over articles. {settings}.",
+                f"### Orders, scored by the base model behind empty queries: {_size(self.orders)}",
                 _table(["order", "log-probability of the values", "less random", "share of the gap closed"], orders),
-                "### Queries, under the policy's own order, scored by the base model",
+                f"### Queries, under the policy's own order, scored by the base model: {_size(self.queries)}",
                 _table(["query", "gain over what the base model samples"], queries + less),
                 "### The trajectories",
                 _table(["", "mean"], parts),
@@ -98,6 +100,11 @@ class EvaluationTables:
         return [folder / name for name in contents]
 
 
+def _size(estimates: Mapping[str, Estimate]) -> str:
+    first = next(iter(estimates.values()), None)
+    return "not measured" if first is None else f"{first.num_values} memories of {first.num_clusters} articles"
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
@@ -111,6 +118,7 @@ class TableBuilder:
         encoder: turns ids into the text that BM25 compares.
         num_counterfactuals: queries of the base model at each step.
         num_random: random orders of a memory that is too large to score all of its orders.
+        num_order_episodes: trajectories, the first ones, whose memories have their orders scored; by default all.
     """
 
     def __init__(
@@ -120,8 +128,10 @@ class TableBuilder:
         *,
         num_counterfactuals: int = 4,
         num_random: int = 8,
+        num_order_episodes: int | None = None,
     ) -> None:
         self._sampler = sampler
+        self._num_order_episodes = num_order_episodes
         self._encoder = encoder
         self._num_counterfactuals = num_counterfactuals
         self._num_random = num_random
@@ -130,6 +140,7 @@ class TableBuilder:
         self._orders: dict[str, list[float]] = {}
         self._queries: dict[str, list[float]] = {}
         self._parts: dict[str, list[float]] = {}
+        self._chosen_ease: list[float] = []
 
     def add(self, batch: ArticleBatch, trajectory: Trajectory) -> None:
         """Measure trajectories that the sampler rolled out.
@@ -145,18 +156,31 @@ class TableBuilder:
         queries = score_queries(
             self._sampler, batch, trajectory, control, num_counterfactuals=self._num_counterfactuals
         )
-        episodes = trajectory.episodes.tolist()
-        orders = score_orders(self._sampler, batch, episodes, self._encoder, num_random=self._num_random)
         for name, gains in queries.gains.items():
             _extend(self._queries, name, gains.tolist())
-        for record in orders:
-            for name, score in record.scores.items():
-                _extend(self._orders, name, [score])
         _extend(self._parts, "reward", trajectory.avg_reward.tolist())
         for name in ("query_gain", "model_gain"):
             _extend(self._parts, name, trajectory.stack(name).mean(dim=1).tolist())
-        _extend(self._parts, "chosen_ease", [record.chosen_ease for record in orders])
         self._articles += [f"{article.source}:{article.article_index}" for article in batch.articles]
+        self._add_orders(batch, trajectory.episodes.tolist())
+
+    def _add_orders(self, batch: ArticleBatch, episodes: Sequence[int]) -> None:
+        left = len(batch)
+        if self._num_order_episodes is not None:
+            left = min(left, self._num_order_episodes - len(self._chosen_ease))
+        if left == 0:
+            return
+        records = score_orders(
+            self._sampler,
+            batch.select_rows(range(left)),
+            episodes[:left],
+            self._encoder,
+            num_random=self._num_random,
+        )
+        for record in records:
+            for name, score in record.scores.items():
+                _extend(self._orders, name, [score])
+        self._chosen_ease += [record.chosen_ease for record in records]
 
     def build(self) -> EvaluationTables:
         """Estimate every figure.
@@ -167,23 +191,25 @@ class TableBuilder:
         articles = self._articles
         if not articles:
             raise ValueError("nothing was measured: add trajectories before building the tables")
+        ordered = articles[: len(self._chosen_ease)]
         oracle = self._orders.get(BEST, self._orders.get(ORACLE, []))
         random = self._orders.get(RANDOM, [])
         gap = _less(oracle, random)
         others = {name: scores for name, scores in self._orders.items() if name not in (RANDOM, BEST, WORST)}
+        ease = _estimates({"chosen_ease": self._chosen_ease} if ordered else {}, ordered)
         return EvaluationTables(
-            orders=_estimates(self._orders, articles),
+            orders=_estimates(self._orders, ordered),
             order_gains=_estimates(
-                {name: _less(scores, random) for name, scores in self._orders.items() if name != RANDOM}, articles
+                {name: _less(scores, random) for name, scores in self._orders.items() if name != RANDOM}, ordered
             ),
             share_closed={
-                name: clustered_ratio(_less(scores, random), gap, articles) for name, scores in others.items()
+                name: clustered_ratio(_less(scores, random), gap, ordered) for name, scores in others.items()
             },
             queries=_estimates(self._queries, articles),
             policy_less=_estimates(
                 {name: _less(self._queries[POLICY], self._queries[name]) for name in (EMPTY, CONTROL)}, articles
             ),
-            parts=_estimates(self._parts, articles),
+            parts=_estimates(self._parts, articles) | ease,
             settings={
                 "seed": self._sampler.settings.seed,
                 "T": self._sampler.settings.num_steps,

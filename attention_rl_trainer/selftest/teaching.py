@@ -34,7 +34,7 @@ _STEP_TOKENS = NAME_LENGTH + VALUE_LENGTH + 2
 _WEIGHT_OF_RELATED = 5.0
 
 
-def teach(seed: int, *, num_steps: int = 800, batch_size: int = 64, learning_rate: float = 5e-3) -> PreTrainedModel:
+def teach(seed: int, *, num_steps: int = 1600, batch_size: int = 64, learning_rate: float = 5e-3) -> PreTrainedModel:
     """Teach a new model the language.
 
     Args:
