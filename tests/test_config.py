@@ -206,7 +206,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("value", [-1, 1.5, "all"])
     def test_orders_that_are_no_count(self, tmp_path: Path, value: object) -> None:
-        with pytest.raises(ValueError, match="^eval_order_episodes must be an integer of at least 0, or none, got "):
+        with pytest.raises(ValueError, match=r"^eval_order_episodes must be an integer of at least 0, or none, got "):
             tiny_config(tmp_path, eval_order_episodes=value)
 
     @pytest.mark.parametrize(
