@@ -28,7 +28,7 @@ def grid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     byte_level_tokenizer(texts).save_pretrained(folder / "model")
     for name, rows in {"train": texts[:15], "held_out": texts[15:]}.items():
         write_rows(folder / f"{name}.jsonl", [{"title": f"{name} {n}", "text": text} for n, text in enumerate(rows)])
-    recipe = yaml.safe_load(OPTIONS) | EVALUATION | {"num_episodes": 32, "generation_batch_size": 8}
+    recipe = yaml.safe_load(OPTIONS) | EVALUATION | {"num_episodes": 999, "generation_batch_size": 8}
     recipe |= {"model_name_or_path": str(folder / "model"), "report_to": "none"}
     recipe |= {"dataset_name": str(folder / "train.jsonl"), "dataset_eval_name": str(folder / "held_out.jsonl")}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
@@ -37,6 +37,7 @@ def grid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rows": str(folder / "results" / "rows.jsonl"),
         "output_dir": str(folder / "out"),
         "seeds": [0, 1],
+        "options": {"num_episodes": 32},
         "changes": {"recipe": None, "no KL": {"beta": 0.0}},
     }
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False), encoding="utf-8")
@@ -98,5 +99,5 @@ def test_a_grid_runs_what_has_no_row(grid_file: Path, capsys: pytest.CaptureFixt
 
 def test_a_grid_with_other_keys_is_refused(tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text("config: a\nrows: b\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"grid\.yaml must have the keys changes, config, .*, got config, rows"):
+    with pytest.raises(ValueError, match=r"grid\.yaml must have the keys changes, .*, got config, rows"):
         grids.read_grid(tmp_path / "grid.yaml")

@@ -9,7 +9,8 @@ A grid is a YAML file:
     rows: docs/results/recipe.jsonl             # one line for each finished run
     output_dir: out/recipe                      # where runs write
     seeds: [0, 1, 2]
-    changes:                                    # settings by name; options beside those of the config
+    options: {}                                 # what all runs of the grid have other than the config
+    changes:                                    # settings by name, and what each has other than that
       recipe: {}
       order_coef 1: {order_coef: 1.0}
 
@@ -78,7 +79,7 @@ def read_grid(path: Path) -> dict[str, Any]:
         ValueError: a key is missing or unknown.
     """
     grid: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    expected = {"config", "rows", "output_dir", "seeds", "changes"}
+    expected = {"config", "rows", "output_dir", "seeds", "options", "changes"}
     if set(grid) != expected:
         raise ValueError(f"{path} must have the keys {', '.join(sorted(expected))}, got {', '.join(sorted(grid))}")
     return grid
@@ -91,6 +92,7 @@ def runs_of(grid: dict[str, Any]) -> Iterator[Run]:
         grid: as `read_grid` returns it.
     """
     recipe: dict[str, Any] = yaml.safe_load(Path(grid["config"]).read_text(encoding="utf-8"))
+    recipe |= grid["options"] or {}
     for seed in grid["seeds"]:
         for name, changes in grid["changes"].items():
             folder = Path(grid["output_dir"]) / f"{name.replace(' ', '_')}_seed_{seed}"
