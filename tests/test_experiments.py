@@ -74,6 +74,12 @@ def test_a_grid_runs_what_has_no_row(grid_file: Path, capsys: pytest.CaptureFixt
     half = stats.t.ppf(0.975, 1) * abs(gains[0] - gains[1]) / 2
     assert table[2].startswith(f"| recipe | 2 | {np.mean(gains):+.3f} ± {half:.3f} | ")
     assert table[-1] == "Not run: no KL."
+    assert grids.order_table_of(grid, "no KL") == ""
+    orders = grids.order_table_of(grid, "recipe").splitlines()
+    assert orders[0] == "Orders of 'recipe' (3, 3 memories):"
+    assert orders[4].startswith("| exact best | +")
+    assert orders[4].endswith(" |  |")
+    assert len(orders) == 4 + len(rows[0]["order_gains"])
 
     # A row that was lost: the run is finished already, and what it gives is the same.
     Path(grid["rows"]).unlink()

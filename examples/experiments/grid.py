@@ -204,6 +204,30 @@ def table_of(grid: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def order_table_of(grid: dict[str, Any], name: str) -> str:
+    """Write what one setting's evaluations say of every order, as a Markdown table; empty without rows.
+
+    Args:
+        grid: as `read_grid` returns it.
+        name: the setting.
+    """
+    found = [row for row in read_rows(Path(grid["rows"])) if row["name"] == name and row["orders"]]
+    if not found:
+        return ""
+    gains = {rule: [row["order_gains"][rule]["mean"] for row in found] for rule in found[0]["order_gains"]}
+    memories = ", ".join(str(row["orders"]["random"]["num_values"]) for row in found)
+    lines = [
+        f"Orders of {name!r} ({memories} memories):",
+        "",
+        "| order | less random | share of the gap closed |",
+        "| --- | --- | --- |",
+    ]
+    for rule in sorted(gains, key=lambda rule: -np.mean(gains[rule])):
+        shares = [row["share_closed"][rule]["mean"] for row in found if rule in row["share_closed"]]
+        lines.append(f"| {rule} | {mean_over_seeds(gains[rule])} | {mean_over_seeds(shares) if shares else ''} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run or tabulate a grid."""
     parser = argparse.ArgumentParser(description="Run a recipe with its seeds and with single options changed.")
@@ -214,7 +238,8 @@ def main() -> None:
     if arguments.command == "run":
         run_grid(grid)
     else:
-        print(table_of(grid))
+        orders = [order_table_of(grid, name) for name in grid["changes"]]
+        print("\n\n".join([table_of(grid), *filter(None, orders)]))
 
 
 if __name__ == "__main__":
