@@ -7,12 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny import article_texts, byte_level_tokenizer, tiny_llama
+from tiny import article_texts, save_tiny_llama, write_rows
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = REPOSITORY / "examples" / "train_wiki.py"
@@ -75,16 +74,10 @@ class Inputs:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp("inputs")
     texts = article_texts(30)
-    tiny_llama().save_pretrained(folder / "model")
-    byte_level_tokenizer(texts).save_pretrained(folder / "model")
+    save_tiny_llama(folder / "model", texts)
     write_rows(folder / "articles.jsonl", [{"title": f"title {n}", "text": text} for n, text in enumerate(texts)])
     (folder / "config.yaml").write_text(OPTIONS)
     return Inputs(folder / "model", folder / "articles.jsonl", folder / "config.yaml")
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def start(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:

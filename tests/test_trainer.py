@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import adapted, article_texts, tiny_config, tiny_gpt2, tiny_llama, tiny_trainer
+from tiny import adapted, article_texts, save_tiny_llama, tiny_config, tiny_gpt2, tiny_llama, tiny_trainer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
@@ -657,9 +657,8 @@ def test_evaluating_several_sets(tmp_path: Path, texts: list[str], tokenizer: Pr
         trainer.predict(sets["first"])
 
 
-def test_a_model_can_be_given_by_name(tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
-    tiny_llama().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+def test_a_model_can_be_given_by_name(tmp_path: Path, texts: list[str]) -> None:
+    save_tiny_llama(tmp_path / "model", texts)
     trainer = AttentionGuidedRLTrainer(
         model=str(tmp_path / "model"),
         args=tiny_config(tmp_path, num_episodes=8, model_init_kwargs={"dtype": "float32"}),
