@@ -14,6 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 
 class Ailment(StrEnum):
@@ -135,6 +136,24 @@ class HealthMonitor:
         ]
         self._present = {ailment for ailment, message in found.items() if message is not None}
         return begun
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered, as a JSON-able mapping."""
+        return {
+            "values": {name: list(values) for name, values in self._values.items()},
+            "present": sorted(ailment.value for ailment in self._present),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to what `state_dict` returned.
+
+        Args:
+            state: the mapping; an empty one for a monitor that has seen nothing.
+        """
+        self._values.clear()
+        for name, values in state.get("values", {}).items():
+            self._values[name].extend(values)
+        self._present = {Ailment(name) for name in state.get("present", ())}
 
     def _recent(self, name: str) -> list[float] | None:
         """The last values of a metric, if there are enough."""

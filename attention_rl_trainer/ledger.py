@@ -287,20 +287,32 @@ class Ledger:
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
-    def cut(self, num_episodes: int) -> None:
+    def sync(self) -> None:
+        """Have the system write all rows to the disk."""
+        if self.path.is_file():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def cut(self, num_episodes: int) -> int:
         """Forget the rows past a checkpoint, so that a resumed run does not write them twice.
 
         Args:
             num_episodes: rows of this and later episodes go, and so does a last line that a kill left unfinished.
+
+        Returns:
+            How many of the rows up to the checkpoint are missing.
         """
+        kept = 0
         if not self.path.is_file():
-            return
-        staged = self.path.with_suffix(".staged")
+            return num_episodes
+        staged = self.path.with_name(f"_staging-{self.path.name}")
         with self.path.open("rb") as source, staged.open("wb") as target:
             for line in source:
                 if line.endswith(b"\n") and LedgerRow.from_json(_decode_object(line)).episode < num_episodes:
                     target.write(line)
+                    kept += 1
         os.replace(staged, self.path)
+        return num_episodes - kept
 
     def set_aside(self) -> Path | None:
         """Rename the ledger of an earlier run in the same folder, so that nothing is lost and nothing is mixed.

@@ -13,6 +13,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,8 +23,8 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
@@ -44,14 +45,22 @@ from attention_rl_trainer.callbacks import (
     TrainEndCallback,
 )
 from attention_rl_trainer.checkpointing import (
+    PREVIOUS_ADAPTER_NAME,
+    STATE_NAME,
     RunState,
-    find_checkpoint,
     load_run_state,
+    read_run_state,
     save_run_state,
-    steps_and_episodes,
 )
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.diagnostics import peak_memory_gib, phase
+from attention_rl_trainer.durability import (
+    DurableTrainer,
+    Fact,
+    checkpoint_step,
+    find_checkpoint,
+    set_aside_checkpoints,
+)
 from attention_rl_trainer.evaluation import TableBuilder, evaluate_policy
 from attention_rl_trainer.filtering import RewardStatistics, keep_mask
 from attention_rl_trainer.health import HealthMonitor
@@ -83,8 +92,9 @@ from attention_rl_trainer.preflight import (
 )
 from attention_rl_trainer.records import MetricsBuffer, ledger_rows, trajectory_metrics
 from attention_rl_trainer.report.console import EpisodeProgressCallback
-from attention_rl_trainer.report.summary import write_report
+from attention_rl_trainer.report.summary import REPORT_FOLDER, SUMMARY_NAME, write_report
 from attention_rl_trainer.rollout import NonFiniteError, RolloutSettings, TrajectorySampler, trajectory_length
+from attention_rl_trainer.run_identity import article_facts, model_facts, option_facts
 from attention_rl_trainer.tokenization import PlainTextEncoder, Separators
 from attention_rl_trainer.types import Trajectory
 from attention_rl_trainer.update import KeptTrajectories, LossTerms, compute_loss_terms
@@ -97,7 +107,7 @@ Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_sched
 RUN_CONFIG_NAME = "attention_rl_config.json"
 
 
-class AttentionGuidedRLTrainer(Trainer):
+class AttentionGuidedRLTrainer(DurableTrainer):
     """Trains a language model to direct its own reading of articles.
 
     Args:
@@ -118,6 +128,8 @@ class AttentionGuidedRLTrainer(Trainer):
     _tag_names = ("attention-guided-rl", "reinforcement-learning", "lora")
 
     args: AttentionGuidedRLConfig
+    checkpoint_parts = (*DurableTrainer.checkpoint_parts, STATE_NAME, PREVIOUS_ADAPTER_NAME)
+    run_trace = RUN_CONFIG_NAME
 
     def __init__(
         self,
@@ -239,7 +251,7 @@ class AttentionGuidedRLTrainer(Trainer):
         )
 
     def _on_begin(self) -> None:
-        folder = Path(str(self.args.output_dir))
+        folder = self.output_dir
         self.args.save_json(folder / RUN_CONFIG_NAME)
         print_facts(self.facts())
         shortage = memory_shortage(self.args, self.policy, self.separators)
@@ -260,7 +272,7 @@ class AttentionGuidedRLTrainer(Trainer):
             )
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(self.run_state.skipped.items())) or "none"
         facts = self.facts() | {"articles skipped": skipped}
-        folder = Path(str(self.args.output_dir))
+        folder = self.output_dir
         files = write_report(folder, self.state.log_history, facts, with_plots=with_plots)
         logger.warning("Report: %s", files[0])
 
@@ -335,26 +347,49 @@ class AttentionGuidedRLTrainer(Trainer):
             Steps, mean loss and the Trainer's speed metrics.
 
         Raises:
-            CheckpointError: the checkpoint lacks a file, or there is none.
+            CheckpointError: there is no such checkpoint, it is damaged, or it belongs to another run.
+            StagingError: a checkpoint could not be written.
+            RunLockedError: another run writes to ``output_dir``.
+            KeyboardInterrupt: SIGINT came, and a checkpoint was written.
+            SystemExit: SIGTERM came, and a checkpoint was written; the code is 143.
         """
-        checkpoint = find_checkpoint(resume_from_checkpoint, Path(str(self.args.output_dir)))
-        self._start_afresh()
-        steps_before, episodes_before = 0, 0
-        if checkpoint is not None:
-            steps_before, episodes_before = steps_and_episodes(checkpoint)
-        remaining = self.args.num_episodes - episodes_before
-        if checkpoint is not None and remaining <= 0:
-            return self._stay_finished(checkpoint, steps_before)
-        max_steps = steps_before + math.ceil(remaining / self.args.episodes_per_step)
-        with _max_steps(self.args, max_steps), self._phase("run", self.args.episodes_per_step, "generation_batch_size"):
-            return super().train(None if checkpoint is None else str(checkpoint))
+        with self.run_guarded():
+            checkpoint = find_checkpoint(resume_from_checkpoint, self.output_dir, self.run_trace)
+            self._start_afresh()
+            steps_before, episodes_before = 0, 0
+            if checkpoint is not None:
+                self.expect_own_checkpoint(checkpoint)
+                steps_before = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+                episodes_before = read_run_state(checkpoint).num_episodes
+            remaining = self.args.num_episodes - episodes_before
+            if checkpoint is not None and remaining <= 0:
+                return self._stay_finished(checkpoint, steps_before)
+            self._set_checkpoints_aside(checkpoint)
+            max_steps = steps_before + math.ceil(remaining / self.args.episodes_per_step)
+            batch = self.args.episodes_per_step
+            with _max_steps(self.args, max_steps), self._phase("run", batch, "generation_batch_size"):
+                return self.train_from(checkpoint)
+
+    def _set_checkpoints_aside(self, checkpoint: Path | None) -> None:
+        """Keep checkpoints that this run does not go on from out of its way."""
+        is_own = checkpoint is not None and checkpoint.resolve().parent == self.output_dir.resolve()
+        after = checkpoint_step(checkpoint) if checkpoint is not None and is_own else -1
+        if checkpoint is not None and not is_own:
+            self.ledger.set_aside()
+        aside = set_aside_checkpoints(self.output_dir, after)
+        if aside is not None:
+            logger.warning(
+                "%s held checkpoints that this run does not go on from; they lie in %s now", self.output_dir, aside
+            )
 
     def _stay_finished(self, checkpoint: Path, steps: int) -> TrainOutput:
         """Load what a finished run has learned, and run nothing."""
         logger.warning("%s has all of num_episodes=%d behind it; nothing is run", checkpoint, self.args.num_episodes)
         self._load_from_checkpoint(str(checkpoint))
-        self._restore(checkpoint)
+        self.load_run_state(checkpoint)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if self.args.report_at_end and not (self.output_dir / REPORT_FOLDER / SUMMARY_NAME).is_file():
+            self._on_end()  # the run was killed before it wrote its report
         return TrainOutput(steps, 0.0, {})
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
@@ -636,7 +671,7 @@ class AttentionGuidedRLTrainer(Trainer):
             results = evaluate_policy(sampler, batches, self.args.eval_episodes, observe)
         if builder is not None:
             tables = builder.build()
-            tables.write(Path(str(self.args.output_dir)) / "evaluation" / metric_key_prefix)
+            tables.write(self.output_dir / "evaluation" / metric_key_prefix)
             results |= tables.metrics()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         self.log(metrics)
@@ -645,35 +680,60 @@ class AttentionGuidedRLTrainer(Trainer):
 
     # ---- Checkpoints ----
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir or str(self.args.output_dir))
-        # The options as a pickle, with the Hub token in plain bytes; nothing needs it, and JSON says the same.
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+    def run_identity(self) -> dict[str, Fact]:
+        """Return what must be the same in a run that goes on: model, adapter, tokens and articles."""
+        tokenizer = self.processing_class
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        articles = article_facts(self.train_dataset, self.args.dataset_text_column)
+        return super().run_identity() | model_facts(self.policy.model, tokenizer) | option_facts(self.args) | articles
+
+    def save_extras(self, folder: Path) -> None:
+        """Write the options beside a saved adapter, as JSON.
+
+        Args:
+            folder: where the adapter is saved.
+        """
         self.args.save_json(folder / RUN_CONFIG_NAME)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        # The one hook of the Trainer that runs after the optimizer is saved and before a checkpoint is pushed or
-        # old ones are rotated away.
-        super()._save_rng_state(output_dir)
-        if self.args.should_save:
-            save_run_state(Path(output_dir), self.run_state, self.snapshot.state_dict())
+    def save_run_state(self, folder: Path) -> None:
+        """Write the reward history, the place in the articles, the metrics not yet logged, and the previous adapter.
 
-    def _restore(self, checkpoint: Path) -> None:
-        """Go back to the run's state and the previous adapter of a checkpoint."""
-        self.run_state, previous_adapter = load_run_state(checkpoint)
+        Args:
+            folder: the checkpoint's folder.
+        """
+        super().save_run_state(folder)
+        self.ledger.sync()
+        state = replace(self.run_state, metrics=self._metrics.state_dict(), health=self._health.state_dict())
+        save_run_state(folder, state, self.snapshot.state_dict())
+
+    def load_run_state(self, folder: Path) -> None:
+        """Go back to what `save_run_state` wrote.
+
+        Args:
+            folder: the checkpoint's folder.
+        """
+        super().load_run_state(folder)
+        state, previous_adapter = load_run_state(folder)
+        self._metrics.load_state_dict(state.metrics)
+        self._health.load_state_dict(state.health)
+        self.run_state = replace(state, metrics={}, health={})
         self.snapshot.load_state_dict(previous_adapter)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._restore(Path(checkpoint))
         self._skipped_before = dict(self.run_state.skipped)
         if self._stream is not None:
             self._stream.position = self.run_state.position
-        if self.args.should_save:
-            self.ledger.cut(self.run_state.num_episodes)
+        missing = self.ledger.cut(self.run_state.num_episodes)
+        if missing:
+            logger.warning(
+                "%s lacks %d of the %d trajectories before the checkpoint; they are lost to the report, not to the run",
+                self.ledger.path,
+                missing,
+                self.run_state.num_episodes,
+            )
 
 
 @contextmanager

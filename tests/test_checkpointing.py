@@ -50,9 +50,9 @@ class TestRunState:
         one.statistics.update(torch.ones(3))
         assert other.statistics.count == 0
 
-    @pytest.mark.parametrize("found", [0, 2, "1", None])
+    @pytest.mark.parametrize("found", [0, 1, "2", None])
     def test_another_format_is_refused(self, found: object) -> None:
-        with pytest.raises(CheckpointError, match=f"^the checkpoint has format {found!r}, this version reads 1$"):
+        with pytest.raises(CheckpointError, match=f"^the checkpoint has format {found!r}, this version reads 2$"):
             RunState.from_state_dict(STATE.state_dict() | {"format": found})
 
 
@@ -77,17 +77,10 @@ class TestFiles:
         assert {path.name for path in tmp_path.iterdir()} == {STATE_NAME, PREVIOUS_ADAPTER_NAME}
         assert json.loads((tmp_path / STATE_NAME).read_text())["num_episodes"] == 7
 
-    @pytest.mark.parametrize("name", [STATE_NAME, PREVIOUS_ADAPTER_NAME])
-    def test_a_missing_file_is_named(self, tmp_path: Path, name: str) -> None:
-        save_run_state(tmp_path, STATE, {"a": torch.ones(1)})
-        (tmp_path / name).unlink()
-        with pytest.raises(CheckpointError, match=f"{name} is missing, so the run cannot go on from .*choose another"):
-            load_run_state(tmp_path)
-
     def test_another_format_is_refused(self, tmp_path: Path) -> None:
         save_run_state(tmp_path, STATE, {"a": torch.ones(1)})
-        (tmp_path / STATE_NAME).write_text(json.dumps(STATE.state_dict() | {"format": 2}))
-        with pytest.raises(CheckpointError, match="the checkpoint has format 2, this version reads 1"):
+        (tmp_path / STATE_NAME).write_text(json.dumps(STATE.state_dict() | {"format": 1}))
+        with pytest.raises(CheckpointError, match="the checkpoint has format 1, this version reads 2"):
             load_run_state(tmp_path)
 
 

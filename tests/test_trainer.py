@@ -432,10 +432,15 @@ def test_checkpoints_come_at_multiples_of_save_episodes_and_at_the_end(
         "adapter_config.json",
         "attention_rl_state.json",
         "previous_adapter.safetensors",
-        "optimizer.pt",
+        "optimizer.safetensors",
         "trainer_state.json",
-        "rng_state.pth",
+        "random_states.safetensors",
+        "run_state.safetensors",
+        "run_identity.json",
+        "attention_rl_config.json",
+        "manifest.json",
     } <= names
+    assert not [name for name in names if Path(name).suffix in {".pt", ".pth", ".bin", ".pkl"}]
     state = json.loads((folder / "checkpoint-3" / "attention_rl_state.json").read_text())
     assert state["num_episodes"] == state["statistics"]["count"] == 24
 
@@ -506,7 +511,7 @@ def test_resuming_without_a_checkpoint_is_refused(
     with pytest.raises(CheckpointError, match="there is no checkpoint nowhere"):
         trainer.train(resume_from_checkpoint="nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"trainer_state.json is missing"):
+    with pytest.raises(CheckpointError, match=r"manifest.json is missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "empty"))
 
 
