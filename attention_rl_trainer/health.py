@@ -94,6 +94,14 @@ def expected_kept_fraction(filter_threshold: float | None) -> float | None:
     return 1 - statistics.NormalDist().cdf(filter_threshold)
 
 
+_WATCHED = frozenset(
+    {
+        *("reward", "query_gain", "model_gain", "history_mean", "kept_fraction", "kl"),
+        *("query_entropy", "query_repetition", "selector_entropy"),
+    }
+)
+
+
 class HealthMonitor:
     """Looks at the metrics of the last steps.
 
@@ -126,8 +134,8 @@ class HealthMonitor:
         Returns:
             Warnings whose condition began to hold with this step.
         """
-        for name, value in metrics.items():
-            self._values[name].append(value)
+        for name in _WATCHED & metrics.keys():
+            self._values[name].append(metrics[name])
         found = {ailment: check() for ailment, check in self._checks.items()}
         begun = [
             HealthWarning(ailment, message)
@@ -140,7 +148,7 @@ class HealthMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered, as a JSON-able mapping."""
         return {
-            "values": {name: list(values) for name, values in self._values.items()},
+            "values": {name: list(self._values[name]) for name in sorted(self._values)},
             "present": sorted(ailment.value for ailment in self._present),
         }
 

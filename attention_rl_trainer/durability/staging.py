@@ -223,7 +223,8 @@ def _remove(folder: Path) -> None:
     if not folder.exists():
         return
     trash = folder.with_name(_TRASH + folder.name)
-    shutil.rmtree(trash, ignore_errors=True)
+    if trash.exists():
+        shutil.rmtree(trash)
     os.rename(folder, trash)
     shutil.rmtree(trash)
 

@@ -58,6 +58,7 @@ class DurableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._interruption = Interruption()
         self._loss_before: tuple[Tensor, float, int] | None = None
+        self._random_states_before: dict[str, Any] | None = None
         self.add_callback(_DurabilityCallback(self))
 
     @property
@@ -91,7 +92,7 @@ class DurableTrainer(Trainer):
         Returns:
             Steps, mean loss over all steps of the run, and the Trainer's metrics.
         """
-        self._loss_before = None
+        self._loss_before, self._random_states_before = None, None
         output = Trainer.train(self, None if checkpoint is None else str(checkpoint))
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
 
@@ -134,6 +135,12 @@ class DurableTrainer(Trainer):
             self._tr_loss = loss.to(self.args.device)
             self._loss_before = None
 
+    def restore_random_states(self) -> None:
+        """Go on with the random states of the checkpoint, once."""
+        if self._random_states_before is not None:
+            restore_random_states(self._random_states_before, self.args.device)
+            self._random_states_before = None
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log numbers; the mean loss is that of the whole run, also when it was resumed.
 
@@ -173,24 +180,27 @@ class DurableTrainer(Trainer):
         """
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # Without training_args.bin: a pickle of the options, with the Hub token in plain bytes. ``state_dict`` is only
-        # given by strategies that need several processes.
+        # ``state_dict`` is only given by strategies that need several processes.
         folder = Path(output_dir or self.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with staged_files(folder) as staging:
-            parts: list[Any] = [self.model, self.processing_class]
-            for part in parts:
-                if part is not None:
-                    part.save_pretrained(staging)
-            self.save_extras(staging)
+            self._write_model(staging)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _write_model(self, folder: Path) -> None:
+        # Without training_args.bin: a pickle of the options, with the Hub token in plain bytes.
+        parts: list[Any] = [self.model, self.processing_class]
+        for part in parts:
+            if part is not None:
+                part.save_pretrained(folder)
+        self.save_extras(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
         target = self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._remember_best()
         with staged_folder(target) as folder:
-            self.save_model(str(folder), _internal_call=True)
+            self._write_model(folder)
             if not self.args.save_only_model:
                 assert self.optimizer is not None
                 assert self.lr_scheduler is not None
@@ -273,8 +283,10 @@ class DurableTrainer(Trainer):
         self.load_run_state(Path(checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        # The Trainer calls this before it makes the loader's iterator, which draws a seed for workers: the whole run drew
+        # that at its start. So they wait for the first step.
         if checkpoint is not None:
-            restore_random_states(load_tree(Path(checkpoint) / RANDOM_STATES_NAME), self.args.device)
+            self._random_states_before = load_tree(Path(checkpoint) / RANDOM_STATES_NAME)
 
 
 class _DurabilityCallback(TrainerCallback):
@@ -287,6 +299,11 @@ class _DurabilityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.restore_loss()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.restore_random_states()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._trainer.interrupt_if_asked(control, save=True)

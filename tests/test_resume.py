@@ -1,0 +1,100 @@
+"""A run that stopped and went on equals the one that never stopped, byte for byte; each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import Job, run
+
+STEPS = 12
+BATCH = 5  # of 30 articles, so that the sixth step ends an epoch
+# Logged every second step, so that checkpoints lie between two logs.
+OPTIONS: dict[str, Any] = {
+    "num_episodes": STEPS * BATCH,
+    "generation_batch_size": BATCH,
+    "save_episodes": BATCH,
+    "filter_threshold": 0.0,
+    "shuffle_buffer_size": 7,
+    "logging_steps": 2,
+    "lr_scheduler_type": "linear",
+    "training_batch_size": 2,
+}
+PLACES = {"first step": 1, "mid-epoch": 3, "epoch border": 6}
+WARMUPS = {"in warm-up": 40, "after warm-up": 1}
+OPTIMIZERS = ("adamw_torch", "adamw_bnb_8bit")
+# What a clock or the machine says.
+TIMING = {
+    "tokens_per_second",
+    "rollout_seconds",
+    "update_seconds",
+    "peak_memory_gib",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+}
+
+
+def whole_run(folder: Path, *, streaming: bool, optim: str, warmup: int) -> tuple[Job, Path]:
+    """Run without a stop; the files lie in ``<folder>/whole`` then, and runs that go on have the place where they lay."""
+    options = OPTIONS | {"optim": optim, "warmup_episodes": warmup}
+    job = Job(folder / "job", options, streaming=streaming, wide="bnb" in optim)
+    assert run(job) == 0, (job.folder / "log.txt").read_text()
+    return job, job.folder.rename(folder / "whole") / "run"
+
+
+def untimed(state: bytes) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(state)
+    content["log_history"] = [
+        {name: value for name, value in entry.items() if name not in TIMING} for entry in content["log_history"]
+    ]
+    return content
+
+
+def expect_same_end(job: Job, whole: Path, step: int) -> None:
+    """Go on from a copy of a checkpoint, and compare every file of the last checkpoint, and the ledger."""
+    shutil.copytree(whole / f"checkpoint-{step}", job.run / f"checkpoint-{step}")
+    shutil.copy(whole / "trajectories.jsonl", job.run)
+    resumed = replace(job, resume=str(job.run / f"checkpoint-{step}"))
+    assert run(resumed) == 0, (job.folder / "log.txt").read_text()
+    last = f"checkpoint-{STEPS}"
+    names = {path.name for path in (whole / last).iterdir()}
+    assert {path.name for path in (job.run / last).iterdir()} == names
+    assert {"adapter_model.safetensors", "optimizer.safetensors", "random_states.safetensors"} <= names
+    for name in sorted(names - {"trainer_state.json", "manifest.json"}):
+        assert (job.run / last / name).read_bytes() == (whole / last / name).read_bytes(), name
+    states = [untimed((run / last / "trainer_state.json").read_bytes()) for run in (job.run, whole)]
+    assert states[0] == states[1]
+    assert len([entry for entry in states[0]["log_history"] if "kl" in entry]) >= 1
+    assert (job.run / "trajectories.jsonl").read_bytes() == (whole / "trajectories.jsonl").read_bytes()
+    shutil.rmtree(job.folder)
+
+
+def test_a_resumed_process_ends_like_the_whole_run(tmp_path: Path) -> None:
+    job, whole = whole_run(tmp_path, streaming=True, optim="adamw_torch", warmup=1)
+    for step in (1, 6):
+        expect_same_end(job, whole, step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("warmup", WARMUPS)
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_every_kind_of_resumed_run_ends_like_the_whole_run(
+    streaming: bool, warmup: str, optim: str, tmp_path: Path
+) -> None:
+    job, whole = whole_run(tmp_path, streaming=streaming, optim=optim, warmup=WARMUPS[warmup])
+    for step in PLACES.values():
+        expect_same_end(job, whole, step)
+
+
+def test_the_comparison_sees_another_seed(tmp_path: Path) -> None:
+    """What the tests above rest on: runs that differ do not compare equal."""
+    job, whole = whole_run(tmp_path, streaming=False, optim="adamw_torch", warmup=1)
+    other = replace(job, options=job.options | {"learning_rate": 2e-2})
+    with pytest.raises(AssertionError):
+        expect_same_end(other, whole, 6)
