@@ -283,9 +283,17 @@ class Ledger:
 
         Args:
             rows: in the order of their episodes.
+
+        Raises:
+            OSError: the system refused; names the file.
         """
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        lines = [json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            # A refused write names no file, unlike a refused opening.
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def sync(self) -> None:
         """Have the system write all rows to the disk."""

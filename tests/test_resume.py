@@ -40,7 +40,7 @@ TIMING = {
 
 
 def whole_run(folder: Path, *, streaming: bool, optim: str, warmup: int) -> tuple[Job, Path]:
-    """Run without a stop; the files lie in ``<folder>/whole`` then, and runs that go on have the place where they lay."""
+    """Run without a stop; the files lie in ``<folder>/whole`` then, and those that go on run where they lay."""
     options = OPTIONS | {"optim": optim, "warmup_episodes": warmup}
     job = Job(folder / "job", options, streaming=streaming, wide="bnb" in optim)
     assert run(job) == 0, (job.folder / "log.txt").read_text()

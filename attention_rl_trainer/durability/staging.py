@@ -78,15 +78,14 @@ def staged_folder(target: Path) -> Iterator[Path]:
             sync(path)
         sync(staging)
         _publish(staging, target)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if not _is_refusal(error):
+            raise
         raise StagingError(
             f"{target} could not be written: {_reason(error)}. Nothing that was there before was touched; make room "
             "or set the permissions, and go on from the checkpoint before it"
         ) from error
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -110,7 +109,9 @@ def staged_files(folder: Path) -> Iterator[Path]:
         for path in sorted(staging.rglob("*")):
             if path.is_file():
                 _place(path, folder / path.relative_to(staging))
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not _is_refusal(error):
+            raise
         raise StagingError(f"{folder} could not be written: {_reason(error)}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -227,6 +228,12 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(trash)
     os.rename(folder, trash)
     shutil.rmtree(trash)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Tell whether the system refused a write; libraries in Rust say so in exceptions of their own."""
+    # The tokenizers library raises a bare `Exception`, with the system's words and "(os error 28)".
+    return isinstance(error, OSError | SafetensorError) or (type(error) is Exception and "os error" in str(error))
 
 
 def _reason(error: BaseException) -> str:

@@ -10,6 +10,7 @@ A subclass says what else belongs to a run's state, by `save_run_state` and `loa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -193,6 +195,7 @@ class DurableTrainer(Trainer):
         for part in parts:
             if part is not None:
                 part.save_pretrained(folder)
+        _sort_target_modules(folder / ADAPTER_CONFIG_NAME)
         self.save_extras(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -282,11 +285,23 @@ class DurableTrainer(Trainer):
         self.lr_scheduler.load_state_dict(states["scheduler"])
         self.load_run_state(Path(checkpoint))
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Read nothing: there is no gradient scaler, and a file of its name would be a pickle of someone else's."""
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        # The Trainer calls this before it makes the loader's iterator, which draws a seed for workers: the whole run drew
-        # that at its start. So they wait for the first step.
+        # The Trainer calls this before it makes the loader's iterator, which draws a seed for workers; the whole run
+        # drew that at its start. So they wait for the first step.
         if checkpoint is not None:
             self._random_states_before = load_tree(Path(checkpoint) / RANDOM_STATES_NAME)
+
+
+def _sort_target_modules(path: Path) -> None:
+    """Give an adapter's module names an order: PEFT keeps a set, which comes out differently in each process."""
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(config.get("target_modules"), list):
+            config["target_modules"].sort()
+            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 class _DurabilityCallback(TrainerCallback):
