@@ -10,6 +10,7 @@ import logging
 import random
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -173,6 +174,17 @@ def test_no_markup_however_broken_leaves_its_clutter(pieces: list[str]) -> None:
     for clutter in ("{{", "}}", "[[", "]]", "{|", "\n\n\n", "()", "\ue000", "''"):
         assert clutter not in text
     assert text == text.strip()
+
+
+@pytest.mark.parametrize("unit", ["\n", " ,", " ", "x", "(", "'", "{|", "|", "\u202e", "<!--"])
+def test_a_page_of_one_thing_repeated_takes_no_longer_than_its_length_asks_for(unit: str) -> None:
+    def seconds(num_characters: int) -> float:
+        start = time.process_time()
+        plain_text(unit * (num_characters // len(unit)))
+        return time.process_time() - start
+
+    # Time in proportion to the square would be 256 times as long.
+    assert seconds(320_000) < 64 * max(seconds(20_000), 0.01)
 
 
 # Dumps
