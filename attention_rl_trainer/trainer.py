@@ -61,7 +61,7 @@ from attention_rl_trainer.durability import (
     find_checkpoint,
     set_aside_checkpoints,
 )
-from attention_rl_trainer.evaluation import TableBuilder, evaluate_policy
+from attention_rl_trainer.evaluation import TableBuilder, evaluate_policy, folder_name
 from attention_rl_trainer.filtering import RewardStatistics, keep_mask
 from attention_rl_trainer.health import HealthMonitor
 from attention_rl_trainer.ledger import Ledger, LedgerRow
@@ -671,7 +671,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             results = evaluate_policy(sampler, batches, self.args.eval_episodes, observe)
         if builder is not None:
             tables = builder.build()
-            tables.write(self.output_dir / "evaluation" / metric_key_prefix)
+            tables.write(self.output_dir / "evaluation" / folder_name(metric_key_prefix))
             results |= tables.metrics()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         self.log(metrics)

