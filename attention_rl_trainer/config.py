@@ -174,7 +174,10 @@ class AttentionGuidedRLConfig(TrainingArguments):
     entropy_coef: float = field(default=0.0, metadata=_help("Weight of an entropy bonus on query tokens."))
 
     # Update
-    training_batch_size: int = field(default=16, metadata=_help("Trajectories in a micro-batch of the update."))
+    training_batch_size: int = field(
+        default=16,
+        metadata=_help("Trajectories in a micro-batch of the update; halved up to three times if memory runs out."),
+    )
     num_iterations: int = field(
         default=1, metadata=_help("Optimizer steps on each rollout batch; above 1 with clipped importance ratios.")
     )

@@ -6,7 +6,9 @@ micro-batches. Everything that is computed lives in the modules before this one;
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import itertools
 import logging
 import math
 import time
@@ -63,13 +65,16 @@ from attention_rl_trainer.durability import (
 )
 from attention_rl_trainer.evaluation import TableBuilder, evaluate_policy, folder_name
 from attention_rl_trainer.filtering import RewardStatistics, keep_mask
+from attention_rl_trainer.finiteness import NonFiniteError, expect_finite, located
 from attention_rl_trainer.health import HealthMonitor
 from attention_rl_trainer.ledger import Ledger, LedgerRow
 from attention_rl_trainer.losses import step_advantages
 from attention_rl_trainer.memory import DifferentiableEnvironment, KVMemoryEnvironment, MemoryEnvironment
+from attention_rl_trainer.micro_batches import AccumulationStart, MicroBatchSize, halve_until_it_fits
 from attention_rl_trainer.pairs import (
     ArticleBatch,
     ArticlePairsDataset,
+    ArticleReference,
     collate_article_pairs,
     first_usable_articles,
 )
@@ -93,7 +98,8 @@ from attention_rl_trainer.preflight import (
 from attention_rl_trainer.records import MetricsBuffer, ledger_rows, trajectory_metrics
 from attention_rl_trainer.report.console import EpisodeProgressCallback
 from attention_rl_trainer.report.summary import REPORT_FOLDER, SUMMARY_NAME, write_report
-from attention_rl_trainer.rollout import NonFiniteError, RolloutSettings, TrajectorySampler, trajectory_length
+from attention_rl_trainer.rollback import OptimizerRestorePoint
+from attention_rl_trainer.rollout import RolloutSettings, TrajectorySampler, trajectory_length
 from attention_rl_trainer.run_identity import article_facts, model_facts, option_facts
 from attention_rl_trainer.tokenization import PlainTextEncoder, Separators
 from attention_rl_trainer.types import Trajectory
@@ -105,6 +111,9 @@ Articles: TypeAlias = ArticleTable | Sequence[Mapping[str, object]] | Sequence[A
 Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 
 RUN_CONFIG_NAME = "attention_rl_config.json"
+# What an error names where memory ran out.
+_ROLLOUT_MEMORY_OPTIONS = "generation_batch_size, num_steps, tokens_per_query or tokens_per_value"
+_UPDATE_MEMORY_OPTIONS = "training_batch_size or logits_chunk_size"
 
 
 class AttentionGuidedRLTrainer(DurableTrainer):
@@ -200,6 +209,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self.policy = build_policy(model, tokenizer, self.args)
         self.sampler = self._new_sampler(rollout_settings(self.args))
         self.snapshot = AdapterSnapshot(model)
+        self._trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.loss_settings = loss_settings(self.args)
         self._stream: ArticleStream | None = None
         self._start_afresh()
@@ -210,9 +220,19 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self.snapshot.refresh()
         self._metrics = MetricsBuffer()
         self._health = HealthMonitor(health_limits(self.args))
+        self._micro_batch_size = MicroBatchSize(self.args.training_batch_size)
+        self._forget_window()
+
+    def _forget_window(self) -> None:
+        """Be ready for the next update; a window is the rollout batches of one."""
         self._window: list[KeptTrajectories] = []
         # Trajectories of the present update, known at its first batch; `None` between two updates.
         self._window_trajectories: int | None = None
+        # Rows of the ledger, written when the update's optimizer step is sure to be taken.
+        self._unwritten_rows: list[LedgerRow] = []
+        self._run_state_before = self.run_state
+        # What the optimizer steps before the last one change; `None` before the first of several.
+        self._weights_before: OptimizerRestorePoint | None = None
 
     def _new_sampler(self, settings: RolloutSettings) -> TrajectorySampler:
         return TrajectorySampler(self.policy, self.environment, self.separators, settings)
@@ -410,51 +430,88 @@ class AttentionGuidedRLTrainer(DurableTrainer):
 
         Returns:
             The loss, detached; 0 if nothing was kept, in which case there is no gradient either.
+
+        Raises:
+            NonFiniteError: a logit, vector, reward, statistic, the KL, the loss or the gradient is not finite; names
+                which, where, and the articles. Weights, optimizer, statistics and ledger are those before the step.
         """
         model.train()
         batch = self._cut_to_run(inputs["articles"])
-        if len(batch) == 0:
-            self._end_of_window(model)
-            return torch.zeros((), device=self.args.device)
+        if self._window_trajectories is None:
+            self._run_state_before = copy.deepcopy(self.run_state)
+        with self._undone_if_it_fails():
+            if len(batch) == 0:
+                with self._phase("update", 0, _UPDATE_MEMORY_OPTIONS):
+                    self._end_of_window(model)
+                return torch.zeros((), device=self.args.device)
+            return self._train_on(model, batch)
+
+    def _train_on(self, model: nn.Module, batch: ArticleBatch) -> Tensor:
         if self._window_trajectories is None:
             remaining = self.args.num_episodes - self.run_state.num_episodes
             self._window_trajectories = min(remaining, self.args.episodes_per_step)
         first = self.run_state.num_episodes
         started = time.perf_counter()
-        with self._phase("rollout", len(batch), "generation_batch_size, num_steps or the tokens per query and value"):
+        with self._phase("rollout", len(batch), _ROLLOUT_MEMORY_OPTIONS):
             trajectory = self.sampler.sample(batch, range(first, first + len(batch)))
         rolled_out = time.perf_counter()
-        history, keep = self._judge(trajectory)
-        with self._phase("update", int(keep.sum()), "training_batch_size or logits_chunk_size"):
-            loss = self._update(model, trajectory, history, keep)
+        with self._phase("filter", len(batch), _ROLLOUT_MEMORY_OPTIONS, batch.articles):
+            history, keep = self._judge(trajectory)
+        with self._phase("update", int(keep.sum()), _UPDATE_MEMORY_OPTIONS, batch.articles):
+            loss = self._update(model, batch, trajectory, history, keep)
             self._end_of_window(model)
         self._record(batch, trajectory, history, keep)
         self._record_times(trajectory, rolled_out - started, time.perf_counter() - rolled_out)
         return loss
 
+    @contextmanager
+    def _undone_if_it_fails(self) -> Iterator[None]:
+        """Go back to where the run stood before the present update, should it fail."""
+        try:
+            yield
+        except BaseException:
+            self.run_state = self._run_state_before
+            if self._weights_before is not None:
+                self._weights_before.restore()
+            self.policy.model.zero_grad()
+            self._forget_window()
+            raise
+
     def _end_of_window(self, model: nn.Module) -> None:
         """Before the Trainer's own optimizer step, take those that ``num_iterations`` > 1 adds to it."""
         if not self.accelerator.sync_gradients:
             return
-        window, self._window, self._window_trajectories = self._window, [], None
-        for _ in range(self.args.num_iterations - 1 if window else 0):
+        if not self._window or self.args.num_iterations == 1:
+            return
+        assert self.optimizer is not None
+        changing = [*self._trainable.values(), *self.snapshot.state_dict().values()]
+        self._weights_before = OptimizerRestorePoint(changing, self.optimizer)
+        for iteration in range(2, self.args.num_iterations + 1):
             self._step_optimizer(model)
-            self._accumulate(model, window)
+            self._accumulate(model, self._window, iteration)
 
     def _cut_to_run(self, batch: ArticleBatch) -> ArticleBatch:
         """Leave out the rows of the last batch that go beyond ``num_episodes``."""
         remaining = self.args.num_episodes - self.run_state.num_episodes
         return batch if remaining >= len(batch) else batch.select_rows(range(max(0, remaining)))
 
-    def _phase(self, name: str, rows: int, options: str) -> AbstractContextManager[None]:
+    def _phase(
+        self,
+        name: str,
+        rows: int,
+        options: str,
+        articles: Sequence[ArticleReference] = (),
+        micro_batch_size: int | None = None,
+    ) -> AbstractContextManager[None]:
         args = self.args
-        shapes = {
+        shapes = {} if micro_batch_size is None else {"trajectories a micro-batch": micro_batch_size}
+        shapes |= {
             "trajectories": rows,
             "steps": args.steps_per_trajectory,
             "tokens a trajectory": self.trajectory_tokens,
             "vocabulary": self.policy.head.linear.weight.shape[0],
         }
-        return phase(name, self.state.global_step + 1, self.policy.device, shapes, options)
+        return phase(name, self.state.global_step + 1, self.policy.device, shapes, options, articles)
 
     def _judge(self, trajectory: Trajectory) -> tuple[RewardStatistics, Tensor]:
         """Decide by the history before the batch, then add the batch to it."""
@@ -468,14 +525,18 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self.run_state.statistics.update(trajectory.avg_reward)
         return history, keep
 
-    def _update(self, model: nn.Module, trajectory: Trajectory, history: RewardStatistics, keep: Tensor) -> Tensor:
+    def _update(
+        self, model: nn.Module, batch: ArticleBatch, trajectory: Trajectory, history: RewardStatistics, keep: Tensor
+    ) -> Tensor:
         """Accumulate the gradient of the kept trajectories, and remember them for further iterations."""
         rows = keep.nonzero().squeeze(1)
-        kept = [self._kept(trajectory, history, rows)] if len(rows) else []
+        kept = [self._kept(batch, trajectory, history, rows)] if len(rows) else []
         self._window += kept
         return self._accumulate(model, kept)
 
-    def _kept(self, trajectory: Trajectory, history: RewardStatistics, rows: Tensor) -> KeptTrajectories:
+    def _kept(
+        self, batch: ArticleBatch, trajectory: Trajectory, history: RewardStatistics, rows: Tensor
+    ) -> KeptTrajectories:
         advantages = step_advantages(
             trajectory.stack("reward")[rows],
             history.mean,
@@ -483,26 +544,62 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             advantage=self.args.advantage,
             credit=self.args.credit,
         )
+        articles = [batch.articles[row] for row in rows.tolist()]
+        expect_finite({"advantage": advantages}, articles)
         assert self._window_trajectories is not None
         weights = torch.full((len(rows),), 1 / self._window_trajectories, device=rows.device)
-        return KeptTrajectories.select(trajectory, rows, advantages, weights)
+        return KeptTrajectories.select(trajectory, rows, advantages, weights, articles)
 
-    def _accumulate(self, model: nn.Module, batches: Sequence[KeptTrajectories]) -> Tensor:
-        """Differentiate the loss of kept trajectories in micro-batches; returns it detached."""
+    def _accumulate(self, model: nn.Module, batches: Sequence[KeptTrajectories], iteration: int = 1) -> Tensor:
+        """Differentiate the loss of kept trajectories in micro-batches that fit; returns it detached."""
+        largest = max((len(batch) for batch in batches), default=0)
+        size_before = self._micro_batch_size.size
+        start = AccumulationStart(self._trainable.values(), self.policy.device)
+
+        def attempt(size: int) -> tuple[Tensor, list[dict[str, float]]]:
+            with self._phase("update", largest, _UPDATE_MEMORY_OPTIONS, micro_batch_size=size):
+                return self._accumulate_in(size, model, batches, iteration)
+
+        total, sums = halve_until_it_fits(attempt, self._micro_batch_size, largest, start.restore)
+        for values in sums:
+            self._metrics.add(values)
+        if self._micro_batch_size.size < size_before:
+            logger.warning(
+                "Memory ran out in the update of step %d; its micro-batches and those of all further steps have %d "
+                "trajectories instead of %d. To begin with that, lower training_batch_size",
+                self.state.global_step + 1,
+                self._micro_batch_size.size,
+                size_before,
+            )
+        return total
+
+    def _accumulate_in(
+        self, size: int, model: nn.Module, batches: Sequence[KeptTrajectories], iteration: int
+    ) -> tuple[Tensor, list[dict[str, float]]]:
+        """Do so in micro-batches of a size; returns the loss too, and what is logged of each batch."""
         total = torch.zeros((), device=self.args.device)
+        logged = []
+        numbers = itertools.count(1)
         for batch in batches:
             sums: dict[str, float] = defaultdict(float)
-            for micro_batch in batch.split(self.args.training_batch_size):
-                # Activation checkpointing runs the layers again in the backward, which must see the same dropout.
-                with dropout_disabled(model) if self.args.disable_dropout else nullcontext():
-                    with self.compute_loss_context_manager():
-                        loss, terms = self.compute_loss(model, {"trajectories": micro_batch}, return_outputs=True)
-                    self.accelerator.backward(loss)
-                total += loss.detach()
+            for micro_batch in batch.split(size):
+                with located(f"micro-batch {next(numbers)} of iteration {iteration}", micro_batch.articles):
+                    loss, terms = self._differentiate(model, micro_batch)
+                total += loss
                 sums["policy_loss"] += terms.policy.item()
                 sums["kl"] += terms.kl.item() / self._weight_of_tokens(batch)
-            self._metrics.add(sums)
-        return total
+            logged.append(sums)
+        return total, logged
+
+    def _differentiate(self, model: nn.Module, micro_batch: KeptTrajectories) -> tuple[Tensor, LossTerms]:
+        """Add a micro-batch's gradient to what is there, and check it; returns the loss, detached, and its parts."""
+        # Activation checkpointing runs the layers again in the backward, which must see the same dropout.
+        with dropout_disabled(model) if self.args.disable_dropout else nullcontext():
+            with self.compute_loss_context_manager():
+                loss, terms = self.compute_loss(model, {"trajectories": micro_batch}, return_outputs=True)
+            self.accelerator.backward(loss)
+        self._expect_finite_gradient()
+        return loss.detach(), terms
 
     @staticmethod
     def _weight_of_tokens(batch: KeptTrajectories) -> float:
@@ -528,41 +625,49 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             The loss, a scalar with gradient; with ``return_outputs`` also its `LossTerms`.
 
         Raises:
-            NonFiniteError: the loss is not finite.
+            NonFiniteError: a logit, the KL or the loss is not finite.
         """
         terms = compute_loss_terms(
             self.policy, model, self.environment, self.snapshot, inputs["trajectories"], self.loss_settings
         )
-        if not bool(terms.loss.isfinite()):
-            raise NonFiniteError(
-                f"the loss of step {self.state.global_step + 1} is {terms.loss.item()} (policy {terms.policy.item()}, "
-                f"KL {terms.kl.item()}). The optimizer step was not taken; lower learning_rate or raise the "
-                "weights' precision"
-            )
         return (terms.loss, terms) if return_outputs else terms.loss
 
     def _step_optimizer(self, model: nn.Module) -> None:
         """One of the optimizer steps that ``num_iterations`` > 1 adds to the Trainer's own."""
         if self.args.max_grad_norm > 0:
             self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        self._before_optimizer_step()
+        self._refresh_previous_adapter()
         assert self.optimizer is not None
         self.optimizer.step()
         model.zero_grad()
 
     def _before_optimizer_step(self) -> None:
+        """Write down what the present update read, once nothing stands in the way of its last optimizer step."""
+        articles = [article for batch in self._window for article in batch.articles]
+        with self._undone_if_it_fails(), self._phase("optimizer step", len(articles), _UPDATE_MEMORY_OPTIONS, articles):
+            self._refresh_previous_adapter()
+            self.ledger.append(self._unwritten_rows)
+        self._forget_window()
+
+    def _refresh_previous_adapter(self) -> None:
         """Check the gradient and refresh the previous adapter, unless the step will move nothing."""
-        gradients = [p.grad for p in self.policy.model.parameters() if p.grad is not None]
-        if not gradients:
+        if not self._expect_finite_gradient():
             return
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not bool(norm.isfinite()):
-            raise NonFiniteError(
-                f"the gradient of step {self.state.global_step + 1} is not finite. The optimizer step was not taken; "
-                "lower learning_rate or raise the weights' precision"
-            )
         self.snapshot.refresh()
         self.run_state.num_updates += 1
+
+    def _expect_finite_gradient(self) -> bool:
+        """Refuse a gradient that is not finite, or whose norm is not; returns whether there is any gradient.
+
+        Clipping would turn a finite gradient whose norm overflows into zeros.
+        """
+        gradients = {name: p.grad for name, p in self._trainable.items() if p.grad is not None}
+        if not gradients:
+            return False
+        if not bool(torch.nn.utils.get_total_norm(list(gradients.values())).isfinite()):
+            bad = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
+            raise NonFiniteError(f"the gradient of {bad[0]}" if bad else "the norm of the gradient")
+        return True
 
     # ---- Records ----
 
@@ -585,7 +690,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             keep=keep,
             is_warmup=is_warmup,
         )
-        self.ledger.append(rows)
+        self._unwritten_rows += rows
         self._latest_row = max(rows, key=lambda row: row.reward)
         self._metrics.add(trajectory_metrics(trajectory))
         self._metrics.add(
