@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from tiny import article_texts, save_tiny_llama, write_rows
+
+from attention_rl_trainer.durability.manifest import find_damage
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = REPOSITORY / "examples" / "train_wiki.py"
@@ -144,6 +148,31 @@ class TestTraining:
         assert state["num_episodes"] == state["statistics"]["count"] == 40
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_a_checkpoint_and_its_code(number: int, code: int, inputs: Inputs, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with (tmp_path / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *inputs.flags, "--episodes", "40000", "--output_dir", "run"],
+            cwd=tmp_path,
+            env=inherited | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            stdout=log,
+            stderr=log,
+        )
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoint-2").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code, (tmp_path / "log.txt").read_text()
+    assert "Traceback" not in (tmp_path / "log.txt").read_text()
+    episodes = episodes_of(run)
+    assert episodes == list(range(len(episodes)))
+    newest = max(int(path.name.partition("-")[2]) for path in run.glob("checkpoint-*"))
+    assert 8 * newest == len(episodes) < 40_000
+    assert not find_damage(run / f"checkpoint-{newest}")
+
+
 @pytest.mark.slow
 class TestOtherStarts:
     def test_accelerate_launch(self, inputs: Inputs, tmp_path: Path) -> None:
@@ -211,7 +240,7 @@ class TestBadInputs:
 
     def test_resume_without_checkpoint(self, inputs: Inputs, tmp_path: Path) -> None:
         message = self.refusal(*inputs.flags, "--resume", folder=tmp_path)
-        assert message == "--resume: there is no checkpoint in run; start without --resume"
+        assert message == "--resume: there is no checkpoint in run; start without resume_from_checkpoint"
 
     def test_unknown_yaml_key(self, inputs: Inputs, tmp_path: Path) -> None:
         path = tmp_path / "unknown.yaml"
