@@ -217,6 +217,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
     def _start_afresh(self) -> None:
         """Forget the run before, but not what the model has learned in it."""
         self.run_state = RunState()
+        self._identity: dict[str, Fact] | None = None
         self.snapshot.refresh()
         self._metrics = MetricsBuffer()
         self._health = HealthMonitor(health_limits(self.args))
@@ -787,10 +788,14 @@ class AttentionGuidedRLTrainer(DurableTrainer):
 
     def run_identity(self) -> dict[str, Fact]:
         """Return what must be the same in a run that goes on: model, adapter, tokens and articles."""
-        tokenizer = self.processing_class
-        assert isinstance(tokenizer, PreTrainedTokenizerBase)
-        articles = article_facts(self.train_dataset, self.args.dataset_text_column)
-        return super().run_identity() | model_facts(self.policy.model, tokenizer) | option_facts(self.args) | articles
+        if self._identity is None:
+            tokenizer = self.processing_class
+            assert isinstance(tokenizer, PreTrainedTokenizerBase)
+            articles = article_facts(self.train_dataset, self.args.dataset_text_column)
+            parts = model_facts(self.policy.model, tokenizer) | option_facts(self.args) | articles
+            # Once a run: of a stream it reads the first row.
+            self._identity = super().run_identity() | parts
+        return self._identity
 
     def save_extras(self, folder: Path) -> None:
         """Write the options beside a saved adapter, as JSON.

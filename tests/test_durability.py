@@ -13,13 +13,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -642,6 +645,57 @@ def trained(tokenizer: PreTrainedTokenizerFast, folder: Path, **options: Any) ->
     trainer = tiny_trainer(folder, article_texts(30), tokenizer, **OPTIONS | options)
     trainer.train()
     return trainer
+
+
+@dataclass
+class Upload:
+    """What a push to the Hub would have sent."""
+
+    files: set[str]
+    place: str | None
+    damage: list[Any] | None
+
+
+class TestPushes:
+    @pytest.mark.parametrize(
+        ("strategy", "places"),
+        [
+            ("end", []),
+            ("every_save", [None] * 3),
+            ("checkpoint", [None, "last-checkpoint"] * 3),
+            ("all_checkpoints", [None, "checkpoint-2", None, "checkpoint-4", None, "checkpoint-6"]),
+        ],
+    )
+    def test_what_is_sent_and_when(
+        self, strategy: str, places: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The network is all that is left out."""
+        uploads: list[Upload] = []
+
+        def upload(self: HfApi, *, folder_path: Path, ignore_patterns: list[str] | None, **options: Any) -> Any:
+            names = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+            sent = set(filter_repo_objects(names, ignore_patterns=ignore_patterns))
+            place = options["path_in_repo"]
+            uploads.append(Upload(sent, place, None if place is None else find_damage(Path(folder_path))))
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+
+        monkeypatch.setattr(HfApi, "upload_folder", upload)
+        trainer = build_trainer(Job(tmp_path, OPTIONS | {"hub_strategy": strategy, "hub_token": "hf_configsecret"}))
+        trainer.args.push_to_hub = True
+        trainer.hub_model_id = "someone/adapter"
+        trainer.push_in_progress = None
+        (tmp_path / "run" / "_earlier-1" / "checkpoint-1").mkdir(parents=True)
+        (tmp_path / "run" / "_earlier-1" / "checkpoint-1" / "old").write_text("old")
+        trainer.train()
+        assert [upload.place for upload in uploads] == places
+        for sent in uploads:
+            assert sent.damage in (None, [])
+            assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= sent.files
+            assert not [name for name in sent.files if name.startswith(("_", "checkpoint-")) or name.endswith(".bin")]
+        for content in content_of(tmp_path / "run").values():
+            assert b"hf_configsecret" not in content
 
 
 class Payload:

@@ -92,6 +92,24 @@ def test_every_kind_of_resumed_run_ends_like_the_whole_run(
         expect_same_end(job, whole, step)
 
 
+@pytest.mark.slow
+def test_what_else_a_step_leaves_behind(tmp_path: Path) -> None:
+    """Updates over two rollouts, done twice, with dropout from the global random state, and a worker reading ahead."""
+    options = OPTIONS | {
+        "num_episodes": 2 * STEPS * BATCH,
+        "gradient_accumulation_steps": 2,
+        "num_iterations": 2,
+        "disable_dropout": False,
+        "dataloader_num_workers": 1,
+        "warmup_episodes": 1,
+    }
+    job = Job(tmp_path / "job", options)
+    assert run(job) == 0, (job.folder / "log.txt").read_text()
+    whole = job.folder.rename(tmp_path / "whole") / "run"
+    for step in PLACES.values():
+        expect_same_end(job, whole, step)
+
+
 def test_the_comparison_sees_another_seed(tmp_path: Path) -> None:
     """What the tests above rest on: runs that differ do not compare equal."""
     job, whole = whole_run(tmp_path, streaming=False, optim="adamw_torch", warmup=1)

@@ -178,7 +178,7 @@ class TestNames:
         assert len({folder_name(name) for name in names}) == len(names)
         assert folder_name("eval_wiki-en_2023") == "eval_wiki-en_2023"
 
-    def test_hostile_data_sets_and_runs_write_nothing_outside(self, tmp_path: Path) -> None:
+    def test_hostile_data_sets_write_nothing_outside(self, tmp_path: Path) -> None:
         texts = article_texts(12)
         sets: dict[str, Any] = {name: [{"text": text} for text in texts[:6]] for name in HOSTILE_NAMES[:-1]}
         home = tmp_path / "home"
@@ -189,7 +189,6 @@ class TestNames:
             byte_level_tokenizer(texts),
             trainer_options={"eval_dataset": sets},
             num_episodes=8,
-            run_name="../../escape",
             eval_episodes=2,
             eval_order_episodes=0,
         )
@@ -200,6 +199,17 @@ class TestNames:
         assert [path.name for path in tmp_path.iterdir()] == ["home"]
         assert [path.name for path in home.iterdir()] == ["run"]
         assert len(list((home / "run" / "evaluation").iterdir())) == len(sets)
+
+    @pytest.mark.parametrize("name", HOSTILE_NAMES, ids=lambda name: ascii(name[:24]))
+    def test_hostile_runs_write_nothing_outside(self, name: str, tmp_path: Path) -> None:
+        texts = article_texts(8)
+        home = tmp_path / "home"
+        home.mkdir()
+        trainer = tiny_trainer(home, texts, byte_level_tokenizer(texts), num_episodes=4, run_name=name)
+        trainer.train()
+        trainer.save_model()
+        assert [path.name for path in tmp_path.iterdir()] == ["home"]
+        assert [path.name for path in home.iterdir()] == ["run"]
 
     @pytest.mark.parametrize("name", [*HOSTILE_NAMES[:4], "second"])
     def test_adapters_of_other_names_are_refused(self, name: str, tmp_path: Path) -> None:
