@@ -61,7 +61,9 @@ def option_facts(args: AttentionGuidedRLConfig) -> dict[str, Fact]:
         *("tokens_per_query", "tokens_per_key", "tokens_per_value", "num_kv_pairs", "subset_fraction", "window"),
         *("include_key_in_context", "seed", "shuffle", "shuffle_buffer_size", "overfit_articles"),
     )
-    return {name: getattr(args, name) for name in names} | {"num_steps": args.steps_per_trajectory}
+    facts: dict[str, Fact] = {name: getattr(args, name) for name in names}
+    # The states of one optimizer mean nothing to another.
+    return facts | {"num_steps": args.steps_per_trajectory, "optim": str(getattr(args.optim, "value", args.optim))}
 
 
 def article_facts(articles: Any, text_column: str) -> dict[str, Fact]:

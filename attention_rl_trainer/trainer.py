@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
+import json
 import logging
 import math
+import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,9 +61,10 @@ from attention_rl_trainer.diagnostics import peak_memory_gib, phase
 from attention_rl_trainer.durability import (
     DurableTrainer,
     Fact,
+    adopt_checkpoint,
     checkpoint_step,
     find_checkpoint,
-    set_aside_checkpoints,
+    set_aside_run,
 )
 from attention_rl_trainer.evaluation import TableBuilder, evaluate_policy, folder_name
 from attention_rl_trainer.filtering import RewardStatistics, keep_mask
@@ -278,10 +281,8 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         shortage = memory_shortage(self.args, self.policy, self.separators)
         if shortage is not None:
             logger.warning("%s", shortage)
-        if self.state.global_step == 0:
-            aside = self.ledger.set_aside()
-            if aside is not None:
-                logger.warning("%s held the ledger of an earlier run; it lies in %s now", folder, aside.name)
+        # A report is of a run's end.
+        (folder / REPORT_FOLDER / SUMMARY_NAME).unlink(missing_ok=True)
 
     def _on_end(self) -> None:
         if not self.args.report_at_end or self.run_state.num_episodes == 0:
@@ -329,6 +330,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             batch_size=batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=_leave_signals_to_the_trainer if self.args.dataloader_num_workers else None,
             pin_memory=False,
         )
 
@@ -385,23 +387,36 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             remaining = self.args.num_episodes - episodes_before
             if checkpoint is not None and remaining <= 0:
                 return self._stay_finished(checkpoint, steps_before)
-            self._set_checkpoints_aside(checkpoint)
+            checkpoint = self._clear_the_way(checkpoint)
             max_steps = steps_before + math.ceil(remaining / self.args.episodes_per_step)
             batch = self.args.episodes_per_step
             with _max_steps(self.args, max_steps), self._phase("run", batch, "generation_batch_size"):
                 return self.train_from(checkpoint)
 
-    def _set_checkpoints_aside(self, checkpoint: Path | None) -> None:
-        """Keep checkpoints that this run does not go on from out of its way."""
-        is_own = checkpoint is not None and checkpoint.resolve().parent == self.output_dir.resolve()
+    def _clear_the_way(self, checkpoint: Path | None) -> Path | None:
+        """Keep what this run does not go on from out of its way; returns the checkpoint, in the run's own folder."""
+        is_own = checkpoint is not None and checkpoint.parent.resolve() == self.output_dir.resolve()
+        records = [self.ledger.path, self.output_dir / REPORT_FOLDER]
         after = checkpoint_step(checkpoint) if checkpoint is not None and is_own else -1
-        if checkpoint is not None and not is_own:
-            self.ledger.set_aside()
-        aside = set_aside_checkpoints(self.output_dir, after)
+        aside = set_aside_run(self.output_dir, records, after)
         if aside is not None:
-            logger.warning(
-                "%s held checkpoints that this run does not go on from; they lie in %s now", self.output_dir, aside
-            )
+            logger.warning("%s held what this run does not go on from; it lies in %s now", self.output_dir, aside)
+        if checkpoint is None:
+            return None
+        self._tell_changed_options(checkpoint)
+        if is_own:
+            return checkpoint
+        self.ledger.take_over(checkpoint.parent / self.ledger.path.name)
+        return adopt_checkpoint(checkpoint, self.output_dir)
+
+    def _tell_changed_options(self, checkpoint: Path) -> None:
+        path = checkpoint / RUN_CONFIG_NAME
+        before, now = json.loads(path.read_text(encoding="utf-8")), self.args.to_jsonable()
+        places = {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "num_episodes"}
+        changed = [name for name in now if name not in places and name in before and before[name] != now[name]]
+        if changed:
+            listed = ", ".join(f"{name} ({before[name]!r} there, {now[name]!r} here)" for name in changed)
+            logger.warning("Options that differ from those of %s: %s", checkpoint, listed)
 
     def _stay_finished(self, checkpoint: Path, steps: int) -> TrainOutput:
         """Load what a finished run has learned, and run nothing."""
@@ -409,6 +424,8 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self._load_from_checkpoint(str(checkpoint))
         self.load_run_state(checkpoint)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if checkpoint.parent.resolve() == self.output_dir.resolve():
+            self.finish_rotation()
         if self.args.report_at_end and not (self.output_dir / REPORT_FOLDER / SUMMARY_NAME).is_file():
             self._on_end()  # the run was killed before it wrote its report
         return TrainOutput(steps, 0.0, {})
@@ -836,13 +853,14 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self._skipped_before = dict(self.run_state.skipped)
         if self._stream is not None:
             self._stream.position = self.run_state.position
-        missing = self.ledger.cut(self.run_state.num_episodes)
-        if missing:
+        gaps = self.ledger.cut(self.run_state.num_episodes)
+        if gaps.missing or gaps.copy is not None:
             logger.warning(
-                "%s lacks %d of the %d trajectories before the checkpoint; they are lost to the report, not to the run",
+                "%s lacks %d of the %d trajectories before the checkpoint%s; the report lacks them, the run does not",
                 self.ledger.path,
-                missing,
+                gaps.missing,
                 self.run_state.num_episodes,
+                "" if gaps.copy is None else f", and had damaged lines or repeated ones (as it was: {gaps.copy})",
             )
 
 
@@ -858,6 +876,12 @@ def _max_steps(args: AttentionGuidedRLConfig, steps: int) -> Iterator[None]:
 
 def _collate(rows: Sequence[Any], tokens_per_key: int) -> dict[str, Any]:
     return {"articles": collate_article_pairs(rows, tokens_per_key)}
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A signal to the whole process group must not take the articles away before the step has ended."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _source_name(articles: Articles) -> str:

@@ -1,7 +1,8 @@
 """Runs in processes of their own, forked from a server that holds the imports, so that each takes a second.
 
 A process can be told to die at a certain write: every file that Python opens for writing, removes or renames in the
-run's folder is an event (from the interpreter's audit hook), and so is every safetensors file, which is torn in half.
+run's folder is an event (from the interpreter's audit hook), and so is every safetensors file, every text and every
+append to the ledger, which are torn in half.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import safetensors.torch
 from datasets import Dataset
 from tiny import article_texts, byte_level_tokenizer, tiny_config, tiny_llama
 
+from attention_rl_trainer.ledger import Ledger
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 
 _REMOVALS = {"os.remove", "os.rmdir"}
@@ -64,7 +66,7 @@ class Job:
 
 
 def build_trainer(job: Job) -> AttentionGuidedRLTrainer:
-    """Build the trainer of a job."""
+    """Build the trainer of a job; where it evaluates, on articles of its own."""
     texts = article_texts(30, seed=job.texts)
     rows = Dataset.from_dict({"title": [f"article {number}" for number in range(len(texts))], "text": texts})
     sizes = {"hidden_size": 1024, "num_attention_heads": 8, "head_dim": 16} if job.wide else {}
@@ -72,6 +74,7 @@ def build_trainer(job: Job) -> AttentionGuidedRLTrainer:
         model=tiny_llama(**sizes),
         args=tiny_config(job.folder, **job.options),
         train_dataset=rows.to_iterable_dataset(num_shards=3) if job.streaming else rows,
+        eval_dataset=[{"text": text} for text in article_texts(6, seed=99)] if "eval_strategy" in job.options else None,
         processing_class=byte_level_tokenizer(texts),
     )
 
@@ -138,13 +141,19 @@ def _watch_writes(job: Job) -> None:
         if path.startswith(folder) and not path.endswith("_run.lock") and happen(event, path):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    write = safetensors.torch.serialize_file
+    def torn(write: Callable[..., Any], path_of: Callable[..., Any]) -> Callable[..., Any]:
+        def tear(*arguments: Any, **options: Any) -> Any:
+            path = os.fspath(path_of(*arguments, **options))
+            before = os.path.getsize(path) if os.path.exists(path) and "trajectories" in path else 0
+            result = write(*arguments, **options)
+            if path.startswith(folder) and happen("torn", path):
+                os.truncate(path, (before + os.path.getsize(path)) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
 
-    def tear(tensors: Any, path: Any, *rest: Any, **options: Any) -> None:
-        write(tensors, path, *rest, **options)
-        if happen("torn", str(path)):
-            os.truncate(path, os.path.getsize(path) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+        return tear
 
-    safetensors.torch.serialize_file = tear
+    safetensors.torch.serialize_file = torn(safetensors.torch.serialize_file, lambda tensors, path, *_, **__: path)
+    Path.write_text = torn(Path.write_text, lambda path, *_, **__: path)  # type: ignore[method-assign]
+    Ledger.append = torn(Ledger.append, lambda ledger, *_, **__: ledger.path)  # type: ignore[method-assign]
     sys.addaudithook(observe)

@@ -26,11 +26,11 @@ from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
-from processes import Job, build_trainer, run, start
+from processes import Job, build_trainer, run, start, train
 from tiny import article_texts, byte_level_tokenizer, tiny_llama, tiny_trainer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from attention_rl_trainer.durability import CheckpointError, RunLockedError, StagingError, find_checkpoint
+from attention_rl_trainer.durability import CheckpointError, RunLockedError, StagingError, find_checkpoint, staging
 from attention_rl_trainer.durability.interruption import Interruption
 from attention_rl_trainer.durability.lock import run_lock
 from attention_rl_trainer.durability.manifest import MANIFEST_NAME, find_damage, write_manifest
@@ -39,7 +39,7 @@ from attention_rl_trainer.durability.staging import (
     clear_leftovers,
     list_checkpoints,
     rotate_checkpoints,
-    set_aside_checkpoints,
+    set_aside_run,
     staged_files,
     staged_folder,
 )
@@ -164,27 +164,86 @@ class TestStaging:
         assert clear_leftovers(tmp_path) == [tmp_path / "checkpoint-4"]
         assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint-4"]
 
-    @pytest.mark.parametrize(
-        ("limit", "best", "left"),
-        [(None, None, [2, 9, 10, 100]), (1, None, [100]), (2, None, [10, 100]), (2, 2, [2, 100]), (1, 2, [2, 100])],
-    )
-    def test_rotation(self, limit: int | None, best: int | None, left: list[int], tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("limit", "left"), [(None, [2, 9, 10, 100]), (1, [100]), (3, [9, 10, 100])])
+    def test_rotation(self, limit: int | None, left: list[int], tmp_path: Path) -> None:
         for step in (100, 9, 2, 10):
             (tmp_path / f"checkpoint-{step}").mkdir()
         for name in ("checkpoint-7-mine", "checkpoint-x"):
             (tmp_path / name).mkdir()
-        rotate_checkpoints(tmp_path, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
+        rotate_checkpoints(tmp_path, limit)
         assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
         assert (tmp_path / "checkpoint-7-mine").is_dir()
 
-    def test_checkpoints_of_another_run_are_set_aside(self, tmp_path: Path) -> None:
+    def test_rotation_of_a_link_leaves_what_it_leads_to(self, tmp_path: Path) -> None:
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "disk" / "a").write_text("a")
+        (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+        (tmp_path / "run" / "checkpoint-1").symlink_to(tmp_path / "disk")
+        rotate_checkpoints(tmp_path / "run", 1)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
+        assert (tmp_path / "disk" / "a").read_text() == "a"
+
+    def earlier_run(self, folder: Path) -> Path:
         for step in (2, 4, 6):
-            (tmp_path / f"checkpoint-{step}").mkdir()
-        assert set_aside_checkpoints(tmp_path, after_step=2) == tmp_path / "_earlier-1"
+            (folder / f"checkpoint-{step}").mkdir()
+        (folder / "report").mkdir()
+        (folder / "ledger").write_text("rows")
+        return folder / "ledger"
+
+    def test_another_run_is_set_aside(self, tmp_path: Path) -> None:
+        records = [self.earlier_run(tmp_path), tmp_path / "report", tmp_path / "nothing"]
+        assert set_aside_run(tmp_path, records, after_step=2) == tmp_path / "_earlier-1"
         assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
-        assert set_aside_checkpoints(tmp_path) == tmp_path / "_earlier-2"
-        assert set_aside_checkpoints(tmp_path) is None
+        assert records[0].read_text() == (tmp_path / "_earlier-1" / "ledger").read_text() == "rows"
+        assert set_aside_run(tmp_path, records, after_step=2) is None
+        assert set_aside_run(tmp_path, records) == tmp_path / "_earlier-2"
+        assert set_aside_run(tmp_path, records) is None
         assert [path.name for path in list_checkpoints(tmp_path / "_earlier-1")] == ["checkpoint-4", "checkpoint-6"]
+        assert {path.name for path in (tmp_path / "_earlier-2").iterdir()} == {"checkpoint-2", "report", "ledger"}
+
+    @pytest.mark.parametrize("renames", range(1, 5))
+    def test_a_move_that_was_cut_off_is_ended(
+        self, renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        records = [self.earlier_run(tmp_path), tmp_path / "report"]
+        rename, done = os.rename, 0
+
+        def fail(*arguments: Any) -> None:
+            nonlocal done
+            done += 1
+            if done > renames:
+                raise KeyboardInterrupt
+            rename(*arguments)
+
+        monkeypatch.setattr(os, "rename", fail)
+        with pytest.raises(KeyboardInterrupt):
+            set_aside_run(tmp_path, records)
+        monkeypatch.setattr(os, "rename", rename)
+        clear_leftovers(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["_earlier-1"]
+        assert len(list((tmp_path / "_earlier-1").iterdir())) == 5
+
+    def test_between_the_old_folder_and_the_new_name_nothing_is_lost(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        target = tmp_path / "checkpoint-1"
+        with staged_folder(target) as folder:
+            (folder / "a").write_text("old")
+        rename = os.rename
+
+        def fail(source: Path, destination: Path) -> None:
+            if destination == target:
+                raise KeyboardInterrupt
+            rename(source, destination)
+
+        staging = staged_folder(target)
+        (staging.__enter__() / "a").write_text("new")
+        monkeypatch.setattr(os, "rename", fail)
+        with pytest.raises(KeyboardInterrupt):
+            staging.__exit__(None, None, None)
+        monkeypatch.setattr(os, "rename", rename)
+        assert clear_leftovers(tmp_path) == [target]
+        assert (target / "a").read_text() == "new"
 
 
 class TestManifest:
@@ -302,7 +361,12 @@ class TestCorruption:
         ledger = job.run / "trajectories.jsonl"
         ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:5]) + b'{"episode": 5, "tor')
         build_trainer(job).train(resume_from_checkpoint=str(job.run / "checkpoint-2"))
-        assert "lacks 3 of the 8 trajectories before the checkpoint" in caplog.text
+        assert "lacks 3 of the 8 trajectories before the checkpoint; the report lacks them" in caplog.text
+        assert [row.episode for row in read_ledger(ledger)] == [0, 1, 2, 3, 4, *range(8, 24)]
+        content = ledger.read_bytes().splitlines(keepends=True)
+        ledger.write_bytes(b"".join([content[0], b"\x00\n", *content[1:], content[0]]))
+        build_trainer(job).train(resume_from_checkpoint=str(job.run / "checkpoint-2"))
+        assert "had damaged lines or repeated ones (as it was: " in caplog.text
         assert [row.episode for row in read_ledger(ledger)] == [0, 1, 2, 3, 4, *range(8, 24)]
 
 
@@ -416,13 +480,90 @@ class TestOtherRuns:
         build_trainer(replace(job, options=OPTIONS | {"num_episodes": 8})).train()
         assert [path.name for path in list_checkpoints(job.run)] == ["checkpoint-2"]
         assert content_of(job.run / "_earlier-1" / "checkpoint-6") == old
-        assert len(read_ledger(job.run / "trajectories.1.jsonl")) == 24
+        assert len(read_ledger(job.run / "_earlier-1" / "trajectories.jsonl")) == 24
+        assert len(read_ledger(job.run / "trajectories.jsonl")) == 8
+
+    def test_going_back_to_an_older_checkpoint_loses_nothing(self, finished: Path, tmp_path: Path) -> None:
+        job = copy_of(finished, tmp_path)
+        before = content_of(job.run)
+        build_trainer(job).train(resume_from_checkpoint=str(job.run / "checkpoint-2"))
+        assert content_of(job.run)["trajectories.jsonl"] == before["trajectories.jsonl"]
+        for name in ("trajectories.jsonl", "checkpoint-4/optimizer.safetensors", "checkpoint-6/optimizer.safetensors"):
+            assert (job.run / "_earlier-1" / name).read_bytes() == before[name]
+
+    def test_a_checkpoint_of_another_folder_becomes_the_runs_own(self, finished: Path, tmp_path: Path) -> None:
+        job = Job(tmp_path / "own", OPTIONS)
+        other = finished / "run" / "checkpoint-4"
+        trainer = build_trainer(job)
+        trainer.add_callback(StopAt(5))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(resume_from_checkpoint=str(other))
+        assert [path.name for path in list_checkpoints(job.run)] == ["checkpoint-4"]
+        assert not find_damage(job.run / "checkpoint-4")
+        trainer = build_trainer(job)
+        trainer.train(resume_from_checkpoint=True)
+        expected = (finished / "run" / "checkpoint-6" / "adapter_model.safetensors").read_bytes()
+        assert (job.run / "checkpoint-6" / "adapter_model.safetensors").read_bytes() == expected
+        assert [row.episode for row in read_ledger(job.run / "trajectories.jsonl")] == list(range(24))
+
+    def test_links(self, finished: Path, tmp_path: Path) -> None:
+        """A checkpoint that was moved to another disk, and a name for the latest one."""
+        job = copy_of(finished, tmp_path)
+        shutil.move(job.run / "checkpoint-6", tmp_path / "disk")
+        shutil.rmtree(job.run / "checkpoint-4")
+        (job.run / "checkpoint-4").symlink_to(copy_of(finished, tmp_path / "elsewhere").run / "checkpoint-4")
+        (job.run / "latest").symlink_to(job.run / "checkpoint-2")
+        trainer = build_trainer(job)
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.run_state.num_episodes == 24
+        expected = (finished / "run" / "checkpoint-6" / "adapter_model.safetensors").read_bytes()
+        assert (job.run / "checkpoint-6" / "adapter_model.safetensors").read_bytes() == expected
+        assert not (job.run / "_earlier-1").exists()
+        trainer = build_trainer(job)
+        trainer.train(resume_from_checkpoint=str(job.run / "latest"))
+        assert (job.run / "checkpoint-6" / "adapter_model.safetensors").read_bytes() == expected
+        assert (job.run / "_earlier-1" / "checkpoint-4").is_symlink()
+
+    def test_a_report_is_of_the_last_end(self, tmp_path: Path) -> None:
+        job = Job(tmp_path, OPTIONS | {"report_at_end": True, "num_episodes": 12})
+        build_trainer(job).train()
+        summary = job.run / "report" / "summary.md"
+        old = summary.read_text()
+        longer = replace(job, options=job.options | {"num_episodes": 24})
+        trainer = build_trainer(longer)
+        trainer.add_callback(StopAt(6))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(resume_from_checkpoint=True)
+        assert not summary.exists()
+        build_trainer(longer).train(resume_from_checkpoint=True)
+        assert summary.read_text() != old
 
     def test_save_only_model_cannot_be_gone_on_from(self, tmp_path: Path) -> None:
         job = Job(tmp_path, OPTIONS | {"save_only_model": True})
         build_trainer(job).train()
         with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is missing, .*save_only_model"):
             build_trainer(job).train(resume_from_checkpoint=True)
+
+
+class StopAt(TrainerCallback):
+    """Raises what Ctrl-C would raise, in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            raise KeyboardInterrupt
+
+
+class EndAt(TrainerCallback):
+    """Ends a run in order, as early stopping does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = control.should_training_stop or state.global_step == self.step
 
 
 def write_manifest_anew(checkpoint: Path) -> None:
@@ -462,7 +603,59 @@ def slow_train(job: Job) -> None:
     trainer.save_model()
 
 
+def slow_train_in_a_group(job: Job) -> None:
+    os.setsid()
+    slow_train(job)
+
+
+def train_and_save_slowly(job: Job) -> None:
+    write = staging.sync
+
+    def slowly(path: Path) -> None:
+        time.sleep(0.05)
+        write(path)
+
+    staging.sync = slowly
+    train(job)
+
+
 class TestSignals:
+    def test_a_run_that_a_callback_ends_leaves_a_checkpoint(self, tmp_path: Path) -> None:
+        job = Job(tmp_path, OPTIONS | {"save_episodes": 1000})
+        trainer = build_trainer(job)
+        trainer.add_callback(EndAt(3))
+        trainer.train()
+        assert [path.name for path in list_checkpoints(job.run)] == ["checkpoint-3"]
+
+    def test_a_signal_to_the_whole_group_with_a_worker(self, tmp_path: Path) -> None:
+        job = Job(tmp_path, OPTIONS | {"dataloader_num_workers": 1})
+        process = start(job, slow_train_in_a_group)
+        wait_for_step(job, 3)
+        assert process.pid is not None
+        os.killpg(process.pid, signal.SIGTERM)
+        process.join(60)
+        assert process.exitcode == 143, (tmp_path / "log.txt").read_text()
+        assert not find_damage(list_checkpoints(job.run)[-1])
+
+    def test_two_signals_while_a_checkpoint_is_written(self, finished: Path, tmp_path: Path) -> None:
+        job = Job(tmp_path, OPTIONS)
+        process = start(job, train_and_save_slowly)
+        staging = job.run / "_staging-checkpoint-4"
+        deadline = time.monotonic() + 120
+        while not staging.is_dir() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.1)
+        assert staging.is_dir(), "the first signal lets it write on"
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(60)
+        assert process.exitcode == -signal.SIGTERM
+        assert [path.name for path in list_checkpoints(job.run)] == ["checkpoint-2"]
+        assert run(replace(job, resume=True)) == 0, (tmp_path / "log.txt").read_text()
+        reference = (finished / "run" / "adapter_model.safetensors").read_bytes()
+        assert (job.run / "adapter_model.safetensors").read_bytes() == reference
+
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
     def test_the_first_leaves_a_checkpoint_within_a_step(
         self, number: int, code: int, finished: Path, tmp_path: Path
@@ -708,7 +901,24 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-def test_planted_payloads_do_not_run(finished: Path, tmp_path: Path) -> None:
+PLANTED = (
+    *("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin"),
+    *("adapter_model.bin", "pytorch_model.bin", "model.safetensors", "pytorch_model.bin.index.json"),
+)
+
+
+def test_other_weights_in_a_checkpoint_are_not_taken(finished: Path, tmp_path: Path) -> None:
+    job = copy_of(finished, tmp_path)
+    checkpoint = job.run / "checkpoint-4"
+    tiny_llama().save_pretrained(checkpoint)
+    shutil.copytree(job.run / "checkpoint-2", checkpoint / "second")
+    build_trainer(job).train(resume_from_checkpoint=str(checkpoint))
+    expected = (finished / "run" / "checkpoint-6" / "adapter_model.safetensors").read_bytes()
+    assert (job.run / "checkpoint-6" / "adapter_model.safetensors").read_bytes() == expected
+    assert not (job.run / "checkpoint-6" / "second").exists()
+
+
+def test_planted_payloads_do_not_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = copy_of(finished, tmp_path)
     checkpoint = job.run / "checkpoint-4"
     mark = tmp_path / "it ran"
@@ -716,15 +926,9 @@ def test_planted_payloads_do_not_run(finished: Path, tmp_path: Path) -> None:
     pickle.loads(payload)
     assert mark.exists(), "the payload must work"
     mark.unlink()
-    for name in (
-        "optimizer.pt",
-        "scheduler.pt",
-        "rng_state.pth",
-        "scaler.pt",
-        "adapter_model.bin",
-        "training_args.bin",
-    ):
+    for name in PLANTED:
         (checkpoint / name).write_bytes(payload)
+    monkeypatch.setattr(torch, "load", None)
     trainer = build_trainer(job)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == 6

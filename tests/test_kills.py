@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -126,7 +127,8 @@ def test_killed_at_random_moments(chunk: int, tmp_path: Path, reference: Referen
         wait_for_config(job)
         time.sleep(moments.uniform(0, reference.seconds))
         assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
         process.join()
         # A run that was faster than the reference has ended by itself, which resuming must not change either.
         assert process.exitcode in (-signal.SIGKILL, 0)

@@ -102,6 +102,11 @@ def test_what_else_a_step_leaves_behind(tmp_path: Path) -> None:
         "disable_dropout": False,
         "dataloader_num_workers": 1,
         "warmup_episodes": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "eval_on_start": True,
+        "eval_episodes": 4,
+        "eval_order_episodes": 2,
     }
     job = Job(tmp_path / "job", options)
     assert run(job) == 0, (job.folder / "log.txt").read_text()
@@ -110,9 +115,27 @@ def test_what_else_a_step_leaves_behind(tmp_path: Path) -> None:
         expect_same_end(job, whole, step)
 
 
-def test_the_comparison_sees_another_seed(tmp_path: Path) -> None:
-    """What the tests above rest on: runs that differ do not compare equal."""
+def test_the_comparison_sees_another_learning_rate(tmp_path: Path) -> None:
+    """What the tests above rest on, and what is promised of options that may change: they act."""
     job, whole = whole_run(tmp_path, streaming=False, optim="adamw_torch", warmup=1)
     other = replace(job, options=job.options | {"learning_rate": 2e-2})
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"adapter_model\.safetensors"):
         expect_same_end(other, whole, 6)
+    assert "learning_rate (0.01 there, 0.02 here)" in (job.folder / "log.txt").read_text()
+    state = json.loads((job.run / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    rates = {entry["step"]: entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry}
+    assert rates == pytest.approx(
+        {step: (1e-2 if step <= 6 else 2e-2) * (1 - (step - 1) / STEPS) for step in range(2, STEPS + 1, 2)}
+    )
+
+
+def test_a_longer_run_has_its_own_schedule(tmp_path: Path) -> None:
+    job, whole = whole_run(tmp_path, streaming=False, optim="adamw_torch", warmup=1)
+    job.run.mkdir(parents=True)
+    shutil.copytree(whole / f"checkpoint-{STEPS}", job.run / f"checkpoint-{STEPS}")
+    longer = replace(job, resume=True, options=job.options | {"num_episodes": 2 * STEPS * BATCH})
+    assert run(longer) == 0, (job.folder / "log.txt").read_text()
+    state = json.loads((job.run / f"checkpoint-{2 * STEPS}" / "trainer_state.json").read_text())
+    rates = {entry["step"]: entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry}
+    later = range(STEPS + 2, 2 * STEPS + 1, 2)
+    assert [rates[step] for step in later] == pytest.approx([1e-2 * (1 - (step - 1) / (2 * STEPS)) for step in later])

@@ -551,7 +551,7 @@ def test_a_second_run_in_the_same_folder_sets_the_old_ledger_aside(
         trainer.train()
     folder = Path(trainer.args.output_dir)
     assert len(read_ledger(folder / "trajectories.jsonl")) == 8
-    assert len(read_ledger(folder / "trajectories.1.jsonl")) == 8
+    assert len(read_ledger(folder / "_earlier-1" / "trajectories.jsonl")) == 8
 
 
 def test_the_saved_adapter_is_the_trained_one(

@@ -6,7 +6,7 @@ Works with any `transformers.Trainer`; knows nothing about articles, queries or 
 from attention_rl_trainer.durability.discovery import CheckpointError, find_checkpoint
 from attention_rl_trainer.durability.identity import Fact
 from attention_rl_trainer.durability.lock import RunLockedError
-from attention_rl_trainer.durability.staging import StagingError, checkpoint_step, set_aside_checkpoints
+from attention_rl_trainer.durability.staging import StagingError, adopt_checkpoint, checkpoint_step, set_aside_run
 from attention_rl_trainer.durability.trainer import DurableTrainer
 
 __all__ = [
@@ -15,7 +15,8 @@ __all__ = [
     "Fact",
     "RunLockedError",
     "StagingError",
+    "adopt_checkpoint",
     "checkpoint_step",
     "find_checkpoint",
-    "set_aside_checkpoints",
+    "set_aside_run",
 ]

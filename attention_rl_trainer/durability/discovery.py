@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from attention_rl_trainer.durability.manifest import Damage, find_damage
-from attention_rl_trainer.durability.staging import earlier_checkpoints, list_checkpoints
+from attention_rl_trainer.durability.staging import earlier_checkpoints, is_checkpoint_name, list_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,11 @@ def _check(named: str) -> Path:
     folder = Path(named)
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint {folder}; check the path, or start without it")
+    if not is_checkpoint_name(folder.name):
+        folder = folder.resolve()  # a link such as "latest"
     found = find_damage(folder)
+    if not found and not is_checkpoint_name(folder.name):
+        raise CheckpointError(f"{folder} is not named checkpoint-<step>; give it its name back")
     if found:
         raise CheckpointError(
             f"{folder} is no complete checkpoint: {_listed(found)}. Restore it, or name another; "

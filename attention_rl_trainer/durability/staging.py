@@ -7,27 +7,38 @@ moment leaves leftovers that `clear_leftovers` removes, or finishes where only t
 from __future__ import annotations
 
 import filecmp
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from attention_rl_trainer.durability.manifest import find_damage, write_manifest
+from attention_rl_trainer.durability.manifest import MANIFEST_NAME, find_damage, write_manifest
 
 # A push to the Hub leaves out what begins with an underscore.
 _STAGING = "_staging-"
 _TRASH = "_trash-"
 _EARLIER = "_earlier-"
+_MOVING = "moving.json"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 class StagingError(OSError):
     """Something could not be written; what was there before still is."""
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Tell whether a folder of this name is a checkpoint.
+
+    Args:
+        name: the folder's.
+    """
+    return _CHECKPOINT.fullmatch(name) is not None
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -51,7 +62,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     Args:
         output_dir: the run's folder.
     """
-    found = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _CHECKPOINT.fullmatch(path.name)]
+    found = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_checkpoint_name(path.name)]
     return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
 
 
@@ -69,6 +80,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
         StagingError: the system refused a write; names the path and the reason. The target is as it was.
     """
     staging = target.with_name(_STAGING + target.name)
+    is_complete = False
     try:
         _remove(staging)
         staging.mkdir(parents=True)
@@ -77,9 +89,12 @@ def staged_folder(target: Path) -> Iterator[Path]:
         for path in staging.rglob("*"):
             sync(path)
         sync(staging)
+        is_complete = True
         _publish(staging, target)
     except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
+        # Between the end of the old folder and the name of the new one, the new one is all there is.
+        if not is_complete or target.exists():
+            shutil.rmtree(staging, ignore_errors=True)
         if not _is_refusal(error):
             raise
         raise StagingError(
@@ -133,49 +148,79 @@ def _publish(staging: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def rotate_checkpoints(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints, each in one step; the newest and the best one stay.
+def rotate_checkpoints(output_dir: Path, limit: int | None) -> None:
+    """Remove the oldest checkpoints, each in one step.
 
     Args:
         output_dir: the run's folder.
-        limit: how many may stay, at least the newest and the best one; ``None`` for all.
-        best: the best checkpoint so far.
+        limit: how many may stay; ``None`` for all.
     """
-    if limit is None or limit <= 0:
-        return
-    checkpoints = list_checkpoints(output_dir)
-    protected = {checkpoints[-1]} if checkpoints else set()
-    if best is not None:
-        protected.add(Path(best))
-    surplus = len(checkpoints) - max(limit, len(protected & set(checkpoints)))
-    for checkpoint in [path for path in checkpoints if path not in protected][: max(0, surplus)]:
-        _remove(checkpoint)
+    if limit is not None and limit > 0:
+        for checkpoint in list_checkpoints(output_dir)[:-limit]:
+            _remove(checkpoint)
 
 
-def set_aside_checkpoints(output_dir: Path, after_step: int = -1) -> Path | None:
-    """Move checkpoints away that a run will not go on from, so that none is lost and none is taken for its own.
+def set_aside_run(output_dir: Path, records: Sequence[Path], after_step: int = -1) -> Path | None:
+    """Keep what a run will not go on from: none of it is lost, and none is taken for the run's own.
+
+    A process killed meanwhile leaves a list of what was to be moved, with which `clear_leftovers` ends it.
 
     Args:
         output_dir: the run's folder.
-        after_step: those of later steps are moved.
+        records: files and folders of the run; files are copied where checkpoints up to ``after_step`` stay, all is
+            moved where none does.
+        after_step: checkpoints of later steps are moved; -1 for all.
 
     Returns:
-        The folder in which they lie now, or ``None`` if there was none.
+        The folder in which it all lies now, or ``None`` if there was nothing.
     """
     moved = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) > after_step]
-    if not moved:
+    records = [path for path in records if path.exists()]
+    begins_anew = after_step < 0
+    if not moved and not (begins_anew and records):
         return None
     folders = (output_dir / f"{_EARLIER}{number}" for number in range(1, 10_000))
     aside = next(folder for folder in folders if not folder.exists())
     aside.mkdir()
-    # The newest first: what is left at any moment is a run's beginning.
-    for checkpoint in reversed(moved):
-        os.rename(checkpoint, aside / checkpoint.name)
+    for record in [] if begins_anew else records:
+        if record.is_file():
+            shutil.copy2(record, aside / record.name)
+    names = [path.name for path in (*moved, *(records if begins_anew else ()))]
+    # Complete before its name says so; from here on the move will be ended, whatever happens.
+    unfinished = aside / f"{_MOVING}.new"
+    unfinished.write_text(json.dumps(names), encoding="utf-8")
+    sync(unfinished)
+    os.rename(unfinished, aside / _MOVING)
+    _end_move(aside)
     return aside
 
 
+def _end_move(aside: Path) -> None:
+    names = json.loads((aside / _MOVING).read_text(encoding="utf-8"))
+    for name in names:
+        if os.path.lexists(aside.parent / name):
+            os.rename(aside.parent / name, aside / name)
+    (aside / _MOVING).unlink()
+
+
+def adopt_checkpoint(checkpoint: Path, output_dir: Path) -> Path:
+    """Copy a checkpoint of another folder into a run's own, so that the run can go on from it again.
+
+    Args:
+        checkpoint: the other folder's, complete.
+        output_dir: the run's folder.
+
+    Returns:
+        The copy.
+    """
+    target = output_dir / checkpoint.name
+    with staged_folder(target) as folder:
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST_NAME))
+    return target
+
+
 def earlier_checkpoints(output_dir: Path) -> list[Path]:
-    """List the folders in which `set_aside_checkpoints` put checkpoints.
+    """List the folders in which `set_aside_run` put what was there.
 
     Args:
         output_dir: the run's folder.
@@ -192,6 +237,8 @@ def clear_leftovers(output_dir: Path) -> list[Path]:
     Returns:
         Checkpoints that were complete but for their name, and have it now.
     """
+    for moving in output_dir.glob(f"{_EARLIER}*/{_MOVING}"):
+        _end_move(moving.parent)
     finished = []
     for staging in sorted(output_dir.glob(f"{_STAGING}{PREFIX_CHECKPOINT_DIR}-*")):
         target = output_dir / staging.name.removeprefix(_STAGING)
@@ -199,7 +246,7 @@ def clear_leftovers(output_dir: Path) -> list[Path]:
             os.rename(staging, target)
             finished.append(target)
     for leftover in (*output_dir.glob(f"{_STAGING}*"), *output_dir.glob(f"{_TRASH}*")):
-        if leftover.is_dir():
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
@@ -220,7 +267,9 @@ def sync(path: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder so that no part of it is ever found under its name."""
+    """Remove a folder so that no part of it is ever found under its name; of a link, the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
     if not folder.exists():
         return
     trash = folder.with_name(_TRASH + folder.name)

@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
@@ -38,6 +41,8 @@ from attention_rl_trainer.durability.tensor_tree import load_tree, save_tree
 OPTIMIZER_NAME = "optimizer.safetensors"
 RANDOM_STATES_NAME = "random_states.safetensors"
 RUN_STATE_NAME = "run_state.safetensors"
+# Options in an optimizer's groups beside its learning rate; other entries may be state.
+_GROUP_OPTIONS = ("initial_lr", "betas", "eps", "weight_decay", "momentum")
 # What a checkpoint must hold for a run to go on from it.
 _PARTS = (SAFETENSORS_WEIGHTS_NAME, OPTIMIZER_NAME, RANDOM_STATES_NAME, RUN_STATE_NAME, TRAINER_STATE_NAME)
 
@@ -95,8 +100,19 @@ class DurableTrainer(Trainer):
             Steps, mean loss over all steps of the run, and the Trainer's metrics.
         """
         self._loss_before, self._random_states_before = None, None
-        output = Trainer.train(self, None if checkpoint is None else str(checkpoint))
+        with self._eval_on_start(checkpoint is None):
+            output = Trainer.train(self, None if checkpoint is None else str(checkpoint))
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
+
+    @contextmanager
+    def _eval_on_start(self, at_start: bool) -> Iterator[None]:
+        """Evaluate before the first step of a run alone, not wherever it goes on."""
+        wanted = self.args.eval_on_start
+        self.args.eval_on_start = wanted and at_start
+        try:
+            yield
+        finally:
+            self.args.eval_on_start = wanted
 
     def expect_own_checkpoint(self, checkpoint: Path) -> None:
         """Refuse a checkpoint from which this run cannot go on.
@@ -156,6 +172,10 @@ class DurableTrainer(Trainer):
 
     # ---- Writing ----
 
+    def finish_rotation(self) -> None:
+        """Remove the checkpoints that a run which was killed after its last one did not come to remove."""
+        rotate_checkpoints(self.output_dir, self.args.save_total_limit)
+
     def save_run_state(self, folder: Path) -> None:
         """Write what a run needs to go on, beside adapter, optimizer and random states.
 
@@ -201,7 +221,6 @@ class DurableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
         target = self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._remember_best()
         with staged_folder(target) as folder:
             self._write_model(folder)
             if not self.args.save_only_model:
@@ -216,13 +235,7 @@ class DurableTrainer(Trainer):
             save_identity(folder, self.run_identity())
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
-        rotate_checkpoints(self.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _remember_best(self) -> None:
-        if self.state.best_global_step:
-            best = self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            if best.exists():
-                self.state.best_model_checkpoint = str(best)
+        rotate_checkpoints(self.output_dir, self.args.save_total_limit)
 
     def _export_callbacks(self) -> None:
         """Bring the exportable states in the Trainer's state up to date, as the Trainer does."""
@@ -275,15 +288,46 @@ class DurableTrainer(Trainer):
 
     # ---- Reading ----
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # The Trainer would take a model.safetensors, a pytorch_model.bin or a second adapter that someone left there.
+        path = Path(resume_from_checkpoint) / SAFETENSORS_WEIGHTS_NAME
+        weights, adapted = load_file(path), self.model
+        expected = get_peft_model_state_dict(adapted)
+        differing = sorted(
+            name
+            for name in weights.keys() | expected.keys()
+            if name not in weights or name not in expected or weights[name].shape != expected[name].shape
+        )
+        if differing:
+            raise CheckpointError(f"{path} does not fit the adapter; these tensors differ: {', '.join(differing[:5])}")
+        set_peft_model_state_dict(adapted, weights)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         states = load_tree(Path(checkpoint) / OPTIMIZER_NAME)
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
+        present = [{name: group[name] for name in _GROUP_OPTIONS if name in group} for group in self._groups()]
         self.optimizer.load_state_dict(states["optimizer"])
         self.lr_scheduler.load_state_dict(states["scheduler"])
+        # The states are the checkpoint's, the options this run's: a changed learning rate acts.
+        for group, options in zip(self._groups(), present, strict=True):
+            group.update(options)
+        scheduler = self.lr_scheduler
+        if isinstance(scheduler, LambdaLR):
+            # In closed form, as the schedule computes it: unchanged options give the same rates.
+            scheduler.base_lrs = [group["initial_lr"] for group in self._groups()]
+            factors = [function(scheduler.last_epoch) for function in scheduler.lr_lambdas]
+            rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+            for group, rate in zip(self._groups(), rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
         self.load_run_state(Path(checkpoint))
+
+    def _groups(self) -> list[dict[str, Any]]:
+        assert self.optimizer is not None
+        return list(self.optimizer.param_groups)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Read nothing: there is no gradient scaler, and a file of its name would be a pickle of someone else's."""
@@ -309,11 +353,15 @@ class _DurabilityCallback(TrainerCallback):
 
     def __init__(self, trainer: DurableTrainer) -> None:
         self._trainer = trainer
+        self._saved_step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.restore_loss()
+        self._saved_step = state.global_step
+        # A resumed Trainer would go on with the intervals of the checkpoint.
+        state.compute_steps(args, state.max_steps)  # type: ignore[no-untyped-call]  # not annotated there
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -324,5 +372,13 @@ class _DurabilityCallback(TrainerCallback):
         self._trainer.interrupt_if_asked(control, save=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._saved_step = state.global_step
         # A signal that came while the checkpoint was being written.
         self._trainer.interrupt_if_asked(control, save=False)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The Trainer comes here after its last step, also where a callback ended the run; it saves afterwards if asked.
+        if self._saved_step != state.global_step:
+            control.should_save = True
