@@ -392,7 +392,7 @@ class AttentionGuidedRLConfig(TrainingArguments):
                 raise ValueError(f"{name} is not supported: {reason}")
         if self.metric_for_best_model is not None and self.save_total_limit is not None:
             raise ValueError(
-                f"save_total_limit is {self.save_total_limit} beside metric_for_best_model, but checkpoints are written "
+                f"save_total_limit is {self.save_total_limit} beside metric_for_best_model, but checkpoints come "
                 "by save_episodes, not at the best evaluation, and removed by age; leave save_total_limit out"
             )
         if self.dataloader_num_workers not in (0, 1):
