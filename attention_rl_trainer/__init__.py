@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from attention_rl_trainer.base_models import choose_base_model, load_base_model, load_tokenizer
     from attention_rl_trainer.config import AttentionGuidedRLConfig
     from attention_rl_trainer.filtering import RewardStatistics
+    from attention_rl_trainer.finiteness import NonFiniteError
     from attention_rl_trainer.key_index import KeyIndex
     from attention_rl_trainer.ledger import LedgerRow, read_ledger
     from attention_rl_trainer.memory import KVMemoryEnvironment, MemoryEnvironment, Selection
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from attention_rl_trainer.planning import ModelShape, RunShape, memory_warning, plan_memory, plan_time
     from attention_rl_trainer.report.summary import write_report
     from attention_rl_trainer.reward import calculate_reward
-    from attention_rl_trainer.rollout import NonFiniteError
     from attention_rl_trainer.selector import compute_similarity, sample_key_value
     from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
     from attention_rl_trainer.types import KeyValuePair, KeyValuePairs, Trajectory, TrajectoryStep
@@ -49,7 +49,7 @@ _MODULES = {
     "LedgerRow": "ledger",
     "MemoryEnvironment": "memory",
     "ModelShape": "planning",
-    "NonFiniteError": "rollout",
+    "NonFiniteError": "finiteness",
     "RewardStatistics": "filtering",
     "RunShape": "planning",
     "Selection": "memory",

@@ -46,15 +46,21 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
 
     Raises:
         ValueError: the model has an adapter already and ``peft_config`` asks for another, or the adapter changes more
-            than can be switched off to get the base model back.
+            than can be switched off to get the base model back, or an adapter is not named "default".
     """
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError(
                 "the model has an adapter already; give a base model beside peft_config, or no peft_config"
             )
-        for config in model.peft_config.values():
-            _expect_reversible(config)
+        if list(model.peft_config) != ["default"]:
+            # PEFT saves any other adapter in a folder of the adapter's name, whatever the name is.
+            names = ", ".join(map(repr, model.peft_config))
+            raise ValueError(
+                f"the model has adapters named {names}, but the one to be trained must be the only one, named "
+                '"default", as PEFT names it unless told otherwise'
+            )
+        _expect_reversible(model.peft_config["default"])
         return model
     if peft_config is None:
         peft_config = default_lora_config(model)

@@ -1,8 +1,8 @@
-"""What a checkpoint holds beside the Trainer's own files, as safetensors and JSON (design §10).
+"""What a checkpoint holds of this method, as safetensors and JSON (design §10).
 
-``attention_rl_state.json`` holds the reward statistics, the number of episodes and updates, and the position in the
-data; ``previous_adapter.safetensors`` the adapter before the last update. Knows nothing about how a run goes on from
-them.
+``attention_rl_state.json`` holds the reward statistics, the number of episodes and updates, the position in the data,
+and the metrics that are not yet logged; ``previous_adapter.safetensors`` the adapter before the last update. What
+belongs to any Trainer is in `durability`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,14 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from attention_rl_trainer.articles import StreamPosition
+from attention_rl_trainer.durability import CheckpointError
 from attention_rl_trainer.filtering import RewardStatistics
 
 STATE_NAME = "attention_rl_state.json"
 PREVIOUS_ADAPTER_NAME = "previous_adapter.safetensors"
-_FORMAT = 1
-
-
-class CheckpointError(ValueError):
-    """A checkpoint lacks a part or does not fit the run."""
+_FORMAT = 2
 
 
 @dataclass
@@ -41,6 +35,8 @@ class RunState:
         num_updates: optimizer steps that moved weights.
         position: place in the articles right after the last batch used.
         skipped: articles passed over, by reason.
+        metrics: numbers collected since the last log, by name.
+        health: what the health monitor remembers.
     """
 
     statistics: RewardStatistics = field(default_factory=RewardStatistics)
@@ -48,6 +44,8 @@ class RunState:
     num_updates: int = 0
     position: StreamPosition = field(default_factory=StreamPosition)
     skipped: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    health: dict[str, Any] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a JSON-able mapping."""
@@ -58,6 +56,8 @@ class RunState:
             "num_updates": self.num_updates,
             "position": self.position.to_dict(),
             "skipped": self.skipped,
+            "metrics": self.metrics,
+            "health": self.health,
         }
 
     @classmethod
@@ -78,6 +78,8 @@ class RunState:
             int(state["num_updates"]),
             StreamPosition.from_dict(state["position"]),
             {str(reason): int(count) for reason, count in state["skipped"].items()},
+            {str(name): [float(value) for value in values] for name, values in state["metrics"].items()},
+            dict(state["health"]),
         )
 
 
@@ -103,64 +105,18 @@ def load_run_state(folder: Path) -> tuple[RunState, dict[str, Tensor]]:
         How far the run had come, and the previous adapter's tensors.
 
     Raises:
-        CheckpointError: a file is missing; names it.
+        CheckpointError: they were written in another format.
     """
-    return _read_state(folder), load_file(folder / PREVIOUS_ADAPTER_NAME)
+    return read_run_state(folder), load_file(folder / PREVIOUS_ADAPTER_NAME)
 
 
-def _read_state(folder: Path) -> RunState:
-    """Read how far the run had come, where both files are there."""
-    for name in (STATE_NAME, PREVIOUS_ADAPTER_NAME):
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"{folder / name} is missing, so the run cannot go on from {folder}; choose another checkpoint with "
-                "--resume_from_checkpoint"
-            )
-    return RunState.from_state_dict(json.loads((folder / STATE_NAME).read_text(encoding="utf-8")))
-
-
-def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path) -> Path | None:
-    """Find the checkpoint to go on from.
-
-    Args:
-        resume_from_checkpoint: a folder, true for the newest in ``output_dir``, or nothing.
-        output_dir: the run's folder.
-
-    Returns:
-        The folder, or ``None`` for a run from the start.
-
-    Raises:
-        CheckpointError: there is no such folder, or no checkpoint.
-    """
-    if not resume_from_checkpoint:
-        return None
-    if resume_from_checkpoint is True:
-        newest: str | None = None
-        if output_dir.is_dir():
-            newest = get_last_checkpoint(str(output_dir))  # type: ignore[no-untyped-call]  # not annotated there
-        if newest is None:
-            raise CheckpointError(f"there is no checkpoint in {output_dir}; start without resume_from_checkpoint")
-        return Path(newest)
-    folder = Path(resume_from_checkpoint)
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no checkpoint {folder}; check the path, or start without it")
-    return folder
-
-
-def steps_and_episodes(checkpoint: Path) -> tuple[int, int]:
+def read_run_state(folder: Path) -> RunState:
     """Read how far a checkpoint's run had come.
 
     Args:
-        checkpoint: its folder.
-
-    Returns:
-        The Trainer's steps and the episodes.
+        folder: the checkpoint's folder.
 
     Raises:
-        CheckpointError: a file is missing; names it.
+        CheckpointError: it was written in another format.
     """
-    trainer_state = checkpoint / TRAINER_STATE_NAME
-    if not trainer_state.is_file():
-        raise CheckpointError(f"{trainer_state} is missing, so the run cannot go on from {checkpoint}")
-    steps = TrainerState.load_from_json(str(trainer_state)).global_step
-    return steps, _read_state(checkpoint).num_episodes
+    return RunState.from_state_dict(json.loads((folder / STATE_NAME).read_text(encoding="utf-8")))

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +25,7 @@ from attention_rl_trainer.selector import HeadAggregation
 
 logger = logging.getLogger(__name__)
 
+_SECRET = re.compile(r"token|password|secret|credential|api_?key", re.IGNORECASE)
 _CHOICES = {
     "window": get_args(Window),
     "head_aggregation": get_args(HeadAggregation),
@@ -69,6 +71,18 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and math.isinf(value):
         return str(value)
     return value
+
+
+def _masked(options: dict[str, Any]) -> dict[str, Any]:
+    """Mask what may be a secret among options within an option; the Trainer masks its own."""
+    return {
+        name: _masked(item)
+        if isinstance(item, dict)
+        else f"<{name.upper()}>"
+        if isinstance(item, str) and _SECRET.search(str(name))
+        else item
+        for name, item in options.items()
+    }
 
 
 @dataclass
@@ -174,7 +188,10 @@ class AttentionGuidedRLConfig(TrainingArguments):
     entropy_coef: float = field(default=0.0, metadata=_help("Weight of an entropy bonus on query tokens."))
 
     # Update
-    training_batch_size: int = field(default=16, metadata=_help("Trajectories in a micro-batch of the update."))
+    training_batch_size: int = field(
+        default=16,
+        metadata=_help("Trajectories in a micro-batch of the update; halved up to three times if memory runs out."),
+    )
     num_iterations: int = field(
         default=1, metadata=_help("Optimizer steps on each rollout batch; above 1 with clipped importance ratios.")
     )
@@ -265,14 +282,20 @@ class AttentionGuidedRLConfig(TrainingArguments):
         return self.generation_batch_size * self.gradient_accumulation_steps
 
     def save_json(self, path: Path) -> None:
-        """Write the options, without what follows from them; tokens are masked and infinities are spelled.
+        """Write the options as `to_jsonable` gives them.
 
         Args:
             path: the file.
         """
+        path.write_text(json.dumps(self.to_jsonable(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+    def to_jsonable(self) -> dict[str, Any]:
+        """Return the options, without what follows from them; secrets are masked and infinities are spelled."""
         options: dict[str, Any] = self.to_dict()  # type: ignore[no-untyped-call]  # transformers does not annotate it
         del options["max_steps"]
-        path.write_text(json.dumps(_jsonable(options), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        nested = {name: _masked(value) for name, value in options.items() if isinstance(value, dict)}
+        jsonable: dict[str, Any] = _jsonable(options | nested)
+        return jsonable
 
     @property
     def pair_shape(self) -> PairShape:
@@ -359,6 +382,7 @@ class AttentionGuidedRLConfig(TrainingArguments):
             "bf16_full_eval": own_precision,
             "fp16_full_eval": own_precision,
             "auto_find_batch_size": "a retried step would count its episodes twice; lower generation_batch_size",
+            "enable_jit_checkpoint": "SIGTERM writes a checkpoint as it is",
             "load_best_model_at_end": "a checkpoint is written by save_episodes, not at evaluations",
             "torch_compile": "the cache's growing length makes it compile again and again, for no gain where it was "
             "measured (docs/benchmarks.md)",
@@ -366,6 +390,11 @@ class AttentionGuidedRLConfig(TrainingArguments):
         for name, reason in unsupported.items():
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported: {reason}")
+        if self.metric_for_best_model is not None and self.save_total_limit is not None:
+            raise ValueError(
+                f"save_total_limit is {self.save_total_limit} beside metric_for_best_model, but checkpoints come "
+                "by save_episodes, not at the best evaluation, and removed by age; leave save_total_limit out"
+            )
         if self.dataloader_num_workers not in (0, 1):
             raise ValueError(
                 f"dataloader_num_workers must be 0 or 1, got {self.dataloader_num_workers}: the articles are one "

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from attention_rl_trainer.finiteness import NonFiniteError
+from attention_rl_trainer.pairs import ArticleReference
 
 _GIB = 2**30
 
@@ -60,8 +63,15 @@ def free_memory_gib(device: torch.device) -> float | None:
 
 
 @contextmanager
-def phase(name: str, step: int, device: torch.device, shapes: Mapping[str, int], options: str) -> Iterator[None]:
-    """Add the state of the run to a runtime or memory error raised inside.
+def phase(
+    name: str,
+    step: int,
+    device: torch.device,
+    shapes: Mapping[str, int],
+    options: str,
+    articles: Sequence[ArticleReference] = (),
+) -> Iterator[None]:
+    """Add the state of the run to a runtime or memory error raised inside, and the step to a `NonFiniteError`.
 
     Args:
         name: what is being done.
@@ -69,9 +79,13 @@ def phase(name: str, step: int, device: torch.device, shapes: Mapping[str, int],
         device: where the model lies.
         shapes: sizes that matter for memory, by name.
         options: which options to lower when memory runs out.
+        articles: what is read, for an error that does not know it.
     """
     try:
         yield
+    except NonFiniteError as error:
+        error.add_place(f"the {name} of step {step}", articles, step)
+        raise
     except (RuntimeError, MemoryError) as error:
         # An inner phase knows better.
         if hasattr(error, "__notes__"):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attention_rl_trainer.finiteness import NonFiniteError
+
 
 @dataclass
 class RewardStatistics:
@@ -43,6 +45,7 @@ class RewardStatistics:
 
         Raises:
             ValueError: a reward is not finite; nothing is added then.
+            NonFiniteError: mean or SD would not be finite; nothing is added then.
         """
         values = rewards.detach().to("cpu", torch.float64).flatten()
         if not bool(values.isfinite().all()):
@@ -56,22 +59,38 @@ class RewardStatistics:
 
         Args:
             other: unchanged.
+
+        Raises:
+            NonFiniteError: mean or SD would not be finite; nothing is added then.
         """
         count = self.count + other.count
         if count == 0:
             return
         difference = other.mean - self.mean
-        self.mean += difference * other.count / count
-        self.sum_of_squares += other.sum_of_squares + difference**2 * self.count * other.count / count
-        self.count = count
+        mean = self.mean + difference * other.count / count
+        # A product: a power that overflows is an error that says nothing about where.
+        between = difference * difference * self.count * other.count / count
+        sum_of_squares = self.sum_of_squares + (other.sum_of_squares + between)
+        for quantity, value in {"mean": mean, "SD": sum_of_squares}.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"the {quantity} of the reward history", f"after {count} rewards")
+        self.count, self.mean, self.sum_of_squares = count, mean, sum_of_squares
 
     def threshold(self, num_stds: float) -> float:
         """Reward that a trajectory must exceed, mean + ``num_stds`` · SD.
 
         Args:
             num_stds: ``filter_threshold``; -inf is below every reward, even where all were equal.
+
+        Raises:
+            NonFiniteError: it is not finite although ``num_stds`` is.
         """
-        return num_stds if math.isinf(num_stds) else self.mean + num_stds * self.std
+        if math.isinf(num_stds):
+            return num_stds
+        threshold = self.mean + num_stds * self.std
+        if not math.isfinite(threshold):
+            raise NonFiniteError("the threshold of the reward history", f"after {self.count} rewards")
+        return threshold
 
     def state_dict(self) -> dict[str, float | int]:
         """Return the state as JSON-able numbers, exact to the last bit."""
@@ -100,6 +119,9 @@ def keep_mask(
 
     Returns:
         ``[B]`` bool.
+
+    Raises:
+        NonFiniteError: the threshold is not finite.
     """
     if history.count < warmup_episodes:
         return torch.zeros_like(rewards, dtype=torch.bool)

@@ -14,6 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 
 class Ailment(StrEnum):
@@ -93,6 +94,14 @@ def expected_kept_fraction(filter_threshold: float | None) -> float | None:
     return 1 - statistics.NormalDist().cdf(filter_threshold)
 
 
+_WATCHED = frozenset(
+    {
+        *("reward", "query_gain", "model_gain", "history_mean", "kept_fraction", "kl"),
+        *("query_entropy", "query_repetition", "selector_entropy"),
+    }
+)
+
+
 class HealthMonitor:
     """Looks at the metrics of the last steps.
 
@@ -125,8 +134,8 @@ class HealthMonitor:
         Returns:
             Warnings whose condition began to hold with this step.
         """
-        for name, value in metrics.items():
-            self._values[name].append(value)
+        for name in _WATCHED & metrics.keys():
+            self._values[name].append(metrics[name])
         found = {ailment: check() for ailment, check in self._checks.items()}
         begun = [
             HealthWarning(ailment, message)
@@ -135,6 +144,24 @@ class HealthMonitor:
         ]
         self._present = {ailment for ailment, message in found.items() if message is not None}
         return begun
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered, as a JSON-able mapping."""
+        return {
+            "values": {name: list(self._values[name]) for name in sorted(self._values)},
+            "present": sorted(ailment.value for ailment in self._present),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to what `state_dict` returned.
+
+        Args:
+            state: the mapping; an empty one for a monitor that has seen nothing.
+        """
+        self._values.clear()
+        for name, values in state.get("values", {}).items():
+            self._values[name].extend(values)
+        self._present = {Ailment(name) for name in state.get("present", ())}
 
     def _recent(self, name: str) -> list[float] | None:
         """The last values of a metric, if there are enough."""

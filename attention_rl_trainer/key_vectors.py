@@ -43,7 +43,7 @@ class KeyVectorCache:
             embed_keys: token ids ``[m, K]`` of different keys to vectors ``[m, G, D]``.
 
         Returns:
-            ``[n, G, D]``.
+            ``[n, G, D]``. Where one that was computed is not finite, nothing is remembered.
         """
         contents = [row.tobytes() for row in token_ids.numpy()]
         unseen = {content: row for row, content in enumerate(contents) if content not in self._vectors}
@@ -52,6 +52,9 @@ class KeyVectorCache:
             computed = embed_keys(token_ids[list(unseen.values())])
             # Rows of one tensor would keep all of it alive.
             found |= {content: row.clone() for content, row in zip(unseen, computed, strict=True)}
+            if not bool(computed.isfinite().all()):
+                # The run stops at them; one that goes on with mended weights must not meet them again.
+                return torch.stack([found[content] for content in contents])
         for content in contents:
             self._remember(content, found[content])
         return torch.stack([found[content] for content in contents])

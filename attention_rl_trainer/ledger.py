@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -268,6 +269,19 @@ def _verdict(value: object) -> Verdict:
     raise LedgerError(f"'verdict' must be kept, below_threshold or warmup, got {value!r}")
 
 
+@dataclass(frozen=True, slots=True)
+class LedgerGaps:
+    """What a ledger lacks up to a checkpoint.
+
+    Attributes:
+        missing: rows that are not there.
+        copy: the ledger as it was, where lines of it were left out because they were damaged or there twice.
+    """
+
+    missing: int
+    copy: Path | None
+
+
 class Ledger:
     """The ledger file of a run, written row by row.
 
@@ -283,34 +297,72 @@ class Ledger:
 
         Args:
             rows: in the order of their episodes.
-        """
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
-    def cut(self, num_episodes: int) -> None:
+        Raises:
+            OSError: the system refused; names the file.
+        """
+        lines = [json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            # A refused write names no file, unlike a refused opening.
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def sync(self) -> None:
+        """Have the system write all rows to the disk."""
+        if self.path.is_file():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def cut(self, num_episodes: int) -> LedgerGaps:
         """Forget the rows past a checkpoint, so that a resumed run does not write them twice.
+
+        Lines that are no rows, and rows that are there twice, are left out too; the file as it was stays beside it.
 
         Args:
             num_episodes: rows of this and later episodes go, and so does a last line that a kill left unfinished.
-        """
-        if not self.path.is_file():
-            return
-        staged = self.path.with_suffix(".staged")
-        with self.path.open("rb") as source, staged.open("wb") as target:
-            for line in source:
-                if line.endswith(b"\n") and LedgerRow.from_json(_decode_object(line)).episode < num_episodes:
-                    target.write(line)
-        os.replace(staged, self.path)
-
-    def set_aside(self) -> Path | None:
-        """Rename the ledger of an earlier run in the same folder, so that nothing is lost and nothing is mixed.
 
         Returns:
-            Where it lies now, or ``None`` if there was none.
+            What is not as it was written.
         """
+        episodes: set[int] = set()
+        spoilt = 0
+        staged = self.path.with_name(f"_staging-{self.path.name}")
         if not self.path.is_file():
-            return None
-        taken = [self.path.with_name(f"{self.path.stem}.{number}.jsonl") for number in range(1, 1000)]
-        aside = next(path for path in taken if not path.exists())
-        os.replace(self.path, aside)
-        return aside
+            return LedgerGaps(num_episodes, None)
+        with self.path.open("rb") as source, staged.open("wb") as target:
+            for line in source:
+                episode = _episode_of(line)
+                if episode is None or episode in episodes:
+                    # A line without an end is the last one: what a kill leaves.
+                    spoilt += line.endswith(b"\n")
+                elif episode < num_episodes:
+                    target.write(line)
+                    episodes.add(episode)
+            target.flush()
+            os.fsync(target.fileno())
+        copy = self.path.with_name(f"_damaged-{self.path.name}") if spoilt else None
+        if copy is not None:
+            shutil.copy2(self.path, copy)
+        os.replace(staged, self.path)
+        return LedgerGaps(num_episodes - len(episodes), copy)
+
+    def take_over(self, other: Path) -> None:
+        """Begin with the rows of another run's ledger, if there is one.
+
+        Args:
+            other: the other run's ledger.
+        """
+        if other.is_file():
+            staged = self.path.with_name(f"_staging-{self.path.name}")
+            shutil.copy2(other, staged)
+            os.replace(staged, self.path)
+
+
+def _episode_of(line: bytes) -> int | None:
+    """Read the episode of a ledger's line, or ``None`` where it is no row."""
+    try:
+        return LedgerRow.from_json(_decode_object(line)).episode if line.endswith(b"\n") else None
+    except (ValueError, OverflowError, RecursionError):
+        return None

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
+from attention_rl_trainer.finiteness import logit_sums
+
 Advantage = Literal["reward", "centered", "whitened"]
 Credit = Literal["trajectory", "return_to_go", "step"]
 KLReference = Literal["previous", "base"]
@@ -101,10 +103,12 @@ class Chunk:
         parts: parts of it to look at, ``[k]``, without graph.
         outputs: what was computed from the chunk's hidden states with a graph.
         output_gradients: the gradient of the loss with respect to it; ``None`` for 1, where it is the loss.
+        per_token: numbers of each token to look at, ``[j, m]``, without graph.
     """
 
     loss: Tensor
     parts: Tensor
+    per_token: Tensor
     outputs: Tensor
     output_gradients: Tensor | None = None
 
@@ -116,33 +120,34 @@ class _ChunkedSum(torch.autograd.Function):
     """A sum over chunks of hidden states; see `chunked_sum`."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, terms: ChunkTerms, chunk_size: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, hidden: Tensor, terms: ChunkTerms, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
         needs_gradient: bool = ctx.needs_input_grad[0]  # type: ignore[attr-defined]  # torch sets it, untyped
         gradient = torch.empty_like(hidden) if needs_gradient else None
-        losses, parts = [], []
+        losses, parts, per_token = [], [], []
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
             states = hidden[rows].detach().requires_grad_(needs_gradient)
             chunk = terms(states, rows)
             losses.append(chunk.loss)
             parts.append(chunk.parts)
+            per_token.append(chunk.per_token)
             if gradient is not None:
                 (gradient[rows],) = torch.autograd.grad(chunk.outputs, states, chunk.output_gradients)
             # Before the next chunk takes memory of the same size.
             del chunk
         ctx.save_for_backward(*([] if gradient is None else [gradient]))
-        total = torch.stack(parts).sum(dim=0)
-        ctx.mark_non_differentiable(total)
-        return torch.stack(losses).sum(), total
+        total, tokens = torch.stack(parts).sum(dim=0), torch.cat(per_token, dim=1)
+        ctx.mark_non_differentiable(total, tokens)
+        return torch.stack(losses).sum(), total, tokens
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: FunctionCtx, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]  # torch sets it, untyped
         return gradient * loss_gradient.to(gradient.dtype), None, None
 
 
-def chunked_sum(hidden: Tensor, terms: ChunkTerms, chunk_size: int) -> tuple[Tensor, Tensor]:
+def chunked_sum(hidden: Tensor, terms: ChunkTerms, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sum a differentiable function of hidden states, holding what it computes for one chunk at a time.
 
     Each chunk is differentiated at once, which costs no second forward, as recomputation in the backward would.
@@ -153,10 +158,30 @@ def chunked_sum(hidden: Tensor, terms: ChunkTerms, chunk_size: int) -> tuple[Ten
         chunk_size: rows of a chunk.
 
     Returns:
-        The sum, a scalar that can be differentiated once, and the sums of the parts, which cannot.
+        The sum, a scalar that can be differentiated once, and, which cannot, the sums of the parts and the numbers of
+        each token, ``[j, n]``.
     """
-    loss, parts = _ChunkedSum.apply(hidden, terms, chunk_size)  # type: ignore[no-untyped-call]  # not annotated upstream
-    return loss, parts
+    loss, parts, per_token = _ChunkedSum.apply(hidden, terms, chunk_size)  # type: ignore[no-untyped-call]  # upstream
+    return loss, parts, per_token
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTerms:
+    """Numbers of single query tokens, ``[n]`` each, without graph.
+
+    Attributes:
+        logit_sum: sum of the logits, finite only where all are.
+        previous_logit_sum: the same under the previous adapter; 0 without one.
+        policy: policy gradient term.
+        kl: KL to the previous adapter, nats.
+        entropy: nats.
+    """
+
+    logit_sum: Tensor
+    previous_logit_sum: Tensor
+    policy: Tensor
+    kl: Tensor
+    entropy: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,12 +193,14 @@ class QueryTerms:
         policy: Σ w · policy gradient terms, detached like the following.
         kl: Σ w · KL to the previous adapter, nats.
         entropy: Σ w · entropy, nats.
+        per_token: what to look at where a sum is not finite.
     """
 
     loss: Tensor
     policy: Tensor
     kl: Tensor
     entropy: Tensor
+    per_token: TokenTerms
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,11 +254,14 @@ def _chunk_terms(tokens: QueryTokens, logits_of: Logits, beta: float, entropy_co
     place = tokens.index[:, None]
     present = torch.log_softmax(logits.detach(), dim=-1)
     policy, slope = _policy_terms_and_slope(present.gather(1, place).squeeze(1), tokens, epsilon)
-    kl, entropy = torch.zeros_like(policy), torch.zeros_like(policy)
+    kl, entropy, previous_sums = torch.zeros_like(policy), torch.zeros_like(policy), torch.zeros_like(policy)
     previous_probabilities = None
     if tokens.previous_hidden is not None:
         with torch.no_grad():
-            previous = torch.log_softmax(logits_of(tokens.previous_hidden), dim=-1)
+            previous_logits = logits_of(tokens.previous_hidden)
+            previous_sums = logit_sums(previous_logits)
+            previous = torch.log_softmax(previous_logits, dim=-1)
+            del previous_logits
         previous_probabilities = previous.exp()
         kl = torch.linalg.vecdot(previous_probabilities, previous.sub_(present))
         del previous
@@ -246,7 +276,8 @@ def _chunk_terms(tokens: QueryTokens, logits_of: Logits, beta: float, entropy_co
         gradient.add_(previous_probabilities, alpha=-beta)
     gradient.scatter_add_(1, place, slope[:, None]).mul_(tokens.weights[:, None])
     parts = torch.stack([policy, kl, entropy]) @ tokens.weights
-    return Chunk(parts[0] + beta * parts[1] - entropy_coef * parts[2], parts, logits, gradient)
+    per_token = torch.stack([logit_sums(logits), previous_sums, policy, kl, entropy])
+    return Chunk(parts[0] + beta * parts[1] - entropy_coef * parts[2], parts, per_token, logits, gradient)
 
 
 def _policy_terms_and_slope(logprobs: Tensor, tokens: QueryTokens, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -283,8 +314,9 @@ def query_terms(
     def terms(states: Tensor, rows: slice) -> Chunk:
         return _chunk_terms(replace(tokens.chunk(rows), hidden=states), logits_of, weight, entropy_coef, epsilon)
 
-    loss, parts = chunked_sum(tokens.hidden, terms, chunk_size)
-    return QueryTerms(loss, *parts)
+    loss, parts, per_token = chunked_sum(tokens.hidden, terms, chunk_size)
+    policy, kl, entropy = parts
+    return QueryTerms(loss, policy, kl, entropy, TokenTerms(*per_token))
 
 
 def selector_term(log_probabilities: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
@@ -300,7 +332,7 @@ def selector_term(log_probabilities: Tensor, advantages: Tensor, weights: Tensor
 
 def reward_gradient_term(
     hidden: Tensor, token_ids: Tensor, weights: Tensor, score_tokens: TokenScores, *, chunk_size: int = 256
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The reward's direct dependence on the reader: - Σ_τ w_τ (1/T) Σ_t mean_V log p_θ(value_t).
 
     Args:
@@ -309,11 +341,16 @@ def reward_gradient_term(
         weights: weight w / (T · V) of each token, ``[n]``.
         score_tokens: hidden states ``[m, C]`` and token ids ``[m]`` to log-probabilities ``[m]``.
         chunk_size: tokens in a chunk.
+
+    Returns:
+        The term, a scalar with gradient, and the log-probabilities, ``[n]``, without.
     """
 
     def terms(states: Tensor, rows: slice) -> Chunk:
         with torch.enable_grad():
-            loss = -(score_tokens(states, token_ids[rows]) * weights[rows]).sum()
-        return Chunk(loss.detach(), loss.detach()[None], loss)
+            logprobs = score_tokens(states, token_ids[rows])
+            loss = -(logprobs * weights[rows]).sum()
+        return Chunk(loss.detach(), loss.detach()[None], logprobs.detach()[None], loss)
 
-    return chunked_sum(hidden, terms, chunk_size)[0]
+    loss, _, logprobs = chunked_sum(hidden, terms, chunk_size)
+    return loss, logprobs.squeeze(0)

@@ -28,6 +28,7 @@ from attention_rl_trainer.attention import (
     VectorCapture,
     extract_embeddings,
 )
+from attention_rl_trainer.finiteness import logit_sums
 from attention_rl_trainer.grouped_attention import grouped_attention
 from attention_rl_trainer.key_vectors import KeyVectorCache
 from attention_rl_trainer.kv_cache import PreallocatedCache, keeps_every_token
@@ -428,9 +429,12 @@ class PolicyModel:
             token_ids: the tokens, ``[n]`` int64.
 
         Returns:
-            ``[n]`` in float32, nats.
+            ``[n]`` in float32, nats; NaN where any token's logit is not finite.
         """
-        return -nn.functional.cross_entropy(self.head(hidden), token_ids, reduction="none")
+        logits = self.head(hidden)
+        logprobs = -nn.functional.cross_entropy(logits, token_ids, reduction="none")
+        # A single -inf leaves the other tokens' probabilities finite.
+        return logprobs.masked_fill(~logit_sums(logits).isfinite(), torch.nan)
 
     def decode_query(
         self,

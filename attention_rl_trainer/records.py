@@ -157,6 +157,18 @@ class MetricsBuffer:
             if value is not None:
                 self._values[name].append(float(value))
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return what was collected and not yet joined."""
+        return {name: list(values) for name, values in self._values.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Go back to what `state_dict` returned.
+
+        Args:
+            state: numbers by name.
+        """
+        self._values = defaultdict(list, {name: list(values) for name, values in state.items()})
+
     def drain(self) -> dict[str, float]:
         """Join what was collected, one number for each name, and forget it."""
         joined = {name: float(_REDUCTIONS.get(name, _mean)(values)) for name, values in self._values.items()}

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attention_rl_trainer.finiteness import expect_finite
 from attention_rl_trainer.memory import MemoryEnvironment
 from attention_rl_trainer.pairs import ArticleBatch, ArticleReference, add_embeddings
 from attention_rl_trainer.policy import PolicyModel
@@ -25,10 +26,6 @@ from attention_rl_trainer.reward import calculate_reward, trajectory_reward, val
 from attention_rl_trainer.sampling import Purpose, episode_noise
 from attention_rl_trainer.tokenization import Separators
 from attention_rl_trainer.types import KeyValuePair, Trajectory, TrajectoryStep
-
-
-class NonFiniteError(ArithmeticError):
-    """A logit, embedding, reward or gradient is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,8 @@ class TrajectorySampler:
             The trajectories.
 
         Raises:
-            NonFiniteError: a logit, embedding or reward is not finite; names step, article and place.
+            NonFiniteError: a logit, vector, probability or reward is not finite; names which, the step of the
+                trajectory and the article.
             ValueError: the memory holds fewer pairs than steps.
         """
         if self.settings.num_steps > batch.pair_numbers.shape[1]:
@@ -133,17 +131,19 @@ class TrajectorySampler:
         embedded_before = self.policy.embedded_tokens
         memory = add_embeddings(batch, self.policy.embed_keys)
         embedded_tokens = self.policy.embedded_tokens - embedded_before
-        self._expect_finite({"key embedding": memory.key_vectors.flatten(1)}, 0, batch.articles)
+        expect_finite({"key vector": memory.key_vectors}, batch.articles, trajectory_step=0)
         self.environment.reset(memory)
         prompt, num_steps = self.prompt(batch), self.settings.num_steps
         noise = self.noise(episodes, num_steps)
         run = _Run(self, batch.articles, prompt, self.cache_capacity(batch), noise)
         steps = [run.step(number) for number in range(num_steps)]
         rewards = torch.stack([step.reward for step in steps], dim=1)
+        total_reward = rewards.sum(dim=1)
+        expect_finite({"total reward": total_reward}, batch.articles, trajectory_step=num_steps)
         return Trajectory(
             steps=steps,
             avg_reward=trajectory_reward(rewards),
-            total_reward=rewards.sum(dim=1),
+            total_reward=total_reward,
             token_ids=torch.cat(run.blocks, dim=1),
             query_starts=run.query_starts,
             value_starts=run.value_starts,
@@ -232,18 +232,6 @@ class TrajectorySampler:
         states = predicting(hidden, start, value_tokens.shape[1])
         return value_logprob(self.policy.token_logprobs(states, value_tokens))
 
-    @staticmethod
-    def _expect_finite(places: dict[str, Tensor], step: int, articles: Sequence[ArticleReference]) -> None:
-        finite = torch.stack([values.isfinite().flatten(1).all(dim=1) for values in places.values()])
-        if bool(finite.all()):
-            return
-        place, row = (~finite).nonzero()[0].tolist()
-        raise NonFiniteError(
-            f"{list(places)[place]} is not finite at step {step} of the trajectory on article "
-            f"{articles[row].title!r} ({articles[row].source}, row {row} of the batch). Nothing was trained on it. "
-            "Check the model's weights and precision; a lower learning_rate or float32 weights may help"
-        )
-
 
 class _Run:
     """The state of one batch while it is rolled out."""
@@ -271,9 +259,13 @@ class _Run:
             self.noise[Purpose.POLICY][:, number], self.noise[Purpose.COUNTERFACTUAL][:, number]
         )
         query, counterfactual = queries.query, queries.counterfactual
-        places = {"policy logit": query.logprobs + query.entropy, "query embedding": queries.vectors}
-        places["counterfactual logit"] = counterfactual.logprobs
-        sampler._expect_finite(places, number + 1, self.articles)
+        # The entropy is finite only where the logit of every token is.
+        quantities = {
+            "policy logit": query.logprobs + query.entropy,
+            "base model logit": counterfactual.logprobs + counterfactual.entropy,
+            "query vector": queries.vectors,
+        }
+        expect_finite(quantities, self.articles, trajectory_step=number + 1)
         selection = sampler.environment.step(queries.vectors, self.noise[Purpose.SELECTION][:, number])
         value = selection.pairs.value_tokens
         block, value_offset = sampler.response(selection.pairs, is_last=number == settings.num_steps - 1)
@@ -289,8 +281,14 @@ class _Run:
         reward = calculate_reward(policy_logprob, counterfactual_logprob)
         if order_gain is not None:
             reward = reward + settings.order_coef * order_gain
-        scores = torch.stack([policy_logprob, base_logprob, counterfactual_logprob, reward], dim=1)
-        sampler._expect_finite({"value log-probability": scores}, number + 1, self.articles)
+        quantities = {
+            "selection probability": selection.probabilities,
+            "policy logit or log-probability of a value": policy_logprob,
+            "base model logit or log-probability of a value": base_logprob,
+            "base model logit or log-probability of a value behind its own query": counterfactual_logprob,
+            "reward": reward,
+        }
+        expect_finite(quantities, self.articles, trajectory_step=number + 1)
         self.query_starts.append(context.shape[1])
         self.value_starts.append(context.shape[1] + settings.tokens_per_query + value_offset)
         self.blocks += [query.token_ids, block]

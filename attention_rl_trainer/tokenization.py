@@ -21,6 +21,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 QUERY_SEPARATOR = " Query:"
 RESPONSE_SEPARATOR = " Response:"
 
+_EVERY_UTF8_BYTE = "".join(
+    map(chr, (*range(0x801), *range(0x1000, 0xD800, 0x1000), 0xE000, 0xF000, *range(0x10000, 0x110000, 0x30000)))
+)
+"""Characters whose UTF-8 holds every byte that any text can hold."""
+
 
 def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Collect the ids that no article text and no query may contain.
@@ -52,11 +57,15 @@ def plain_text_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 class PlainTextEncoder:
     """Turns article text into ids once, and ids into text for logs.
 
+    A byte-level tokenizer gives every text back when it decodes. Others give back what they keep of it: a tokenizer
+    with ``▁`` for the space makes a space of that sign, and one that normalizes to NFC composes accents.
+
     Args:
         tokenizer: the base model's tokenizer; it must be a fast one.
 
     Raises:
-        ValueError: the tokenizer is not a fast one, or its model turns the text of a control token into the token.
+        ValueError: the tokenizer is not a fast one, or its model turns the text of a control token into the token, or
+            characters it does not know into the token for unknown ones.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -70,13 +79,15 @@ class PlainTextEncoder:
         self._plain = plain_text_tokenizer(tokenizer)
         self.control_ids = control_token_ids(tokenizer)
         self.max_token_id = max(self._plain.get_vocab(with_added_tokens=False).values())
+        self._refuse_unknown_characters()
         self._refuse_leaks()
 
     def encode(self, text: str) -> list[int]:
         """Encode text as plain text.
 
         Args:
-            text: any text; the texts of control tokens in it stay text.
+            text: any text; the texts of control tokens in it stay text. A lone surrogate, which stands for no
+                character, is read as ``?``.
 
         Returns:
             The token ids, with no special token added.
@@ -94,10 +105,24 @@ class PlainTextEncoder:
         ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def _refuse_unknown_characters(self) -> None:
+        unknown = self.control_ids.intersection(self.encode(_EVERY_UTF8_BYTE))
+        if unknown:
+            token = self.tokenizer.convert_ids_to_tokens(min(unknown))
+            raise ValueError(
+                f"the tokenizer turns characters it does not know into the control token {token!r}, so an article "
+                "could inject it; choose a base model with a byte-level BPE tokenizer, or one with byte fallback"
+            )
+
     def _refuse_leaks(self) -> None:
+        added = self.tokenizer.added_tokens_decoder
         for control_id in sorted(self.control_ids):
-            text = self.tokenizer.convert_ids_to_tokens(control_id)
-            if text and self.control_ids.intersection(self.encode(f"a {text} b")):
+            # The name of an added token may be normalized; in a text its content is matched.
+            name = self.tokenizer.convert_ids_to_tokens(control_id)
+            text = added[control_id].content if control_id in added else str(name or "")
+            # What a model makes of a text may depend on what stands beside it.
+            places = (f"a {text} b", f"a{text}b", f"{text} b", f"a {text}", text)
+            if text and any(self.control_ids.intersection(self.encode(place)) for place in places):
                 raise ValueError(
                     f"the tokenizer turns the plain text {text!r} into a control token, so an article could inject it; "
                     "choose a base model with a byte-level BPE tokenizer"

@@ -6,13 +6,18 @@ micro-batches. Everything that is computed lives in the modules before this one;
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import itertools
+import json
 import logging
 import math
+import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,8 +27,8 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
@@ -44,23 +49,35 @@ from attention_rl_trainer.callbacks import (
     TrainEndCallback,
 )
 from attention_rl_trainer.checkpointing import (
+    PREVIOUS_ADAPTER_NAME,
+    STATE_NAME,
     RunState,
-    find_checkpoint,
     load_run_state,
+    read_run_state,
     save_run_state,
-    steps_and_episodes,
 )
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.diagnostics import peak_memory_gib, phase
-from attention_rl_trainer.evaluation import TableBuilder, evaluate_policy
+from attention_rl_trainer.durability import (
+    DurableTrainer,
+    Fact,
+    adopt_checkpoint,
+    checkpoint_step,
+    find_checkpoint,
+    set_aside_run,
+)
+from attention_rl_trainer.evaluation import TableBuilder, evaluate_policy, folder_name
 from attention_rl_trainer.filtering import RewardStatistics, keep_mask
+from attention_rl_trainer.finiteness import NonFiniteError, expect_finite, located
 from attention_rl_trainer.health import HealthMonitor
 from attention_rl_trainer.ledger import Ledger, LedgerRow
 from attention_rl_trainer.losses import step_advantages
 from attention_rl_trainer.memory import DifferentiableEnvironment, KVMemoryEnvironment, MemoryEnvironment
+from attention_rl_trainer.micro_batches import AccumulationStart, MicroBatchSize, halve_until_it_fits
 from attention_rl_trainer.pairs import (
     ArticleBatch,
     ArticlePairsDataset,
+    ArticleReference,
     collate_article_pairs,
     first_usable_articles,
 )
@@ -83,8 +100,10 @@ from attention_rl_trainer.preflight import (
 )
 from attention_rl_trainer.records import MetricsBuffer, ledger_rows, trajectory_metrics
 from attention_rl_trainer.report.console import EpisodeProgressCallback
-from attention_rl_trainer.report.summary import write_report
-from attention_rl_trainer.rollout import NonFiniteError, RolloutSettings, TrajectorySampler, trajectory_length
+from attention_rl_trainer.report.summary import REPORT_FOLDER, SUMMARY_NAME, write_report
+from attention_rl_trainer.rollback import OptimizerRestorePoint
+from attention_rl_trainer.rollout import RolloutSettings, TrajectorySampler, trajectory_length
+from attention_rl_trainer.run_identity import article_facts, model_facts, option_facts
 from attention_rl_trainer.tokenization import PlainTextEncoder, Separators
 from attention_rl_trainer.types import Trajectory
 from attention_rl_trainer.update import KeptTrajectories, LossTerms, compute_loss_terms
@@ -95,9 +114,12 @@ Articles: TypeAlias = ArticleTable | Sequence[Mapping[str, object]] | Sequence[A
 Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 
 RUN_CONFIG_NAME = "attention_rl_config.json"
+# What an error names where memory ran out.
+_ROLLOUT_MEMORY_OPTIONS = "generation_batch_size, num_steps, tokens_per_query or tokens_per_value"
+_UPDATE_MEMORY_OPTIONS = "training_batch_size or logits_chunk_size"
 
 
-class AttentionGuidedRLTrainer(Trainer):
+class AttentionGuidedRLTrainer(DurableTrainer):
     """Trains a language model to direct its own reading of articles.
 
     Args:
@@ -118,6 +140,8 @@ class AttentionGuidedRLTrainer(Trainer):
     _tag_names = ("attention-guided-rl", "reinforcement-learning", "lora")
 
     args: AttentionGuidedRLConfig
+    checkpoint_parts = (*DurableTrainer.checkpoint_parts, STATE_NAME, PREVIOUS_ADAPTER_NAME)
+    run_trace = RUN_CONFIG_NAME
 
     def __init__(
         self,
@@ -188,6 +212,7 @@ class AttentionGuidedRLTrainer(Trainer):
         self.policy = build_policy(model, tokenizer, self.args)
         self.sampler = self._new_sampler(rollout_settings(self.args))
         self.snapshot = AdapterSnapshot(model)
+        self._trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.loss_settings = loss_settings(self.args)
         self._stream: ArticleStream | None = None
         self._start_afresh()
@@ -195,12 +220,23 @@ class AttentionGuidedRLTrainer(Trainer):
     def _start_afresh(self) -> None:
         """Forget the run before, but not what the model has learned in it."""
         self.run_state = RunState()
+        self._identity: dict[str, Fact] | None = None
         self.snapshot.refresh()
         self._metrics = MetricsBuffer()
         self._health = HealthMonitor(health_limits(self.args))
+        self._micro_batch_size = MicroBatchSize(self.args.training_batch_size)
+        self._forget_window()
+
+    def _forget_window(self) -> None:
+        """Be ready for the next update; a window is the rollout batches of one."""
         self._window: list[KeptTrajectories] = []
         # Trajectories of the present update, known at its first batch; `None` between two updates.
         self._window_trajectories: int | None = None
+        # Rows of the ledger, written when the update's optimizer step is sure to be taken.
+        self._unwritten_rows: list[LedgerRow] = []
+        self._run_state_before = self.run_state
+        # What the optimizer steps before the last one change; `None` before the first of several.
+        self._weights_before: OptimizerRestorePoint | None = None
 
     def _new_sampler(self, settings: RolloutSettings) -> TrajectorySampler:
         return TrajectorySampler(self.policy, self.environment, self.separators, settings)
@@ -239,16 +275,14 @@ class AttentionGuidedRLTrainer(Trainer):
         )
 
     def _on_begin(self) -> None:
-        folder = Path(str(self.args.output_dir))
+        folder = self.output_dir
         self.args.save_json(folder / RUN_CONFIG_NAME)
         print_facts(self.facts())
         shortage = memory_shortage(self.args, self.policy, self.separators)
         if shortage is not None:
             logger.warning("%s", shortage)
-        if self.state.global_step == 0:
-            aside = self.ledger.set_aside()
-            if aside is not None:
-                logger.warning("%s held the ledger of an earlier run; it lies in %s now", folder, aside.name)
+        # A report is of a run's end.
+        (folder / REPORT_FOLDER / SUMMARY_NAME).unlink(missing_ok=True)
 
     def _on_end(self) -> None:
         if not self.args.report_at_end or self.run_state.num_episodes == 0:
@@ -260,7 +294,7 @@ class AttentionGuidedRLTrainer(Trainer):
             )
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(self.run_state.skipped.items())) or "none"
         facts = self.facts() | {"articles skipped": skipped}
-        folder = Path(str(self.args.output_dir))
+        folder = self.output_dir
         files = write_report(folder, self.state.log_history, facts, with_plots=with_plots)
         logger.warning("Report: %s", files[0])
 
@@ -296,6 +330,7 @@ class AttentionGuidedRLTrainer(Trainer):
             batch_size=batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=_leave_signals_to_the_trainer if self.args.dataloader_num_workers else None,
             pin_memory=False,
         )
 
@@ -335,26 +370,64 @@ class AttentionGuidedRLTrainer(Trainer):
             Steps, mean loss and the Trainer's speed metrics.
 
         Raises:
-            CheckpointError: the checkpoint lacks a file, or there is none.
+            CheckpointError: there is no such checkpoint, it is damaged, or it belongs to another run.
+            StagingError: a checkpoint could not be written.
+            RunLockedError: another run writes to ``output_dir``.
+            KeyboardInterrupt: SIGINT came, and a checkpoint was written.
+            SystemExit: SIGTERM came, and a checkpoint was written; the code is 143.
         """
-        checkpoint = find_checkpoint(resume_from_checkpoint, Path(str(self.args.output_dir)))
-        self._start_afresh()
-        steps_before, episodes_before = 0, 0
-        if checkpoint is not None:
-            steps_before, episodes_before = steps_and_episodes(checkpoint)
-        remaining = self.args.num_episodes - episodes_before
-        if checkpoint is not None and remaining <= 0:
-            return self._stay_finished(checkpoint, steps_before)
-        max_steps = steps_before + math.ceil(remaining / self.args.episodes_per_step)
-        with _max_steps(self.args, max_steps), self._phase("run", self.args.episodes_per_step, "generation_batch_size"):
-            return super().train(None if checkpoint is None else str(checkpoint))
+        with self.run_guarded():
+            checkpoint = find_checkpoint(resume_from_checkpoint, self.output_dir, self.run_trace)
+            self._start_afresh()
+            steps_before, episodes_before = 0, 0
+            if checkpoint is not None:
+                self.expect_own_checkpoint(checkpoint)
+                steps_before = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+                episodes_before = read_run_state(checkpoint).num_episodes
+            remaining = self.args.num_episodes - episodes_before
+            if checkpoint is not None and remaining <= 0:
+                return self._stay_finished(checkpoint, steps_before)
+            checkpoint = self._clear_the_way(checkpoint)
+            max_steps = steps_before + math.ceil(remaining / self.args.episodes_per_step)
+            batch = self.args.episodes_per_step
+            with _max_steps(self.args, max_steps), self._phase("run", batch, "generation_batch_size"):
+                return self.train_from(checkpoint)
+
+    def _clear_the_way(self, checkpoint: Path | None) -> Path | None:
+        """Keep what this run does not go on from out of its way; returns the checkpoint, in the run's own folder."""
+        is_own = checkpoint is not None and checkpoint.parent.resolve() == self.output_dir.resolve()
+        records = [self.ledger.path, self.output_dir / REPORT_FOLDER]
+        after = checkpoint_step(checkpoint) if checkpoint is not None and is_own else -1
+        aside = set_aside_run(self.output_dir, records, after)
+        if aside is not None:
+            logger.warning("%s held what this run does not go on from; it lies in %s now", self.output_dir, aside)
+        if checkpoint is None:
+            return None
+        self._tell_changed_options(checkpoint)
+        if is_own:
+            return checkpoint
+        self.ledger.take_over(checkpoint.parent / self.ledger.path.name)
+        return adopt_checkpoint(checkpoint, self.output_dir)
+
+    def _tell_changed_options(self, checkpoint: Path) -> None:
+        path = checkpoint / RUN_CONFIG_NAME
+        before, now = json.loads(path.read_text(encoding="utf-8")), self.args.to_jsonable()
+        places = {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "num_episodes"}
+        changed = [name for name in now if name not in places and name in before and before[name] != now[name]]
+        if changed:
+            listed = ", ".join(f"{name} ({before[name]!r} there, {now[name]!r} here)" for name in changed)
+            logger.warning("Options that differ from those of %s: %s", checkpoint, listed)
 
     def _stay_finished(self, checkpoint: Path, steps: int) -> TrainOutput:
         """Load what a finished run has learned, and run nothing."""
         logger.warning("%s has all of num_episodes=%d behind it; nothing is run", checkpoint, self.args.num_episodes)
         self._load_from_checkpoint(str(checkpoint))
-        self._restore(checkpoint)
+        self.load_run_state(checkpoint)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if checkpoint.parent.resolve() == self.output_dir.resolve():
+            self.finish_rotation()
+        if self.args.report_at_end and not (self.output_dir / REPORT_FOLDER / SUMMARY_NAME).is_file():
+            self._on_end()  # the run was killed before it wrote its report
         return TrainOutput(steps, 0.0, {})
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
@@ -375,51 +448,88 @@ class AttentionGuidedRLTrainer(Trainer):
 
         Returns:
             The loss, detached; 0 if nothing was kept, in which case there is no gradient either.
+
+        Raises:
+            NonFiniteError: a logit, vector, reward, statistic, the KL, the loss or the gradient is not finite; names
+                which, where, and the articles. Weights, optimizer, statistics and ledger are those before the step.
         """
         model.train()
         batch = self._cut_to_run(inputs["articles"])
-        if len(batch) == 0:
-            self._end_of_window(model)
-            return torch.zeros((), device=self.args.device)
+        if self._window_trajectories is None:
+            self._run_state_before = copy.deepcopy(self.run_state)
+        with self._undone_if_it_fails():
+            if len(batch) == 0:
+                with self._phase("update", 0, _UPDATE_MEMORY_OPTIONS):
+                    self._end_of_window(model)
+                return torch.zeros((), device=self.args.device)
+            return self._train_on(model, batch)
+
+    def _train_on(self, model: nn.Module, batch: ArticleBatch) -> Tensor:
         if self._window_trajectories is None:
             remaining = self.args.num_episodes - self.run_state.num_episodes
             self._window_trajectories = min(remaining, self.args.episodes_per_step)
         first = self.run_state.num_episodes
         started = time.perf_counter()
-        with self._phase("rollout", len(batch), "generation_batch_size, num_steps or the tokens per query and value"):
+        with self._phase("rollout", len(batch), _ROLLOUT_MEMORY_OPTIONS):
             trajectory = self.sampler.sample(batch, range(first, first + len(batch)))
         rolled_out = time.perf_counter()
-        history, keep = self._judge(trajectory)
-        with self._phase("update", int(keep.sum()), "training_batch_size or logits_chunk_size"):
-            loss = self._update(model, trajectory, history, keep)
+        with self._phase("filter", len(batch), _ROLLOUT_MEMORY_OPTIONS, batch.articles):
+            history, keep = self._judge(trajectory)
+        with self._phase("update", int(keep.sum()), _UPDATE_MEMORY_OPTIONS, batch.articles):
+            loss = self._update(model, batch, trajectory, history, keep)
             self._end_of_window(model)
         self._record(batch, trajectory, history, keep)
         self._record_times(trajectory, rolled_out - started, time.perf_counter() - rolled_out)
         return loss
 
+    @contextmanager
+    def _undone_if_it_fails(self) -> Iterator[None]:
+        """Go back to where the run stood before the present update, should it fail."""
+        try:
+            yield
+        except BaseException:
+            self.run_state = self._run_state_before
+            if self._weights_before is not None:
+                self._weights_before.restore()
+            self.policy.model.zero_grad()
+            self._forget_window()
+            raise
+
     def _end_of_window(self, model: nn.Module) -> None:
         """Before the Trainer's own optimizer step, take those that ``num_iterations`` > 1 adds to it."""
         if not self.accelerator.sync_gradients:
             return
-        window, self._window, self._window_trajectories = self._window, [], None
-        for _ in range(self.args.num_iterations - 1 if window else 0):
+        if not self._window or self.args.num_iterations == 1:
+            return
+        assert self.optimizer is not None
+        changing = [*self._trainable.values(), *self.snapshot.state_dict().values()]
+        self._weights_before = OptimizerRestorePoint(changing, self.optimizer)
+        for iteration in range(2, self.args.num_iterations + 1):
             self._step_optimizer(model)
-            self._accumulate(model, window)
+            self._accumulate(model, self._window, iteration)
 
     def _cut_to_run(self, batch: ArticleBatch) -> ArticleBatch:
         """Leave out the rows of the last batch that go beyond ``num_episodes``."""
         remaining = self.args.num_episodes - self.run_state.num_episodes
         return batch if remaining >= len(batch) else batch.select_rows(range(max(0, remaining)))
 
-    def _phase(self, name: str, rows: int, options: str) -> AbstractContextManager[None]:
+    def _phase(
+        self,
+        name: str,
+        rows: int,
+        options: str,
+        articles: Sequence[ArticleReference] = (),
+        micro_batch_size: int | None = None,
+    ) -> AbstractContextManager[None]:
         args = self.args
-        shapes = {
+        shapes = {} if micro_batch_size is None else {"trajectories a micro-batch": micro_batch_size}
+        shapes |= {
             "trajectories": rows,
             "steps": args.steps_per_trajectory,
             "tokens a trajectory": self.trajectory_tokens,
             "vocabulary": self.policy.head.linear.weight.shape[0],
         }
-        return phase(name, self.state.global_step + 1, self.policy.device, shapes, options)
+        return phase(name, self.state.global_step + 1, self.policy.device, shapes, options, articles)
 
     def _judge(self, trajectory: Trajectory) -> tuple[RewardStatistics, Tensor]:
         """Decide by the history before the batch, then add the batch to it."""
@@ -433,14 +543,18 @@ class AttentionGuidedRLTrainer(Trainer):
         self.run_state.statistics.update(trajectory.avg_reward)
         return history, keep
 
-    def _update(self, model: nn.Module, trajectory: Trajectory, history: RewardStatistics, keep: Tensor) -> Tensor:
+    def _update(
+        self, model: nn.Module, batch: ArticleBatch, trajectory: Trajectory, history: RewardStatistics, keep: Tensor
+    ) -> Tensor:
         """Accumulate the gradient of the kept trajectories, and remember them for further iterations."""
         rows = keep.nonzero().squeeze(1)
-        kept = [self._kept(trajectory, history, rows)] if len(rows) else []
+        kept = [self._kept(batch, trajectory, history, rows)] if len(rows) else []
         self._window += kept
         return self._accumulate(model, kept)
 
-    def _kept(self, trajectory: Trajectory, history: RewardStatistics, rows: Tensor) -> KeptTrajectories:
+    def _kept(
+        self, batch: ArticleBatch, trajectory: Trajectory, history: RewardStatistics, rows: Tensor
+    ) -> KeptTrajectories:
         advantages = step_advantages(
             trajectory.stack("reward")[rows],
             history.mean,
@@ -448,26 +562,62 @@ class AttentionGuidedRLTrainer(Trainer):
             advantage=self.args.advantage,
             credit=self.args.credit,
         )
+        articles = [batch.articles[row] for row in rows.tolist()]
+        expect_finite({"advantage": advantages}, articles)
         assert self._window_trajectories is not None
         weights = torch.full((len(rows),), 1 / self._window_trajectories, device=rows.device)
-        return KeptTrajectories.select(trajectory, rows, advantages, weights)
+        return KeptTrajectories.select(trajectory, rows, advantages, weights, articles)
 
-    def _accumulate(self, model: nn.Module, batches: Sequence[KeptTrajectories]) -> Tensor:
-        """Differentiate the loss of kept trajectories in micro-batches; returns it detached."""
+    def _accumulate(self, model: nn.Module, batches: Sequence[KeptTrajectories], iteration: int = 1) -> Tensor:
+        """Differentiate the loss of kept trajectories in micro-batches that fit; returns it detached."""
+        largest = max((len(batch) for batch in batches), default=0)
+        size_before = self._micro_batch_size.size
+        start = AccumulationStart(self._trainable.values(), self.policy.device)
+
+        def attempt(size: int) -> tuple[Tensor, list[dict[str, float]]]:
+            with self._phase("update", largest, _UPDATE_MEMORY_OPTIONS, micro_batch_size=size):
+                return self._accumulate_in(size, model, batches, iteration)
+
+        total, sums = halve_until_it_fits(attempt, self._micro_batch_size, largest, start.restore)
+        for values in sums:
+            self._metrics.add(values)
+        if self._micro_batch_size.size < size_before:
+            logger.warning(
+                "Memory ran out in the update of step %d; its micro-batches and those of all further steps have %d "
+                "trajectories instead of %d. To begin with that, lower training_batch_size",
+                self.state.global_step + 1,
+                self._micro_batch_size.size,
+                size_before,
+            )
+        return total
+
+    def _accumulate_in(
+        self, size: int, model: nn.Module, batches: Sequence[KeptTrajectories], iteration: int
+    ) -> tuple[Tensor, list[dict[str, float]]]:
+        """Do so in micro-batches of a size; returns the loss too, and what is logged of each batch."""
         total = torch.zeros((), device=self.args.device)
+        logged = []
+        numbers = itertools.count(1)
         for batch in batches:
             sums: dict[str, float] = defaultdict(float)
-            for micro_batch in batch.split(self.args.training_batch_size):
-                # Activation checkpointing runs the layers again in the backward, which must see the same dropout.
-                with dropout_disabled(model) if self.args.disable_dropout else nullcontext():
-                    with self.compute_loss_context_manager():
-                        loss, terms = self.compute_loss(model, {"trajectories": micro_batch}, return_outputs=True)
-                    self.accelerator.backward(loss)
-                total += loss.detach()
+            for micro_batch in batch.split(size):
+                with located(f"micro-batch {next(numbers)} of iteration {iteration}", micro_batch.articles):
+                    loss, terms = self._differentiate(model, micro_batch)
+                total += loss
                 sums["policy_loss"] += terms.policy.item()
                 sums["kl"] += terms.kl.item() / self._weight_of_tokens(batch)
-            self._metrics.add(sums)
-        return total
+            logged.append(sums)
+        return total, logged
+
+    def _differentiate(self, model: nn.Module, micro_batch: KeptTrajectories) -> tuple[Tensor, LossTerms]:
+        """Add a micro-batch's gradient to what is there, and check it; returns the loss, detached, and its parts."""
+        # Activation checkpointing runs the layers again in the backward, which must see the same dropout.
+        with dropout_disabled(model) if self.args.disable_dropout else nullcontext():
+            with self.compute_loss_context_manager():
+                loss, terms = self.compute_loss(model, {"trajectories": micro_batch}, return_outputs=True)
+            self.accelerator.backward(loss)
+        self._expect_finite_gradient()
+        return loss.detach(), terms
 
     @staticmethod
     def _weight_of_tokens(batch: KeptTrajectories) -> float:
@@ -493,41 +643,49 @@ class AttentionGuidedRLTrainer(Trainer):
             The loss, a scalar with gradient; with ``return_outputs`` also its `LossTerms`.
 
         Raises:
-            NonFiniteError: the loss is not finite.
+            NonFiniteError: a logit, the KL or the loss is not finite.
         """
         terms = compute_loss_terms(
             self.policy, model, self.environment, self.snapshot, inputs["trajectories"], self.loss_settings
         )
-        if not bool(terms.loss.isfinite()):
-            raise NonFiniteError(
-                f"the loss of step {self.state.global_step + 1} is {terms.loss.item()} (policy {terms.policy.item()}, "
-                f"KL {terms.kl.item()}). The optimizer step was not taken; lower learning_rate or raise the "
-                "weights' precision"
-            )
         return (terms.loss, terms) if return_outputs else terms.loss
 
     def _step_optimizer(self, model: nn.Module) -> None:
         """One of the optimizer steps that ``num_iterations`` > 1 adds to the Trainer's own."""
         if self.args.max_grad_norm > 0:
             self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        self._before_optimizer_step()
+        self._refresh_previous_adapter()
         assert self.optimizer is not None
         self.optimizer.step()
         model.zero_grad()
 
     def _before_optimizer_step(self) -> None:
+        """Write down what the present update read, once nothing stands in the way of its last optimizer step."""
+        articles = [article for batch in self._window for article in batch.articles]
+        with self._undone_if_it_fails(), self._phase("optimizer step", len(articles), _UPDATE_MEMORY_OPTIONS, articles):
+            self._refresh_previous_adapter()
+            self.ledger.append(self._unwritten_rows)
+        self._forget_window()
+
+    def _refresh_previous_adapter(self) -> None:
         """Check the gradient and refresh the previous adapter, unless the step will move nothing."""
-        gradients = [p.grad for p in self.policy.model.parameters() if p.grad is not None]
-        if not gradients:
+        if not self._expect_finite_gradient():
             return
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not bool(norm.isfinite()):
-            raise NonFiniteError(
-                f"the gradient of step {self.state.global_step + 1} is not finite. The optimizer step was not taken; "
-                "lower learning_rate or raise the weights' precision"
-            )
         self.snapshot.refresh()
         self.run_state.num_updates += 1
+
+    def _expect_finite_gradient(self) -> bool:
+        """Refuse a gradient that is not finite, or whose norm is not; returns whether there is any gradient.
+
+        Clipping would turn a finite gradient whose norm overflows into zeros.
+        """
+        gradients = {name: p.grad for name, p in self._trainable.items() if p.grad is not None}
+        if not gradients:
+            return False
+        if not bool(torch.nn.utils.get_total_norm(list(gradients.values())).isfinite()):
+            bad = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
+            raise NonFiniteError(f"the gradient of {bad[0]}" if bad else "the norm of the gradient")
+        return True
 
     # ---- Records ----
 
@@ -550,7 +708,7 @@ class AttentionGuidedRLTrainer(Trainer):
             keep=keep,
             is_warmup=is_warmup,
         )
-        self.ledger.append(rows)
+        self._unwritten_rows += rows
         self._latest_row = max(rows, key=lambda row: row.reward)
         self._metrics.add(trajectory_metrics(trajectory))
         self._metrics.add(
@@ -636,7 +794,7 @@ class AttentionGuidedRLTrainer(Trainer):
             results = evaluate_policy(sampler, batches, self.args.eval_episodes, observe)
         if builder is not None:
             tables = builder.build()
-            tables.write(Path(str(self.args.output_dir)) / "evaluation" / metric_key_prefix)
+            tables.write(self.output_dir / "evaluation" / folder_name(metric_key_prefix))
             results |= tables.metrics()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         self.log(metrics)
@@ -645,35 +803,65 @@ class AttentionGuidedRLTrainer(Trainer):
 
     # ---- Checkpoints ----
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir or str(self.args.output_dir))
-        # The options as a pickle, with the Hub token in plain bytes; nothing needs it, and JSON says the same.
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+    def run_identity(self) -> dict[str, Fact]:
+        """Return what must be the same in a run that goes on: model, adapter, tokens and articles."""
+        if self._identity is None:
+            tokenizer = self.processing_class
+            assert isinstance(tokenizer, PreTrainedTokenizerBase)
+            articles = article_facts(self.train_dataset, self.args.dataset_text_column)
+            parts = model_facts(self.policy.model, tokenizer) | option_facts(self.args) | articles
+            # Once a run: of a stream it reads the first row.
+            self._identity = super().run_identity() | parts
+        return self._identity
+
+    def save_extras(self, folder: Path) -> None:
+        """Write the options beside a saved adapter, as JSON.
+
+        Args:
+            folder: where the adapter is saved.
+        """
         self.args.save_json(folder / RUN_CONFIG_NAME)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        # The one hook of the Trainer that runs after the optimizer is saved and before a checkpoint is pushed or
-        # old ones are rotated away.
-        super()._save_rng_state(output_dir)
-        if self.args.should_save:
-            save_run_state(Path(output_dir), self.run_state, self.snapshot.state_dict())
+    def save_run_state(self, folder: Path) -> None:
+        """Write the reward history, the place in the articles, the metrics not yet logged, and the previous adapter.
 
-    def _restore(self, checkpoint: Path) -> None:
-        """Go back to the run's state and the previous adapter of a checkpoint."""
-        self.run_state, previous_adapter = load_run_state(checkpoint)
+        Args:
+            folder: the checkpoint's folder.
+        """
+        super().save_run_state(folder)
+        self.ledger.sync()
+        state = replace(self.run_state, metrics=self._metrics.state_dict(), health=self._health.state_dict())
+        save_run_state(folder, state, self.snapshot.state_dict())
+
+    def load_run_state(self, folder: Path) -> None:
+        """Go back to what `save_run_state` wrote.
+
+        Args:
+            folder: the checkpoint's folder.
+        """
+        super().load_run_state(folder)
+        state, previous_adapter = load_run_state(folder)
+        self._metrics.load_state_dict(state.metrics)
+        self._health.load_state_dict(state.health)
+        self.run_state = replace(state, metrics={}, health={})
         self.snapshot.load_state_dict(previous_adapter)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._restore(Path(checkpoint))
         self._skipped_before = dict(self.run_state.skipped)
         if self._stream is not None:
             self._stream.position = self.run_state.position
-        if self.args.should_save:
-            self.ledger.cut(self.run_state.num_episodes)
+        gaps = self.ledger.cut(self.run_state.num_episodes)
+        if gaps.missing or gaps.copy is not None:
+            logger.warning(
+                "%s lacks %d of the %d trajectories before the checkpoint%s; the report lacks them, the run does not",
+                self.ledger.path,
+                gaps.missing,
+                self.run_state.num_episodes,
+                "" if gaps.copy is None else f", and had damaged lines or repeated ones (as it was: {gaps.copy})",
+            )
 
 
 @contextmanager
@@ -688,6 +876,12 @@ def _max_steps(args: AttentionGuidedRLConfig, steps: int) -> Iterator[None]:
 
 def _collate(rows: Sequence[Any], tokens_per_key: int) -> dict[str, Any]:
     return {"articles": collate_article_pairs(rows, tokens_per_key)}
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A signal to the whole process group must not take the articles away before the step has ended."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _source_name(articles: Articles) -> str:

@@ -6,7 +6,7 @@ optimizers, filters or the Trainer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,8 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from attention_rl_trainer.adapters import AdapterSnapshot
-from attention_rl_trainer.losses import KLReference, QueryTokens, query_terms, reward_gradient_term, selector_term
+from attention_rl_trainer.finiteness import NonFiniteError, expect_finite
+from attention_rl_trainer.losses import (
+    KLReference,
+    QueryTokens,
+    TokenTerms,
+    query_terms,
+    reward_gradient_term,
+    selector_term,
+)
 from attention_rl_trainer.memory import DifferentiableEnvironment, MemoryEnvironment
+from attention_rl_trainer.pairs import ArticleReference
 from attention_rl_trainer.policy import PolicyModel, dropout_disabled
 from attention_rl_trainer.types import KeyValuePairs, Trajectory
 
@@ -35,6 +44,7 @@ class KeptTrajectories:
         memory: what they were drawn from.
         advantages: ``[b, T]``.
         weights: weight of each trajectory in the loss, 1 / B_all, ``[b]``.
+        articles: what was read, b articles, for errors; may be empty.
     """
 
     token_ids: Tensor
@@ -47,13 +57,21 @@ class KeptTrajectories:
     memory: KeyValuePairs
     advantages: Tensor
     weights: Tensor
+    articles: tuple[ArticleReference, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of trajectories, b."""
         return self.token_ids.shape[0]
 
     @classmethod
-    def select(cls, trajectory: Trajectory, rows: Tensor, advantages: Tensor, weights: Tensor) -> KeptTrajectories:
+    def select(
+        cls,
+        trajectory: Trajectory,
+        rows: Tensor,
+        advantages: Tensor,
+        weights: Tensor,
+        articles: Sequence[ArticleReference] = (),
+    ) -> KeptTrajectories:
         """Take the kept rows of a rollout batch.
 
         Args:
@@ -61,6 +79,7 @@ class KeptTrajectories:
             rows: the kept rows, ``[b]`` int64.
             advantages: of the kept rows, ``[b, T]``.
             weights: of the kept rows, ``[b]``.
+            articles: of the kept rows, b articles, for errors; may be empty.
         """
         first = trajectory.steps[0]
         return cls(
@@ -74,6 +93,7 @@ class KeptTrajectories:
             memory=trajectory.memory.select_rows(rows),
             advantages=advantages,
             weights=weights,
+            articles=tuple(articles),
         )
 
     def split(self, size: int) -> Iterator[KeptTrajectories]:
@@ -102,6 +122,7 @@ class KeptTrajectories:
             memory=self.memory.select_rows(rows),
             advantages=self.advantages[rows],
             weights=self.weights[rows],
+            articles=tuple(self.articles[row] for row in rows.tolist()) if self.articles else (),
         )
 
 
@@ -162,6 +183,10 @@ def compute_loss_terms(
 
     Returns:
         The loss and its parts.
+
+    Raises:
+        NonFiniteError: a logit, vector, log-probability, the KL or the loss is not finite; names which, the step of the
+            trajectory and the articles.
     """
     positions = _positions(kept.query_starts, kept.query_length, kept.token_ids.device)
     with dropout_disabled(policy.model):
@@ -177,17 +202,37 @@ def compute_loss_terms(
         epsilon=settings.epsilon,
         chunk_size=policy.logits_chunk_size,
     )
-    loss = terms.loss
+    loss, quantities = terms.loss, _named(terms.per_token, kept, settings)
     if capture is not None:
         if not isinstance(environment, DifferentiableEnvironment):
             raise TypeError("selector_coef > 0 needs an environment with log_prob(query_vectors, index)")
         vectors = torch.unflatten(capture.heads()[:, positions], 1, (-1, kept.query_length)).mean(dim=2)
         environment.reset(kept.memory)
         choice = environment.log_prob(vectors, kept.selected_index)
+        quantities |= {"query vector": vectors.detach(), "log-probability of a drawn pair": choice.detach()}
         loss = loss + settings.selector_coef * selector_term(choice, kept.advantages, kept.weights)
     if settings.reward_gradient_coef > 0:
-        loss = loss + settings.reward_gradient_coef * _reading_term(policy, kept, hidden)
+        term, logprobs = _reading_term(policy, kept, hidden)
+        quantities["policy logit or log-probability of a value"] = logprobs
+        loss = loss + settings.reward_gradient_coef * term
+    expect_finite(quantities, kept.articles)
+    if not bool(loss.isfinite()):
+        parts = f"(policy {terms.policy.item()}, KL {terms.kl.item()})"
+        raise NonFiniteError("the loss", parts, kept.articles)
     return LossTerms(loss, terms.policy, terms.kl)
+
+
+def _named(terms: TokenTerms, kept: KeptTrajectories, settings: LossSettings) -> dict[str, Tensor]:
+    """Order the numbers of single query tokens by what is computed from what, ``[b, T, L]`` each."""
+    reference = "previous adapter's logit" if settings.kl_reference == "previous" else "base model logit"
+    values = {
+        "policy logit": terms.logit_sum,
+        reference: terms.previous_logit_sum,
+        "policy gradient term": terms.policy,
+        "KL": terms.kl,
+        "entropy of a query token": terms.entropy,
+    }
+    return {name: value.view(len(kept), len(kept.query_starts), -1) for name, value in values.items()}
 
 
 def _reference_hidden(
@@ -220,13 +265,14 @@ def _query_tokens(
     )
 
 
-def _reading_term(policy: PolicyModel, kept: KeptTrajectories, hidden: Tensor) -> Tensor:
-    """Less the weighted mean log-probability of the values under the policy."""
+def _reading_term(policy: PolicyModel, kept: KeptTrajectories, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Less the weighted mean log-probability of the values under the policy, and the values' tokens', ``[b, T, V]``."""
     positions = _positions(kept.value_starts, kept.value_length, kept.token_ids.device)
-    return reward_gradient_term(
+    term, logprobs = reward_gradient_term(
         hidden[:, positions - 1].flatten(0, 1),
         kept.token_ids[:, positions].flatten(),
         kept.weights.float().repeat_interleave(len(positions)) / len(positions),
         policy.score_tokens,
         chunk_size=policy.logits_chunk_size,
     )
+    return term, logprobs.view(len(kept), len(kept.value_starts), -1)

@@ -23,10 +23,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from attention_rl_trainer import AttentionGuidedRLConfig, AttentionGuidedRLTrainer, load_articles
+from attention_rl_trainer.durability import CheckpointError, find_checkpoint
 
 
 @dataclass
@@ -67,12 +67,12 @@ class AdapterConfig(ModelConfig):
     lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout."})
 
 
-def newest_checkpoint(output_dir: str) -> str:
-    """Find the checkpoint that --resume means."""
-    checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    if checkpoint is None:
-        sys.exit(f"--resume: there is no checkpoint in {output_dir}; start without --resume")
-    return checkpoint
+def expect_run(output_dir: str) -> None:
+    """Refuse --resume where there is nothing to go on from, before the model is loaded."""
+    try:
+        find_checkpoint(True, Path(output_dir), AttentionGuidedRLTrainer.run_trace)
+    except CheckpointError as error:
+        sys.exit(f"--resume: {error}")
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def main() -> None:
     parser = TrlParser((DataArguments, AttentionGuidedRLConfig, AdapterConfig))
     data, args, model_args = parser.parse_args_and_config()
     if data.resume and args.resume_from_checkpoint is None:
-        args.resume_from_checkpoint = newest_checkpoint(args.output_dir)
+        expect_run(args.output_dir)
     if not model_args.use_peft:
         sys.exit("--use_peft must stay true: only an adapter is trained, and the base model is the reference")
     articles = load_articles(
@@ -110,7 +110,11 @@ def main() -> None:
         eval_dataset=held_out,
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    checkpoint = args.resume_from_checkpoint
+    try:
+        trainer.train(resume_from_checkpoint=data.resume if checkpoint is None else checkpoint)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports it; the trainer has said that a checkpoint is there
     trainer.save_model(args.output_dir)
     if held_out is not None:
         print(trainer.evaluate())

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import article_texts, byte_level_tokenizer, tiny_llama, tiny_trainer
+from tiny import article_texts, byte_level_tokenizer, save_tiny_llama, tiny_trainer, write_rows
 
 from attention_rl_trainer.cli import main, trained_options
 
@@ -16,16 +16,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base model, a trained adapter, and articles that were not trained on."""
     folder = tmp_path_factory.mktemp("run")
     texts = article_texts(20)
+    base = save_tiny_llama(folder / "base", texts)
     tokenizer = byte_level_tokenizer(texts)
-    base = tiny_llama()
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    base.config.name_or_path = base.name_or_path = str(folder / "base")
     trainer = tiny_trainer(folder, texts, tokenizer, model=base, filter_threshold=float("-inf"), warmup_episodes=1)
     trainer.train()
     trainer.save_model()
-    rows = [json.dumps({"title": f"held out {n}", "text": text}) for n, text in enumerate(article_texts(8, seed=9))]
-    (folder / "held_out.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    rows = [{"title": f"held out {n}", "text": text} for n, text in enumerate(article_texts(8, seed=9))]
+    write_rows(folder / "held_out.jsonl", rows)
     return folder
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny import article_texts, byte_level_tokenizer, tiny_llama
+from tiny import article_texts, save_tiny_llama, write_rows
+
+from attention_rl_trainer.durability.manifest import find_damage
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = REPOSITORY / "examples" / "train_wiki.py"
@@ -75,16 +78,10 @@ class Inputs:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp("inputs")
     texts = article_texts(30)
-    tiny_llama().save_pretrained(folder / "model")
-    byte_level_tokenizer(texts).save_pretrained(folder / "model")
+    save_tiny_llama(folder / "model", texts)
     write_rows(folder / "articles.jsonl", [{"title": f"title {n}", "text": text} for n, text in enumerate(texts)])
     (folder / "config.yaml").write_text(OPTIONS)
     return Inputs(folder / "model", folder / "articles.jsonl", folder / "config.yaml")
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def start(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -149,6 +146,31 @@ class TestTraining:
         assert (run / "trajectories.jsonl").read_text().startswith(before)
         state = json.loads((run / "checkpoint-5" / "attention_rl_state.json").read_text())
         assert state["num_episodes"] == state["statistics"]["count"] == 40
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_a_checkpoint_and_its_code(number: int, code: int, inputs: Inputs, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with (tmp_path / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *inputs.flags, "--episodes", "40000", "--output_dir", "run"],
+            cwd=tmp_path,
+            env=inherited | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            stdout=log,
+            stderr=log,
+        )
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoint-2").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code, (tmp_path / "log.txt").read_text()
+    assert "Traceback" not in (tmp_path / "log.txt").read_text()
+    episodes = episodes_of(run)
+    assert episodes == list(range(len(episodes)))
+    newest = max(int(path.name.partition("-")[2]) for path in run.glob("checkpoint-*"))
+    assert 8 * newest == len(episodes) < 40_000
+    assert not find_damage(run / f"checkpoint-{newest}")
 
 
 @pytest.mark.slow
@@ -218,7 +240,7 @@ class TestBadInputs:
 
     def test_resume_without_checkpoint(self, inputs: Inputs, tmp_path: Path) -> None:
         message = self.refusal(*inputs.flags, "--resume", folder=tmp_path)
-        assert message == "--resume: there is no checkpoint in run; start without --resume"
+        assert message == "--resume: there is no checkpoint in run; start without resume_from_checkpoint"
 
     def test_unknown_yaml_key(self, inputs: Inputs, tmp_path: Path) -> None:
         path = tmp_path / "unknown.yaml"

@@ -11,8 +11,8 @@ import yaml
 from experiments import grid as grids
 from experiments import learning_curve
 from scipy import stats
-from test_example import OPTIONS, write_rows
-from tiny import article_texts, byte_level_tokenizer, tiny_llama
+from test_example import OPTIONS
+from tiny import article_texts, save_tiny_llama, write_rows
 
 from attention_rl_trainer.ledger import read_ledger
 
@@ -24,8 +24,7 @@ def grid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A grid of two settings and two seeds, of which one setting is not finished."""
     folder = tmp_path_factory.mktemp("grid")
     texts = article_texts(20)
-    tiny_llama().save_pretrained(folder / "model")
-    byte_level_tokenizer(texts).save_pretrained(folder / "model")
+    save_tiny_llama(folder / "model", texts)
     for name, rows in {"train": texts[:15], "held_out": texts[15:]}.items():
         write_rows(folder / f"{name}.jsonl", [{"title": f"{name} {n}", "text": text} for n, text in enumerate(rows)])
     recipe = yaml.safe_load(OPTIONS) | EVALUATION | {"num_episodes": 999, "generation_batch_size": 8}

@@ -14,7 +14,7 @@ from tiny import make_sampler, random_batch, tiny_llama
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from attention_rl_trainer.filtering import RewardStatistics
-from attention_rl_trainer.ledger import LEDGER_NAME, Ledger, LedgerError, LedgerRow, read_ledger
+from attention_rl_trainer.ledger import LEDGER_NAME, Ledger, LedgerGaps, LedgerRow, read_ledger
 from attention_rl_trainer.pairs import ArticleBatch
 from attention_rl_trainer.records import ledger_rows, trajectory_metrics
 from attention_rl_trainer.tokenization import PlainTextEncoder
@@ -116,32 +116,44 @@ class TestCut:
         ledger.cut(0)
         assert ledger.path.read_bytes() == b""
 
-    def test_a_broken_line_in_between_is_an_error_and_nothing_is_lost(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("damage", [b"[]\n", b"\x00\x00\n", b'{"episode": 1}\n', b"\xff\n"])
+    def test_a_damaged_line_is_left_out_and_kept_beside(self, damage: bytes, tmp_path: Path) -> None:
         ledger = Ledger(tmp_path)
         ledger.append([make_row(0)])
         with ledger.path.open("ab") as file:
-            file.write(b"[]\n")
+            file.write(damage)
+        ledger.append([make_row(2), make_row(3)])
         before = ledger.path.read_bytes()
-        with pytest.raises(LedgerError, match="expected a JSON object, got list"):
-            ledger.cut(1)
-        assert ledger.path.read_bytes() == before
+        gaps = ledger.cut(3)
+        assert episodes_of(ledger) == [0, 2]
+        assert gaps == LedgerGaps(1, tmp_path / f"_damaged-{LEDGER_NAME}")
+        assert gaps.copy.read_bytes() == before
 
-    def test_without_a_file_nothing_happens(self, tmp_path: Path) -> None:
-        Ledger(tmp_path).cut(3)
+    def test_repeated_rows_do_not_hide_missing_ones(self, tmp_path: Path) -> None:
+        ledger = Ledger(tmp_path)
+        ledger.append([make_row(episode) for episode in (0, 1, 0, 1, 2)])
+        gaps = ledger.cut(5)
+        assert episodes_of(ledger) == [0, 1, 2]
+        assert gaps.missing == 2
+        assert gaps.copy is not None
+
+    def test_nothing_is_missing_of_a_whole_ledger(self, tmp_path: Path) -> None:
+        ledger = Ledger(tmp_path)
+        ledger.append([make_row(episode) for episode in range(4)])
+        assert ledger.cut(3) == LedgerGaps(0, None)
+
+    def test_without_a_file_all_is_missing(self, tmp_path: Path) -> None:
+        assert Ledger(tmp_path).cut(3) == LedgerGaps(3, None)
         assert not list(tmp_path.iterdir())
 
-
-class TestSetAside:
-    def test_each_earlier_ledger_gets_a_name_of_its_own(self, tmp_path: Path) -> None:
-        ledger = Ledger(tmp_path)
-        for episode, name in enumerate(["trajectories.1.jsonl", "trajectories.2.jsonl"]):
-            ledger.append([make_row(episode)])
-            assert ledger.set_aside() == tmp_path / name
-            assert not ledger.path.exists()
-            assert [row.episode for row in read_ledger(tmp_path / name)] == [episode]
-
-    def test_without_a_file_there_is_nothing_to_set_aside(self, tmp_path: Path) -> None:
-        assert Ledger(tmp_path).set_aside() is None
+    def test_another_runs_rows_are_taken_over(self, tmp_path: Path) -> None:
+        (tmp_path / "other").mkdir()
+        other, ledger = Ledger(tmp_path / "other"), Ledger(tmp_path)
+        ledger.take_over(other.path)
+        assert not ledger.path.exists()
+        other.append([make_row(0)])
+        ledger.take_over(other.path)
+        assert episodes_of(ledger) == episodes_of(other) == [0]
 
 
 @pytest.fixture

@@ -196,7 +196,8 @@ def test_extension_terms_by_hand() -> None:
     advantages, weights = torch.tensor([[1.0, 1.0], [2.0, -4.0]]), torch.tensor([0.5, 0.25])
     assert selector_term(choices, advantages, weights).item() == pytest.approx(0.5 * 3 + 0.25 * 1)
     values = torch.tensor([[[-1.0, -3.0], [-2.0, -2.0]], [[0.0, 0.0], [-4.0, 0.0]]]).flatten()
-    term = reward_gradient_term(
+    term, logprobs = reward_gradient_term(
         values[:, None], torch.zeros(8, dtype=torch.int64), weights.repeat_interleave(4) / 4, lambda h, ids: h[:, 0]
     )
     assert term.item() == pytest.approx(0.5 * 2 + 0.25 * 1)
+    assert torch.equal(logprobs, values)

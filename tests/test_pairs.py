@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from attention_rl_trainer.articles import Article, ArticleStream, StreamPosition
+from attention_rl_trainer.articles import Article, ArticleStream, StreamPosition, load_articles
 from attention_rl_trainer.pairs import (
     ArticlePairsDataset,
     PairShape,
@@ -134,6 +139,88 @@ def test_length_limit_is_exact(tokenizer: PreTrainedTokenizerFast) -> None:
     )
     assert len(rows) == 1
     assert skipped == {"too_short": 1}
+
+
+@pytest.mark.parametrize("window", ["start", "random"])
+@pytest.mark.parametrize(("num_pairs", "key", "value"), [(2, 1, 1), (6, 3, 2), (4, 7, 5)])
+def test_the_limit_of_every_shape_is_exact(
+    window: str, num_pairs: int, key: int, value: int, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    encoder, limit = PlainTextEncoder(tokenizer), (key + value) * num_pairs
+    texts = ["q" * length for length in (limit - 1, limit, limit + 1)]  # no merge of the tokenizer has a q twice
+    assert [len(encoder.encode(text)) for text in texts] == [limit - 1, limit, limit + 1]
+    shape = PairShape(num_pairs, 0.5, key, value, window)
+    skipped: Counter[str] = Counter()
+    rows = list(iter_article_pairs(stream_of(texts, shuffle=False, num_epochs=1), encoder, shape, 0, skipped))
+    assert [row.article.article_index for row in rows] == [1, 2]
+    assert skipped == {"too_short": 1}
+
+
+CONTROL_TOKENS = ["<|endoftext|>", "<tool_call>"]
+PIECES = [
+    *CONTROL_TOKENS, "word", " ", "\n", "\r", "\t", "\x00", "\u00a0", "\u2028", "\ufeff", "\ufffd", "\uffff", "\u200d",
+    "\u202e", "\u05e9\u05dc\u05d5\u05dd", "\u0645\u0631\u062d\u0628\u0627", "e\u0301\u0327", "\u0335" * 9,
+    "\u6f22\u5b57", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0010ffff", "\ud83d", "\udc80", "[[", "{{", "<!--",
+]  # fmt: skip
+broken_utf8 = st.binary(max_size=60).map(lambda content: content.decode("utf-8", errors="surrogateescape"))
+hostile_texts = st.one_of(
+    st.text(st.characters(exclude_categories=()), max_size=60),
+    broken_utf8,
+    st.lists(st.sampled_from(PIECES), max_size=25).map("".join),
+    st.text(st.sampled_from(" \t\n\r\x0b\x0c\x1c\x85\u00a0\u2003\u2028\u3000"), max_size=40),
+)
+no_texts = st.one_of(st.none(), st.integers(), st.floats(), st.binary(max_size=9), st.lists(st.text(max_size=3)))
+
+
+@settings(max_examples=1000, deadline=None)
+@given(texts=st.lists(st.one_of(hostile_texts, no_texts), max_size=6), seed=st.integers(0, 9))
+def test_every_hostile_article_is_used_or_counted_under_its_reason(
+    texts: list[object], seed: int, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    encoder = PlainTextEncoder(tokenizer)
+    # One that can be used, since an epoch without any is an error.
+    rows = [{"text": text} for text in [*texts, "the river " * 20]]
+    expected: Counter[str] = Counter()
+    for row in rows:
+        text = row["text"]
+        if not isinstance(text, str):
+            expected["not_a_string"] += 1
+        elif not text.strip():
+            expected["empty"] += 1
+        else:
+            expected["used" if len(encoder.encode(text)) >= SHAPE.min_article_tokens else "too_short"] += 1
+    stream = ArticleStream(rows, source="hostile", seed=seed, num_epochs=1)
+    pairs = list(ArticlePairsDataset(stream, encoder, SHAPE, seed))
+    assert {"used": len(pairs), **stream.skipped} == expected
+    assert len(pairs) + stream.skipped.total() == len(rows)
+    for item in pairs:
+        text = rows[item.article.article_index]["text"]
+        ids = encoder.encode(text)
+        assert encoder.decode(ids) == text.encode("utf-8", "replace").decode("utf-8")
+        assert item.example.tolist() == ids[: SHAPE.tokens_per_pair]
+        assert not encoder.control_ids.intersection(ids)
+
+
+# Longer than the 5 MB of any article: to merge one word of so many characters takes the tokenizer several seconds.
+@pytest.mark.parametrize(
+    "unit",
+    ["the river ", *(pytest.param(unit, marks=pytest.mark.slow) for unit in ("x", " ", "e\u0301", "\u6f22", "x;"))],
+)
+def test_a_line_of_five_megabytes_is_one_article(
+    unit: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+    text = unit * (5_000_000 // len(unit.encode()))
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    encoder = PlainTextEncoder(tokenizer)
+    stream = ArticleStream(load_articles(str(tmp_path / "long.jsonl")), source="long", seed=0, num_epochs=1)
+    if text.isspace():
+        with pytest.raises(ValueError, match="rows passed over: 1 empty"):
+            list(stream)
+        return
+    (pairs,) = ArticlePairsDataset(stream, encoder, SHAPE, 0)
+    assert encoder.decode(pairs.example) == encoder.decode(encoder.encode(text[:40])[:5])
+    assert not stream.skipped
 
 
 def test_no_article_long_enough_is_an_error_with_the_numbers(tokenizer: PreTrainedTokenizerFast) -> None:

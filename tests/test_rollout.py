@@ -10,8 +10,9 @@ from tiny import make_sampler, random_batch, tiny_gpt2, tiny_llama
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from attention_rl_trainer.finiteness import NonFiniteError
 from attention_rl_trainer.policy import deterministic_inference
-from attention_rl_trainer.rollout import NonFiniteError, RolloutSettings, TrajectorySampler, trajectory_length
+from attention_rl_trainer.rollout import RolloutSettings, TrajectorySampler, trajectory_length
 from attention_rl_trainer.tokenization import PlainTextEncoder, Separators
 from attention_rl_trainer.types import Trajectory
 
@@ -237,22 +238,22 @@ def test_seeds_change_everything_and_nothing_else_does(llama: PreTrainedModel, t
     assert not torch.equal(first.token_ids, other.token_ids)
 
 
-@pytest.mark.parametrize("place", ["key embedding", "query embedding", "policy logit"])
+@pytest.mark.parametrize("place", ["key vector", "query vector", "policy logit"])
 def test_non_finite_numbers_name_step_article_and_place(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, place: str
 ) -> None:
     sampler = make_sampler(llama, tokenizer)
     attention = llama.model.layers[-1].self_attn
     with torch.no_grad():
-        if place == "key embedding":
+        if place == "key vector":
             attention.k_proj.base_layer.weight[0, 0] = float("nan")
-        elif place == "query embedding":
+        elif place == "query vector":
             attention.q_proj.base_layer.weight[0, 0] = float("nan")
         else:
             llama.lm_head.weight[7, 3] = float("inf")
-    with pytest.raises(NonFiniteError, match=r"is not finite at step [01] .* article 'title 0'") as error:
+    with pytest.raises(NonFiniteError, match=r"is not finite at step [01] .* articles? 'title 0'") as error:
         sampler.sample(random_batch(2), [0, 1])
-    if place != "query embedding":  # a NaN query makes the whole forward NaN, so the logits are found first
+    if place != "query vector":  # a NaN query makes the whole forward NaN, so the logits are found first
         assert place in str(error.value)
 
 
@@ -261,7 +262,7 @@ def test_one_bad_article_is_the_one_that_is_named(llama: PreTrainedModel, tokeni
     with torch.no_grad():
         llama.model.embed_tokens.weight[395] = float("nan")
     batch.value_tokens[2] = 395
-    with pytest.raises(NonFiniteError, match=r"value log-probability.*step 1.*'title 2'.*row 2"):
+    with pytest.raises(NonFiniteError, match=r"log-probability of a value.*step 1.*'title 2'.*row 2"):
         sampler.sample(batch, range(4))
 
 

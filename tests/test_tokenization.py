@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from attention_rl_trainer.base_models import load_tokenizer
 from attention_rl_trainer.tokenization import (
+    _EVERY_UTF8_BYTE,
     PlainTextEncoder,
     Separators,
     allowed_token_ids,
@@ -92,19 +96,157 @@ def test_no_control_token_comes_out_of_text_and_text_comes_back(text: str, token
     assert encoder.decode(ids) == text
 
 
-def test_every_control_token_of_gpt2_stays_text(gpt2_tokenizer: PreTrainedTokenizerFast) -> None:
-    gpt2_tokenizer.add_tokens(["<tool_call>", "[INST]"])
-    gpt2_tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    encoder = PlainTextEncoder(gpt2_tokenizer)
-    assert len(encoder.control_ids) == 4
-    for token in ("<|endoftext|>", "<tool_call>", "[INST]", "<|im_start|>"):
-        assert encoder.control_ids.intersection(gpt2_tokenizer.encode(f"a {token} b")), (
-            "the tokenizer itself matches it"
-        )
-        for text in (token, f"a{token}", f"{token} b", f"a {token} b"):
+CONTROL_TOKENS = ["<|im_start|>", "<tool_call>", "[INST]", "\u2581start"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def with_control_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Add special tokens, and others that are none and are nevertheless matched in text."""
+    tokenizer.add_special_tokens({"additional_special_tokens": CONTROL_TOKENS[:1]})
+    tokenizer.add_tokens(CONTROL_TOKENS[1:])
+    return tokenizer
+
+
+def llama_like(texts: list[str], *, has_prefix: bool) -> PreTrainedTokenizerFast:
+    """BPE over `▁` for the space, and bytes for what it does not know; older ones put a `▁` before every text."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    to_text = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    spaces = [normalizers.Replace(" ", "\u2581")]
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), *spaces] if has_prefix else spaces)
+    bpe.decoder = decoders.Sequence([*to_text, decoders.Strip(" ", 1, 0)] if has_prefix else to_text)
+    special = ["<unk>", "<s>", "</s>", *BYTES]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False))
+    specification = json.loads(bpe.to_str())
+    # The bytes are entries of the model, not added tokens.
+    specification["added_tokens"] = [token for token in specification["added_tokens"] if token["content"] not in BYTES]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(specification)),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+    )
+
+
+def unigram(texts: list[str], *, has_bytes: bool) -> PreTrainedTokenizerFast:
+    """A Unigram model as of SentencePiece, which puts a `▁` before a text and for its spaces."""
+    words = sorted({f"\u2581{word}" for text in texts for word in text.split()})
+    characters = [chr(code) for code in range(33, 127)]
+    pieces = [("\u2581", -2.0), *((word, -5.0) for word in words), *((character, -9.0) for character in characters)]
+    bytes_ = [(byte, -12.0) for byte in BYTES] if has_bytes else []
+    model = Tokenizer(models.Unigram([("<unk>", 0.0), *pieces, *bytes_], unk_id=0, byte_fallback=has_bytes))
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    model.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    names = {"eos_token": "</s>", "pad_token": "<pad>"} | ({} if has_bytes else {"unk_token": "<unk>"})
+    return PreTrainedTokenizerFast(tokenizer_object=model, **names)
+
+
+def word_piece(texts: list[str]) -> PreTrainedTokenizerFast:
+    """BERT's model, which reads lower case and knows no bytes."""
+    model = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    model.normalizer = normalizers.BertNormalizer(lowercase=True)
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    model.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    model.train_from_iterator([*texts, *special, *CONTROL_TOKENS], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]"
+    )
+
+
+@pytest.fixture(params=["byte level", "llama", "llama with a prefix", "unigram"])
+def family(
+    request: pytest.FixtureRequest, gpt2_tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of each family, with special and other added tokens."""
+    builders: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+        "byte level": lambda: PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(gpt2_tokenizer.backend_tokenizer.to_str()), eos_token="<|endoftext|>"
+        ),
+        "llama": lambda: llama_like(texts, has_prefix=False),
+        "llama with a prefix": lambda: llama_like(texts, has_prefix=True),
+        "unigram": lambda: unigram(texts, has_bytes=True),
+    }
+    return with_control_tokens(builders[request.param]())
+
+
+PLACES = ["{} stands first", "the ri{}ver flows", "the river {} flows", "it stands last {}", "{}", "{}{}", " {} "]
+
+
+def as_returned(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """What decoding gives back of a text: all of it, but for what a family by its nature does not keep."""
+    backend = tokenizer.backend_tokenizer
+    if isinstance(backend.decoder, decoders.ByteLevel):
+        return text
+    text = text.replace("\u2581", " ")
+    if isinstance(backend.model, models.Unigram):
+        # The space that leads a text is taken for the one that is put before every text, and `<0x41>` for a byte.
+        return text.removeprefix(" ").replace("<0x41>", "A")
+    return text
+
+
+def test_every_control_token_stays_text_wherever_it_stands(family: PreTrainedTokenizerFast) -> None:
+    encoder = PlainTextEncoder(family)
+    control_tokens = [token.content for token in family.added_tokens_decoder.values()]
+    assert len(control_tokens) == len(encoder.control_ids)
+    assert set(CONTROL_TOKENS) < set(control_tokens)
+    assert family.eos_token in control_tokens
+    for token in control_tokens:
+        matched = family.encode(f"a {token} b", add_special_tokens=False)
+        assert encoder.control_ids.intersection(matched), "the tokenizer itself matches it"
+        for place in PLACES:
+            text = place.replace("{}", token)
             ids = encoder.encode(text)
-            assert not encoder.control_ids.intersection(ids)
-            assert encoder.decode(ids) == text
+            assert not encoder.control_ids.intersection(ids), text
+            assert encoder.decode(ids) == as_returned(text, family)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "  two spaces lead, three   part",
+        "tabs\tand\r\nlines\n",
+        "e\u0301 stays decomposed, \u00e9 composed",
+        "\u202eright to left\u202c \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+        "\x00\x01\x7f\ufeff\ufffd\uffff",
+        "\U0001f642\U0010ffff \u6f22\u5b57",
+        "<0x41> is written, not a byte",
+    ],
+)
+def test_every_family_gives_a_text_back(text: str, family: PreTrainedTokenizerFast) -> None:
+    encoder = PlainTextEncoder(family)
+    ids = encoder.encode(text)
+    assert not encoder.control_ids.intersection(ids)
+    assert encoder.decode(ids) == as_returned(text, family)
+
+
+def test_the_probe_for_unknown_characters_holds_every_byte_of_utf8() -> None:
+    never = {0xC0, 0xC1, *range(0xF5, 0x100)}
+    assert set(_EVERY_UTF8_BYTE.encode()) == set(range(256)) - never
+
+
+def test_a_tokenizer_without_bytes_is_refused_because_of_what_it_does_not_know(texts: list[str]) -> None:
+    for tokenizer, unknown in ((unigram(texts, has_bytes=False), "<unk>"), (word_piece(texts), "[UNK]")):
+        # An article with one such character would hold the control token, and no control token's text shows it.
+        assert tokenizer.unk_token_id in tokenizer.encode("the river \u6f22", add_special_tokens=False)
+        message = rf"characters it does not know into the control token '{re.escape(unknown)}'.*byte fallback"
+        with pytest.raises(ValueError, match=message):
+            PlainTextEncoder(tokenizer)
+
+
+@pytest.mark.parametrize("place", ["", "a"])
+def test_a_control_token_that_the_model_makes_in_one_place_alone_is_refused(place: str) -> None:
+    """The model looks whole texts up before it merges, so that only the text of the token alone gives the token."""
+    vocabulary = {token: number for number, token in enumerate([f"{place}</s>", *BYTES, "a", "b"])}
+    bpe = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, ignore_merges=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=f"{place}</s>")
+    with pytest.raises(ValueError, match="</s>' into a control token"):
+        PlainTextEncoder(tokenizer)
 
 
 def test_ordinary_text_gets_the_same_ids_as_from_the_tokenizer(
@@ -115,8 +257,10 @@ def test_ordinary_text_gets_the_same_ids_as_from_the_tokenizer(
         assert plain.encode(text).ids == tokenizer.encode(text, add_special_tokens=False)
 
 
-def test_lone_surrogates_do_not_crash(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert PlainTextEncoder(tokenizer).encode("a \ud800 b")
+@pytest.mark.parametrize("text", ["a \ud800 b", b"a \xff b".decode("utf-8", errors="surrogateescape")])
+def test_a_lone_surrogate_is_read_as_a_question_mark(text: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = PlainTextEncoder(tokenizer)
+    assert encoder.decode(encoder.encode(text)) == "a ? b"
 
 
 def test_allowed_ids_leave_out_special_added_and_padding(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -136,8 +280,6 @@ def test_a_tokenizer_without_a_fast_backend_is_refused() -> None:
 
 
 def test_a_tokenizer_whose_model_matches_control_tokens_is_refused() -> None:
-    from tokenizers import Tokenizer, models
-
     vocabulary = [("<unk>", 0.0), ("</s>", -1.0), *((character, -2.0) for character in "ab </s>")]
     unigram = Tokenizer(models.Unigram(list(dict(vocabulary).items()), unk_id=0))
     with pytest.raises(ValueError, match=r"'</s>' into a control token"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,21 @@ def tiny_gpt2(**changes: Any) -> PreTrainedModel:
         "initializer_range": 0.1,
     }
     return GPT2LMHeadModel(GPT2Config(**options | changes)).eval()
+
+
+def save_tiny_llama(folder: Path, texts: list[str]) -> PreTrainedModel:
+    """Save a tiny Llama with a tokenizer of some texts, as one that is loaded by its folder's name."""
+    model = tiny_llama()
+    model.save_pretrained(folder)
+    byte_level_tokenizer(texts).save_pretrained(folder)
+    model.config.name_or_path = model.name_or_path = str(folder)
+    return model
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
+    """Write rows as JSON Lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def adapted(model: PreTrainedModel, scale: float = 0.1) -> PeftModel:

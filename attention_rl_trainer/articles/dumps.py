@@ -9,10 +9,11 @@ from __future__ import annotations
 import bz2
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Final, TypedDict
+from typing import Final, TypedDict, cast
 from xml.etree import ElementTree
 
 from attention_rl_trainer.articles.markup import plain_text
@@ -35,6 +36,9 @@ _LIST_TEMPLATE = re.compile(
     re.IGNORECASE,
 )
 _REDIRECT = re.compile(r"\s*#redirect\b", re.IGNORECASE)
+
+_PIECE_BYTES = 2**16
+_COMPRESSED_PIECE_BYTES = 2**10
 
 _logger = logging.getLogger(__name__)
 
@@ -82,9 +86,11 @@ def read_wiki_pages(path: Path) -> Iterator[WikiPage]:
         OSError: The file cannot be opened.
     """
     last_title, num_pages = "", 0
-    with _open_dump(path) as file:
+    with path.open("rb") as file:
+        is_compressed = path.suffix.lower() == ".bz2"
+        pieces = iter(partial(file.read, _COMPRESSED_PIECE_BYTES if is_compressed else _PIECE_BYTES), b"")
         try:
-            for page in _parse_pages(file, path):
+            for page in _parse_pages(_decompress(pieces) if is_compressed else pieces, path):
                 yield page
                 last_title, num_pages = page.title, num_pages + 1
         except (ElementTree.ParseError, EOFError, OSError) as error:
@@ -161,30 +167,81 @@ def _skip_reason(page: WikiPage) -> str:
     return ""
 
 
-def _open_dump(path: Path) -> IO[bytes]:
-    return bz2.open(path, "rb") if path.suffix == ".bz2" else path.open("rb")
+def _decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Decompress a bz2 file, and hand out nothing that has not passed its checksum.
+
+    `bz2.open` hands out a block while it decodes it, and compares the checksum at the end. One wrong bit can rotate a
+    block, which then reads as whole pages in the wrong places.
+
+    Args:
+        pieces: The file, in pieces much smaller than a compressed block.
+
+    Yields:
+        The content, a block or a few at a time.
+
+    Raises:
+        EOFError: The file ends inside a stream.
+        OSError: A block is damaged.
+    """
+    decompressor = bz2.BZ2Decompressor()
+    is_inside = False
+    for piece in pieces:
+        rest = piece
+        while rest:
+            if decompressor.eof:
+                decompressor = bz2.BZ2Decompressor()
+            blocks = [decompressor.decompress(rest)]
+            # The end of a block, and with it the checksum, may be left for the next call.
+            while not decompressor.eof and (block := decompressor.decompress(b"")):
+                blocks.append(block)
+            yield b"".join(blocks)
+            is_inside, rest = not decompressor.eof, decompressor.unused_data
+    if is_inside:
+        raise EOFError("the compressed file ends before its end-of-stream marker")
 
 
-def _parse_pages(file: IO[bytes], path: Path) -> Iterator[WikiPage]:
-    events = ElementTree.iterparse(file, events=("start", "end"))
-    _, root = next(events)
-    if _local_name(root) != "mediawiki":
-        raise BrokenDumpError(
-            f"{str(path)!r} is XML, but no MediaWiki dump: its root element is <{_local_name(root)}>, "
-            "expected <mediawiki>."
-        )
-    for event, element in events:
-        if event == "end" and _local_name(element) == "page":
+def _parse_pages(pieces: Iterable[bytes], path: Path) -> Iterator[WikiPage]:
+    root: ElementTree.Element | None = None
+    for event, element in _parse_xml(pieces):
+        if root is None:
+            root = element
+            if _local_name(root) != "mediawiki":
+                raise BrokenDumpError(
+                    f"{str(path)!r} is XML, but no MediaWiki dump: its root element is <{_local_name(root)}>, "
+                    "expected <mediawiki>."
+                )
+        elif event == "end" and _local_name(element) == "page":
             yield _page(element)
             root.clear()  # else the empty shells of millions of pages pile up
 
 
+def _parse_xml(pieces: Iterable[bytes]) -> Iterator[tuple[str, ElementTree.Element]]:
+    parser: ElementTree.XMLPullParser[ElementTree.Element] = ElementTree.XMLPullParser(("start", "end"))
+    for piece in pieces:
+        parser.feed(piece)
+        yield from _element_events(parser)
+    parser.close()
+    yield from _element_events(parser)
+
+
+def _element_events(
+    parser: ElementTree.XMLPullParser[ElementTree.Element],
+) -> Iterator[tuple[str, ElementTree.Element]]:
+    # The other kinds of event, which are no elements, are not asked for.
+    return cast(Iterator[tuple[str, ElementTree.Element]], parser.read_events())
+
+
 def _page(element: ElementTree.Element) -> WikiPage:
     fields = {_local_name(child): child for child in element}
+    namespace = _text(fields.get("ns")) or "0"
+    if not namespace.lstrip("-").isdecimal():
+        raise ElementTree.ParseError(
+            f"page {_text(fields.get('title'))!r} has the namespace {namespace!r}, expected a number"
+        )
     revision = {_local_name(child): child for child in fields.get("revision", ())}
     return WikiPage(
         title=_text(fields.get("title")),
-        namespace=int(_text(fields.get("ns")) or 0),
+        namespace=int(namespace),
         is_redirect="redirect" in fields,
         markup=_text(revision.get("text")),
     )

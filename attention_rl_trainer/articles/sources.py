@@ -1,7 +1,8 @@
 """From the name of a source to a data set of articles: the embedded dump, the Hub, or files of this machine.
 
 The first stage of section 3 of the design. A source has a column of text, and a column `title` where it can; a
-MediaWiki dump also says in `skip_reason` which of its pages are no articles. The module knows nothing about the order
+MediaWiki dump also says in `skip_reason` which of its pages are no articles. What cannot be read of a damaged file is
+a row with a reason, is named in a warning, and leaves the rest to be used. The module knows nothing about the order
 in which articles are read, nor about tokens.
 """
 
@@ -13,16 +14,18 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import datasets
+import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.cache.cache import Cache
 
-from attention_rl_trainer.articles import dumps, markup
+from attention_rl_trainer.articles import dumps, files, markup
 from attention_rl_trainer.hub import HubUnreachableError, hub_obstacle
 
 ArticleTable: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -55,6 +58,12 @@ _KNOWN_FORMATS = (
 )
 _LIBRARY_FILES = frozenset({"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"})
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?", re.ASCII)
+_BREAKS = frozenset({dumps.BROKEN_DUMP, files.BROKEN_ROW, files.BROKEN_FILE})
+_NUM_NAMED_BREAKS = 10
+_NO_SLICE_OF_A_STREAM = (
+    "The split {split!r} is a slice, which a streamed file cannot give; leave streaming out, or take {name!r} and use "
+    ".skip() and .take()."
+)
 _NO_SCRIPTS = "Dataset scripts are no longer supported"
 
 _logger = logging.getLogger(__name__)
@@ -84,20 +93,27 @@ def load_articles(
     Returns:
         A data set with `text_column`, and `title` where the source has titles; its `info.dataset_name` is
         `name_or_path`. The rows of a MediaWiki dump also have `skip_reason`: "" for an article, else "redirect",
-        "disambiguation", "list", "not_an_article", "empty" or "broken_dump", each with an empty text.
+        "disambiguation", "list", "not_an_article", "empty" or "broken_dump", each with an empty text. So has what
+        stands for an unreadable part of another file: "broken_row" for each line or row, "broken_file" for the rest of
+        a file; of a damaged file, the columns `title` and `text_column` are read alone unless it streams.
 
     Raises:
         FileNotFoundError: There is no such file or folder, nor a data set of that name on the Hub.
         HubUnreachableError: The source is on the Hub, not in the local cache, and the Hub cannot be reached.
         ImportError: `"offline"` is asked for, and gensim's wheel is not installed.
         BrokenDumpError: A MediaWiki dump holds no page that can be read.
-        ValueError: The format is not known, or the data set is made by a script, or has no such column or split.
+        ValueError: The format is not known, or the data set is made by a script, or has no such column or split, or no
+            row of it can be read.
+
+    Warns:
+        UserWarning: Part of a file cannot be read; the message names the file, the place and what is wrong. Where the
+            source streams, this is logged instead, when the place is reached.
     """
     if name_or_path == OFFLINE:
         _check_no_config(name_or_path, config_name)
         table = _load_dumps([_embedded_dump()], split, streaming)
     elif (path := Path(name_or_path).expanduser()).exists() and name_or_path not in (WIKIPEDIA, _SCRIPT_WIKIPEDIA):
-        table = _load_path(path, config_name, split, streaming)
+        table = _load_path(path, config_name, split, streaming, text_column)
     else:
         table = _load_from_hub(name_or_path, config_name, split, streaming)
     _check_columns(table, name_or_path, text_column)
@@ -123,20 +139,66 @@ def _embedded_dump() -> Path:
     return dump
 
 
-def _load_path(path: Path, config_name: str | None, split: str, streaming: bool | None) -> ArticleTable:
+def _load_path(
+    path: Path, config_name: str | None, split: str, streaming: bool | None, text_column: str
+) -> ArticleTable:
     if path.suffix == ".py" or (path / f"{path.name}.py").is_file():
         raise _script_error(str(path))
-    files, kind = _files_of_folder(path, split) if path.is_dir() else ([path], _format_of_file(path))
-    if path.is_dir() and kind not in ("text", _DUMP_FORMAT):
-        return _load_dataset(str(path), config_name, split, bool(streaming), {})
-    _check_no_config(str(path), config_name)
+    paths, kind = _files_of_folder(path, split) if path.is_dir() else ([path], _format_of_file(path))
+    is_data_set = path.is_dir() and kind not in ("text", _DUMP_FORMAT)
+    if not is_data_set:
+        _check_no_config(str(path), config_name)
     if kind == _DUMP_FORMAT:
-        return _load_dumps(files, split, streaming)
-    data_files = {re.split(r"\W", split, maxsplit=1)[0]: [str(file) for file in files]}
-    options: dict[str, object] = {"data_files": data_files}
+        return _load_dumps(paths, split, streaming)
+    if is_data_set:
+        name, options = str(path), {}
+    else:
+        name, options = kind, _options_of_files(paths, kind, split)
+    if streaming:
+        return _stream_files(_data_files(name, config_name, split, options), kind, split)
+    try:
+        return _load_dataset(name, config_name, split, False, options)
+    except HubUnreachableError:
+        raise
+    except (ValueError, OSError, EOFError, pa.ArrowException) as error:
+        readable = _data_files(name, config_name, split, options)
+        return _load_damaged_files(readable, kind, split, text_column, error)
+
+
+def _options_of_files(paths: Sequence[Path], kind: str, split: str) -> dict[str, object]:
+    options: dict[str, object] = {"data_files": {_split_name(split): [str(path) for path in paths]}}
     if kind == "text":
         options["sample_by"] = "document"
-    return _load_dataset(kind, None, split, bool(streaming), options)
+    return options
+
+
+def _split_name(split: str) -> str:
+    return re.split(r"\W", split, maxsplit=1)[0]
+
+
+def _data_files(name: str, config_name: str | None, split: str, options: dict[str, object]) -> list[str]:
+    """Find the files of a split of local files, or of a folder laid out as a data set."""
+    by_split = datasets.load_dataset_builder(name, config_name, **options).config.data_files
+    if _split_name(split) not in by_split:
+        raise ValueError(f"Unknown split {split!r}; there are {', '.join(repr(str(name)) for name in by_split)}.")
+    return [str(file) for file in by_split[_split_name(split)]]
+
+
+def _stream_files(paths: list[str], kind: str, split: str) -> datasets.IterableDataset:
+    if split != _split_name(split):
+        raise ValueError(_NO_SLICE_OF_A_STREAM.format(split=split, name=_split_name(split)))
+    return datasets.IterableDataset.from_generator(files.file_rows, gen_kwargs={"paths": paths, "kind": kind})
+
+
+def _load_damaged_files(
+    paths: list[str], kind: str, split: str, text_column: str, error: Exception
+) -> datasets.Dataset:
+    """Read what can be read of files that `datasets` refuses."""
+    _logger.warning("%s is read row by row, because it cannot be read at once: %s", ", ".join(paths), error)
+    _check_columns(_stream_files(paths, kind, _split_name(split)), ", ".join(paths), text_column)
+    arguments = {"paths": tuple(paths), "kind": kind, "text_column": text_column}
+    columns = dict.fromkeys(("title", text_column, "skip_reason"), datasets.Value("string"))
+    return _generate(files.article_rows, columns, arguments, [Path(path) for path in paths], split)
 
 
 def _format(path: Path) -> str | None:
@@ -176,64 +238,75 @@ def _files_of_folder(folder: Path, split: str) -> tuple[list[Path], str]:
 
 
 def _load_dumps(paths: Sequence[Path], split: str, streaming: bool | None) -> ArticleTable:
-    part = _parse_dump_split(split)
+    if _split_name(split) != _DUMP_SPLIT or "+" in split:
+        raise ValueError(f"A MediaWiki dump has one split, 'train', of which a slice can be taken; got {split!r}.")
+    _parse_slice(split)
     for path in paths:
         dumps.check_wiki_dump(path)
     arguments = {"paths": tuple(str(path.resolve()) for path in paths)}
-    features = datasets.Features({name: datasets.Value("string") for name in dumps.ArticleRow.__annotations__})
+    columns = {name: datasets.Value("string") for name in dumps.ArticleRow.__annotations__}
     if streaming is None:
         streaming = sum(path.stat().st_size for path in paths) > MAX_CACHED_DUMP_BYTES
     if streaming:
-        if part is not None:
-            raise ValueError(
-                f"The split {split!r} is a slice, which a streamed dump cannot give; leave streaming out, or take "
-                "'train' and use .skip() and .take()."
-            )
-        return datasets.IterableDataset.from_generator(dumps.article_rows, features, arguments)
+        if split != _DUMP_SPLIT:
+            raise ValueError(_NO_SLICE_OF_A_STREAM.format(split=split, name=_DUMP_SPLIT))
+        return datasets.IterableDataset.from_generator(dumps.article_rows, datasets.Features(columns), arguments)
+    return _generate(dumps.article_rows, columns, arguments, paths, split)
+
+
+def _generate(
+    rows: Callable[..., Iterator[object]],
+    columns: dict[str, datasets.Value],
+    arguments: Mapping[str, object],
+    paths: Sequence[Path],
+    split: str,
+) -> datasets.Dataset:
+    """Read rows into the cache, or find them there; then warn of what is missing, and take the slice."""
+    part = _parse_slice(split)
     table = datasets.Dataset.from_generator(
-        dumps.article_rows, features, gen_kwargs=arguments, fingerprint=_state_of_dumps(paths)
+        rows, datasets.Features(columns), gen_kwargs=dict(arguments), fingerprint=_state_of_files(paths, arguments)
     )
     _warn_of_breaks(table)
-    if part is not None:
-        (rows,) = part.to_absolute({_DUMP_SPLIT: len(table)})
-        chosen = range(len(table))[rows.from_ : rows.to]
-        if not chosen:
-            raise ValueError(f"The split {split!r} is empty: the dump has {len(table)} pages.")
-        table = table.select(chosen)
-    return table
+    if part is None:
+        return table
+    (chosen,) = part.to_absolute({_split_name(split): len(table)})
+    numbers = range(len(table))[chosen.from_ : chosen.to]
+    if not numbers:
+        raise ValueError(f"The split {split!r} is empty: the source has {len(table)} rows.")
+    return table.select(numbers)
 
 
-def _parse_dump_split(split: str) -> datasets.ReadInstruction | None:
-    """Read a slice such as "train[:60]"; None stands for the whole dump."""
-    name = re.split(r"\W", split, maxsplit=1)[0]
+def _parse_slice(split: str) -> datasets.ReadInstruction | None:
+    """Read a slice such as "train[:60]"; None stands for the whole split."""
     try:
         part = datasets.ReadInstruction.from_spec(split)
-        part.to_absolute({name: 1})
+        part.to_absolute({_split_name(split): 1})
     except (AssertionError, ValueError) as error:
         raise ValueError(f"The split {split!r} cannot be read: {error}") from error
-    if name != _DUMP_SPLIT or "+" in split:
-        raise ValueError(f"A MediaWiki dump has one split, 'train', of which a slice can be taken; got {split!r}.")
-    return None if split == _DUMP_SPLIT else part
+    return None if split == _split_name(split) else part
 
 
-def _state_of_dumps(paths: Sequence[Path]) -> str:
-    """Name the cached rows of dumps by the files and the code they come from, so that a change of either counts."""
-    state = hashlib.sha256()
+def _state_of_files(paths: Sequence[Path], arguments: Mapping[str, object]) -> str:
+    """Name cached rows by the files, the options and the code they come from, so that a change of each counts."""
+    state = hashlib.sha256(repr(sorted(arguments.items())).encode())
     for path in paths:
         status = path.stat()
         state.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    for module in (dumps, markup):
+    for module in (dumps, files, markup):
         state.update(inspect.getsource(module).encode())
     return state.hexdigest()[:32]
 
 
 def _warn_of_breaks(table: datasets.Dataset) -> None:
-    """Name the break of a dump in every run, not only in the one that read it into the cache."""
-    if dumps.BROKEN_DUMP not in table.unique("skip_reason"):
+    """Name the breaks of files in every run, not only in the one that read them into the cache."""
+    if not _BREAKS.intersection(table.unique("skip_reason")):
         return
-    for row in table.select_columns(["title", "skip_reason"]):
-        if row["skip_reason"] == dumps.BROKEN_DUMP:
-            warnings.warn(f"Articles are missing: {row['title']}", stacklevel=4)
+    rows = table.select_columns(["title", "skip_reason"])
+    places = Counter(row["title"] for row in rows if row["skip_reason"] in _BREAKS)
+    for place in list(places)[:_NUM_NAMED_BREAKS]:
+        warnings.warn(f"Articles are missing: {place}", stacklevel=6)
+    if len(places) > _NUM_NAMED_BREAKS:
+        warnings.warn(f"Articles are missing: {places.total()} rows in all cannot be read.", stacklevel=6)
 
 
 def _load_from_hub(name: str, config_name: str | None, split: str, streaming: bool | None) -> ArticleTable:
@@ -313,9 +386,20 @@ def _script_error(name: str) -> ValueError:
 def _check_columns(table: ArticleTable, name: str, text_column: str) -> None:
     columns = table.column_names
     if columns is None:
-        columns = list(next(iter(table.take(1)), {}))
+        columns = _columns_of_rows(table, name)
     if text_column not in columns:
         raise ValueError(
             f"{name!r} has no column {text_column!r}; its columns are {', '.join(map(repr, columns)) or 'none'}. "
             "Choose the one that holds the text with the option dataset_text_column."
         )
+
+
+def _columns_of_rows(table: datasets.IterableDataset, name: str) -> list[str]:
+    breaks: list[str] = []
+    for row in table:
+        if not files.is_break(row):
+            return list(row)
+        breaks.append(row["title"])
+    if breaks:
+        raise ValueError(f"{name!r} cannot be read: {breaks[0]}")
+    return []

@@ -8,6 +8,7 @@ about where a data set comes from, nor about tokens.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,17 @@ from typing import TypeAlias
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
+from attention_rl_trainer.articles.files import BROKEN_ROW
 from attention_rl_trainer.articles.sources import ArticleTable, load_articles
 
 SKIP_REASON_COLUMN = "skip_reason"
 """Column in which a source says why a row is no article; "" where it is one."""
 
 Row: TypeAlias = Mapping[str, object]
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +128,8 @@ class ArticleStream:
 
     Attributes:
         skipped: How many rows were passed over by this process since the stream was made, by reason: the reason the
-            source gives, "not_a_string" or "empty".
+            source gives, "not_a_string" (also None, a number or bytes), "empty" (also white space alone), or
+            "broken_row" for a row of a table that is not valid UTF-8. The first of the latter is logged.
 
     Raises:
         ValueError: A number is out of its range.
@@ -170,7 +176,8 @@ class ArticleStream:
         """Yield the articles of this process from `position` on.
 
         Raises:
-            ValueError: A whole epoch gives this process no article, or a row lacks the column of the text.
+            ValueError: A whole epoch gives this process no article, or a row lacks the column of the text, or a
+                streamed source that is not read by `load_articles` from local files is damaged.
         """
         start = self.position.index
         for epoch in itertools.count(self.position.epoch):
@@ -196,13 +203,28 @@ class ArticleStream:
         first = start + (self._process_index - start) % self._num_processes
         if isinstance(self._dataset, datasets.IterableDataset):
             contents: Iterable[Row] = self._streamed_rows(self._dataset, epoch)
-            for index, content in itertools.islice(enumerate(contents), first, None, self._num_processes):
-                yield index, index, content
+            try:
+                for index, content in itertools.islice(enumerate(contents), first, None, self._num_processes):
+                    yield index, index, content
+            except (pa.ArrowException, UnicodeDecodeError, EOFError) as error:
+                raise ValueError(
+                    f"Epoch {epoch} of {self._source!r} breaks within {self._shuffle_buffer_size} rows of row {index}: "
+                    f"{error}. Get its files again, or give them as local files, of which what is intact is used."
+                ) from error
         else:
             order = self._order(epoch)
             for index in range(first, len(order), self._num_processes):
                 row = int(order[index])
-                yield index, row, self._dataset[row]
+                yield index, row, self._row(row)
+
+    def _row(self, row: int) -> Row | Article:
+        try:
+            return self._dataset[row]
+        except UnicodeDecodeError as error:
+            # Arrow takes any bytes for a string; only reading the row shows that they are none.
+            if not self.skipped[BROKEN_ROW]:
+                _logger.warning("Row %d of %r cannot be read, and is passed over: %s", row, self._source, error)
+            return {SKIP_REASON_COLUMN: BROKEN_ROW}
 
     def _order(self, epoch: int) -> Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]]:
         num_rows = len(self._dataset)
@@ -226,15 +248,15 @@ class ArticleStream:
         return article
 
     def _read_columns(self, content: Row, row: int) -> tuple[Article, str]:
+        reason = content.get(SKIP_REASON_COLUMN)
+        if isinstance(reason, str) and reason:
+            return Article("", "", self._source), reason
         if self._text_column not in content:
             raise ValueError(
                 f"Row {row} of {self._source!r} has no column {self._text_column!r}; its columns are "
                 f"{', '.join(map(repr, content)) or 'none'}."
             )
         text = content[self._text_column]
-        reason = content.get(SKIP_REASON_COLUMN)
-        if isinstance(reason, str) and reason:
-            return Article("", "", self._source), reason
         if not isinstance(text, str):
             return Article("", "", self._source), "not_a_string"
         title = content.get(self._title_column)

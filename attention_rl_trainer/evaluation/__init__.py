@@ -8,9 +8,9 @@ from pathlib import Path
 
 from attention_rl_trainer.evaluation.estimates import Estimate
 from attention_rl_trainer.evaluation.rewards import evaluate_policy
-from attention_rl_trainer.evaluation.tables import EvaluationTables, TableBuilder
+from attention_rl_trainer.evaluation.tables import EvaluationTables, TableBuilder, folder_name
 
 METRIC_PATH = str(Path(__file__).with_name("reading_gain.py"))
 """What `evaluate.load` takes."""
 
-__all__ = ["METRIC_PATH", "Estimate", "EvaluationTables", "TableBuilder", "evaluate_policy"]
+__all__ = ["METRIC_PATH", "Estimate", "EvaluationTables", "TableBuilder", "evaluate_policy", "folder_name"]

@@ -6,10 +6,12 @@ over articles. Knows nothing about the trainer; a sampler and batches of article
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from attention_rl_trainer.evaluation.estimates import Estimate, clustered_mean, clustered_ratio
 from attention_rl_trainer.evaluation.orders import BEST, ORACLE, RANDOM, WORST, score_orders
@@ -98,6 +100,22 @@ class EvaluationTables:
         for name, text in contents.items():
             (folder / name).write_text(text, encoding="utf-8")
         return [folder / name for name in contents]
+
+
+def folder_name(name: str) -> str:
+    """Turn any name into one of a folder: nothing in it leads elsewhere, and different names stay different.
+
+    Args:
+        name: such as the prefix of an evaluation's metrics, which holds the name of a data set.
+    """
+    quoted = quote(name, safe=" +-=@_,", errors="surrogatepass")
+    # A name of dots alone means a folder above; systems allow 255 bytes.
+    quoted = quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
+    return quoted if len(quoted) <= 128 else f"{quoted[:111]}-{_digest(name)}"
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _size(estimates: Mapping[str, Estimate]) -> str:

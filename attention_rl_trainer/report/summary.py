@@ -23,6 +23,7 @@ from attention_rl_trainer.report.plots import plot_gains, plot_kl, plot_rewards,
 __all__ = ["Change", "Mean", "compare_thirds", "escape_control_characters", "summarize_run", "write_report"]
 
 REPORT_FOLDER = "report"
+SUMMARY_NAME = "summary.md"
 
 _MIN_EPISODES_PER_THIRD = 4
 _CONFIDENCE = 0.95
@@ -166,7 +167,7 @@ def write_report(
     plots = _draw(rows, log_history, folder) if with_plots else []
     if plots:
         text = "\n".join([text, "## Plots\n", *(f"![{plot.stem}]({plot.name})\n" for plot in plots)])
-    summary = folder / "summary.md"
+    summary = folder / SUMMARY_NAME
     summary.write_text(text, encoding="utf-8")
     return [summary, *plots]
 

@@ -1,0 +1,22 @@
+"""What keeps a run from losing anything: staged checkpoints, their manifest, a lock, and an orderly stop.
+
+Works with any `transformers.Trainer`; knows nothing about articles, queries or rewards.
+"""
+
+from attention_rl_trainer.durability.discovery import CheckpointError, find_checkpoint
+from attention_rl_trainer.durability.identity import Fact
+from attention_rl_trainer.durability.lock import RunLockedError
+from attention_rl_trainer.durability.staging import StagingError, adopt_checkpoint, checkpoint_step, set_aside_run
+from attention_rl_trainer.durability.trainer import DurableTrainer
+
+__all__ = [
+    "CheckpointError",
+    "DurableTrainer",
+    "Fact",
+    "RunLockedError",
+    "StagingError",
+    "adopt_checkpoint",
+    "checkpoint_step",
+    "find_checkpoint",
+    "set_aside_run",
+]

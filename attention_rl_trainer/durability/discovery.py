@@ -1,0 +1,82 @@
+"""Which checkpoint a run goes on from."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from attention_rl_trainer.durability.manifest import Damage, find_damage
+from attention_rl_trainer.durability.staging import earlier_checkpoints, is_checkpoint_name, list_checkpoints
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is not there, is damaged, or does not fit the run."""
+
+
+def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path, trace: str) -> Path | None:
+    """Find the checkpoint to go on from, and check that each of its files is as it was written.
+
+    Args:
+        resume_from_checkpoint: a folder; true for the newest complete one in ``output_dir``; ``None`` or false for
+            none.
+        output_dir: the run's folder.
+        trace: name of a file that a run leaves in its folder before its first checkpoint.
+
+    Returns:
+        The folder, or ``None`` for a run from the start.
+
+    Raises:
+        CheckpointError: there is no such folder, it is damaged, or there is no complete checkpoint; names every file
+            that is not as it was written.
+    """
+    if resume_from_checkpoint is None or resume_from_checkpoint is False:
+        return None
+    if resume_from_checkpoint is not True:
+        return _check(resume_from_checkpoint)
+    checkpoints = list_checkpoints(output_dir)
+    damages: list[Damage] = []
+    for checkpoint in reversed(checkpoints):
+        found = find_damage(checkpoint)
+        if not found:
+            return checkpoint
+        logger.warning("%s is damaged and passed over: %s", checkpoint, _listed(found))
+        damages += found
+    if checkpoints:
+        raise CheckpointError(
+            f"no checkpoint in {output_dir} is complete: {_listed(damages)}. Restore one of them, or start anew "
+            "without resume_from_checkpoint"
+        )
+    if not (output_dir / trace).is_file():
+        raise CheckpointError(f"there is no checkpoint in {output_dir}; start without resume_from_checkpoint")
+    earlier = ", ".join(map(str, earlier_checkpoints(output_dir)))
+    logger.warning(
+        "The run in %s ended before its first checkpoint; it starts from the beginning%s",
+        output_dir,
+        f". Checkpoints of earlier runs lie in {earlier}" if earlier else "",
+    )
+    return None
+
+
+def _check(named: str) -> Path:
+    if not named.strip():
+        raise CheckpointError("resume_from_checkpoint is empty; name a checkpoint, or leave it out to start anew")
+    folder = Path(named)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint {folder}; check the path, or start without it")
+    if not is_checkpoint_name(folder.name):
+        folder = folder.resolve()  # a link such as "latest"
+    found = find_damage(folder)
+    if not found and not is_checkpoint_name(folder.name):
+        raise CheckpointError(f"{folder} is not named checkpoint-<step>; give it its name back")
+    if found:
+        raise CheckpointError(
+            f"{folder} is no complete checkpoint: {_listed(found)}. Restore it, or name another; "
+            "resume_from_checkpoint=True takes the newest complete one"
+        )
+    return folder
+
+
+def _listed(damages: list[Damage]) -> str:
+    return "; ".join(map(str, damages))

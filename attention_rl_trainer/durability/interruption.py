@@ -1,0 +1,66 @@
+"""An orderly stop: the first signal ends the run at its next checkpoint, the second one at once.
+
+The exit code is what a shell reports for the signal: 130 after SIGINT (as a `KeyboardInterrupt`, which notebooks know),
+143 after SIGTERM.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+logger = logging.getLogger(__name__)
+
+
+class Interruption:
+    """While the context lasts, notes SIGINT and SIGTERM instead of dying of them.
+
+    Where Python allows no handlers (outside of the main thread) signals act as they did.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Take the signals."""
+        self.received = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            # Whatever is being written is staged, so that nothing is broken by stopping in the middle of it.
+            self.__exit__()
+            os.kill(os.getpid(), number)
+            return
+        self.received = signal.Signals(number)
+        logger.warning(
+            "%s: the run stops after this step, with a checkpoint; once more, and it stops at once",
+            self.received.name,
+        )
+
+    def raise_received(self) -> None:
+        """End as the signal asked for, if one came.
+
+        Raises:
+            KeyboardInterrupt: SIGINT came.
+            SystemExit: SIGTERM came; the exit code is 143.
+        """
+        if self.received is signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received is not None:
+            raise SystemExit(128 + self.received)

@@ -1,0 +1,103 @@
+"""Nested states, such as an optimizer's, as one safetensors file: tensors as they are, the rest as JSON in its header.
+
+No pickle: reading such a file runs no code, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_HEADER = "tree"
+_SCALARS = (str, bool, int, type(None))
+
+
+class TreeError(ValueError):
+    """A state that cannot be written without pickle, or a file that holds no state."""
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Write a nested state.
+
+    Args:
+        path: the file.
+        tree: dicts (keys strings or integers), lists, tuples, tensors, numbers, strings, booleans and ``None``, nested
+            in any way. A tensor that occurs twice is stored once.
+
+    Raises:
+        TreeError: something else is in it; names the place.
+    """
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    structure = _encode(tree, "", tensors, names)
+    # safetensors refuses tensors that are parts of one storage, and those that are not contiguous.
+    stored = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    save_file(stored, path, metadata={_HEADER: json.dumps(structure, allow_nan=False)})
+
+
+def load_tree(path: Path) -> Any:
+    """Read what `save_tree` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The state; its tensors lie on the CPU.
+
+    Raises:
+        TreeError: the file is no such state; names it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            structure = json.loads((file.metadata() or {})[_HEADER])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+            return _decode(structure, tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise TreeError(f"{path} holds no state that was written by this library: {error}") from error
+
+
+def _encode(value: Any, place: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
+    # Scalars stand for themselves; everything else is an object of one key, its kind.
+    if isinstance(value, Tensor):
+        name = names.setdefault(id(value), place or "value")
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, float) and not isinstance(value, _SCALARS):
+        # JSON has no infinities; the shortest decimal of a float gives it back to the last bit.
+        return float(value) if math.isfinite(value) else {"float": str(float(value))}
+    # Exact types: a subclass, such as an enumeration, would come back as something else.
+    if type(value) in _SCALARS:
+        return value
+    if type(value) in (list, tuple):
+        kind = "list" if type(value) is list else "tuple"
+        return {kind: [_encode(item, f"{place}.{number}", tensors, names) for number, item in enumerate(value)]}
+    if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
+        return {"dict": [[key, _encode(item, f"{place}.{key}", tensors, names)] for key, item in value.items()]}
+    raise TreeError(
+        f"{place or 'the state'} is a {type(value).__name__}, which cannot be saved without pickle; states hold "
+        "tensors, numbers, strings, lists, tuples and dicts"
+    )
+
+
+def _decode(structure: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(structure, dict):
+        return structure
+    ((kind, content),) = structure.items()
+    match kind:
+        case "tensor":
+            return tensors[content]
+        case "float":
+            return float(content)
+        case "list":
+            return [_decode(item, tensors) for item in content]
+        case "tuple":
+            return tuple(_decode(item, tensors) for item in content)
+        case "dict":
+            return {key: _decode(item, tensors) for key, item in content}
+    raise ValueError(f"unknown kind {kind!r}")

@@ -1,0 +1,144 @@
+"""A run that is killed goes on by ``--resume`` with nobody's help, wherever it was, and learns the same.
+
+Real processes, real SIGKILL: at every write of a run from its first to its last, safetensors files torn in half, and at
+random moments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from processes import Job, run, start
+
+from attention_rl_trainer.durability.manifest import find_damage
+from attention_rl_trainer.durability.staging import list_checkpoints
+from attention_rl_trainer.ledger import read_ledger
+
+EPISODES = 24
+OPTIONS = {
+    "num_episodes": EPISODES,
+    "generation_batch_size": 4,
+    # Checkpoints at steps 2, 4 and 6, of which one is kept: the others are rotated away.
+    "save_episodes": 8,
+    "save_total_limit": 1,
+    "warmup_episodes": 1,
+    "filter_threshold": float("-inf"),
+}
+CHUNKS = 12
+MOMENTS = 50
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run that nobody killed."""
+
+    adapter: str
+    events: list[str]
+    seconds: float
+
+
+def adapter_hash(job: Job) -> str:
+    return hashlib.sha256((job.run / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    folder = tmp_path_factory.mktemp("reference")
+    job = Job(folder, OPTIONS, events_file=folder / "events.txt")
+    process = start(job)
+    wait_for_config(job)
+    began = time.monotonic()
+    process.join()
+    assert process.exitcode == 0, (folder / "log.txt").read_text()
+    events = (folder / "events.txt").read_text().splitlines()
+    return Reference(adapter_hash(job), events, time.monotonic() - began)
+
+
+def wait_for_config(job: Job) -> None:
+    deadline = time.monotonic() + 120
+    while not (job.run / "attention_rl_config.json").exists():
+        assert time.monotonic() < deadline, "the run did not begin"
+        time.sleep(0.002)
+
+
+def expect_goes_on(job: Job, reference: Reference) -> None:
+    """Resume a killed run, and compare what it learned with the run that nobody killed."""
+    log = job.folder / "log.txt"
+    resumed = replace(job, resume=True, die_at=-1)
+    assert run(resumed) == 0, log.read_text()
+    assert adapter_hash(resumed) == reference.adapter
+    assert [row.episode for row in read_ledger(job.run / "trajectories.jsonl")] == list(range(EPISODES))
+    (checkpoint,) = list_checkpoints(job.run)
+    assert checkpoint.name == "checkpoint-6"
+    assert not find_damage(checkpoint)
+    assert not list(job.run.glob("_staging-*")) + list(job.run.glob("_trash-*"))
+
+
+def kill_at(event: int, folder: Path, reference: Reference) -> None:
+    job = Job(folder, OPTIONS, die_at=event)
+    assert run(job) == -signal.SIGKILL, f"event {event}: {reference.events[event]}"
+    expect_goes_on(job, reference)
+    shutil.rmtree(folder)
+
+
+def event_of(reference: Reference, name: str) -> int:
+    return reference.events.index(name)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        pytest.param("torn _staging-checkpoint-2/optimizer.safetensors", id="in the first checkpoint"),
+        pytest.param("os.rename _staging-checkpoint-4", id="before the rename"),
+        pytest.param("os.rename checkpoint-2", id="after the rename, before the rotation"),
+    ],
+)
+def test_killed_while_it_writes_a_checkpoint(event: str, tmp_path: Path, reference: Reference) -> None:
+    kill_at(event_of(reference, event), tmp_path / "killed", reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_killed_at_every_write(chunk: int, tmp_path: Path, reference: Reference) -> None:
+    # Before its options are written a run has not begun, and --resume says so.
+    first = event_of(reference, "open attention_rl_config.json") + 1
+    points = range(first + chunk, len(reference.events), CHUNKS)
+    assert len(points) >= 5
+    for event in points:
+        kill_at(event, tmp_path / str(event), reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", range(5))
+def test_killed_at_random_moments(chunk: int, tmp_path: Path, reference: Reference) -> None:
+    moments = random.Random(chunk)
+    for number in range(MOMENTS // 5):
+        job = Job(tmp_path / str(number), OPTIONS)
+        process = start(job)
+        wait_for_config(job)
+        time.sleep(moments.uniform(0, reference.seconds))
+        assert process.pid is not None
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        # A run that was faster than the reference has ended by itself, which resuming must not change either.
+        assert process.exitcode in (-signal.SIGKILL, 0)
+        expect_goes_on(job, reference)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(tmp_path: Path, reference: Reference) -> None:
+    job = Job(tmp_path, OPTIONS, die_at=event_of(reference, "open _staging-checkpoint-2/manifest.json"))
+    assert run(job) == -signal.SIGKILL
+    for event in (3, 10, 20):
+        assert run(replace(job, resume=True, die_at=event)) == -signal.SIGKILL
+    expect_goes_on(job, reference)
