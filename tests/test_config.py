@@ -106,6 +106,11 @@ class TestDefaults:
             ({"bf16_full_eval": True}, "bf16_full_eval is not supported"),
             ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported: .*lower generation_batch_size"),
             ({"load_best_model_at_end": True}, "load_best_model_at_end is not supported: .*save_episodes"),
+            ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint is not supported: SIGTERM writes a checkpoint"),
+            (
+                {"metric_for_best_model": "reward", "save_total_limit": 2},
+                "save_total_limit is 2 beside metric_for_best_model, .*leave save_total_limit out",
+            ),
             ({"torch_compile": True}, "torch_compile is not supported: .*no gain where it was measured"),
             ({"dataloader_num_workers": 2}, "dataloader_num_workers must be 0 or 1, got 2"),
         ],
@@ -295,6 +300,15 @@ class TestModelInitKwargs:
         message = rf"^model_init_kwargs must be a JSON object such as .*, got {re.escape(repr(text))}$"
         with pytest.raises(ValueError, match=message):
             tiny_config(tmp_path, model_init_kwargs=text)
+
+    def test_secrets_among_them_are_masked_on_disk(self, tmp_path: Path) -> None:
+        nested = {"token": "hf_nestedsecret", "proxies": {"password": "deepsecret"}, "dtype": "float32"}
+        config = AttentionGuidedRLConfig(output_dir=str(tmp_path), model_init_kwargs=nested)
+        config.save_json(tmp_path / "config.json")
+        written = json.loads((tmp_path / "config.json").read_text())
+        masked = {"token": "<TOKEN>", "proxies": {"password": "<PASSWORD>"}, "dtype": "float32"}
+        assert written["model_init_kwargs"] == masked
+        assert config.model_init_kwargs == nested
 
 
 class TestYamlAndCommandLine:
