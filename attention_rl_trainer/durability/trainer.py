@@ -100,19 +100,14 @@ class DurableTrainer(Trainer):
             Steps, mean loss over all steps of the run, and the Trainer's metrics.
         """
         self._loss_before, self._random_states_before = None, None
-        with self._eval_on_start(checkpoint is None):
-            output = Trainer.train(self, None if checkpoint is None else str(checkpoint))
+        output = Trainer.train(self, None if checkpoint is None else str(checkpoint))
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
 
-    @contextmanager
-    def _eval_on_start(self, at_start: bool) -> Iterator[None]:
-        """Evaluate before the first step of a run alone, not wherever it goes on."""
-        wanted = self.args.eval_on_start
-        self.args.eval_on_start = wanted and at_start
-        try:
-            yield
-        finally:
-            self.args.eval_on_start = wanted
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:
+        # The Trainer skips the scheduler for ``eval_on_start`` alone, which means a run's start, not wherever it goes on.
+        if skip_scheduler and self.state.global_step > 0:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def expect_own_checkpoint(self, checkpoint: Path) -> None:
         """Refuse a checkpoint from which this run cannot go on.
