@@ -104,7 +104,7 @@ class DurableTrainer(Trainer):
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:
-        # The Trainer skips the scheduler for ``eval_on_start`` alone, which means a run's start, not wherever it goes on.
+        # The Trainer skips the scheduler for ``eval_on_start`` alone, which means a run's start, not any that goes on.
         if skip_scheduler and self.state.global_step > 0:
             return {}
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
