@@ -395,7 +395,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
 
     def _clear_the_way(self, checkpoint: Path | None) -> Path | None:
         """Keep what this run does not go on from out of its way; returns the checkpoint, in the run's own folder."""
-        is_own = checkpoint is not None and checkpoint.parent.resolve() == self.output_dir.resolve()
+        is_own = checkpoint is not None and self._is_own(checkpoint)
         records = [self.ledger.path, self.output_dir / REPORT_FOLDER]
         after = checkpoint_step(checkpoint) if checkpoint is not None and is_own else -1
         aside = set_aside_run(self.output_dir, records, after)
@@ -408,6 +408,10 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             return checkpoint
         self.ledger.take_over(checkpoint.parent / self.ledger.path.name)
         return adopt_checkpoint(checkpoint, self.output_dir)
+
+    def _is_own(self, checkpoint: Path) -> bool:
+        """Tell whether a checkpoint, or a link to it, lies in the run's folder."""
+        return checkpoint.parent.resolve() == self.output_dir.resolve()
 
     def _tell_changed_options(self, checkpoint: Path) -> None:
         path = checkpoint / RUN_CONFIG_NAME
@@ -424,7 +428,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self._load_from_checkpoint(str(checkpoint))
         self.load_run_state(checkpoint)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if checkpoint.parent.resolve() == self.output_dir.resolve():
+        if self._is_own(checkpoint):
             self.finish_rotation()
         if self.args.report_at_end and not (self.output_dir / REPORT_FOLDER / SUMMARY_NAME).is_file():
             self._on_end()  # the run was killed before it wrote its report

@@ -114,7 +114,7 @@ def main() -> None:
     try:
         trainer.train(resume_from_checkpoint=data.resume if checkpoint is None else checkpoint)
     except KeyboardInterrupt:
-        sys.exit(130)  # as a shell reports it; the trainer has said that a checkpoint is there
+        sys.exit(130)  # as a shell reports it
     trainer.save_model(args.output_dir)
     if held_out is not None:
         print(trainer.evaluate())

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from processes import Job, build_trainer, run, start, train
 from tiny import article_texts, byte_level_tokenizer, tiny_llama, tiny_trainer
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import TrainerCallback
 
 from attention_rl_trainer.durability import CheckpointError, RunLockedError, StagingError, find_checkpoint, staging
 from attention_rl_trainer.durability.interruption import Interruption
@@ -832,12 +832,6 @@ class TestDisks:
         (tmp_path / "taken" / "a").write_text("a")
         with pytest.raises(StagingError, match=f"{tmp_path} could not be written"), staged_files(tmp_path) as folder:
             (folder / "taken").write_text("a file where there is a folder")
-
-
-def trained(tokenizer: PreTrainedTokenizerFast, folder: Path, **options: Any) -> AttentionGuidedRLTrainer:
-    trainer = tiny_trainer(folder, article_texts(30), tokenizer, **OPTIONS | options)
-    trainer.train()
-    return trainer
 
 
 @dataclass

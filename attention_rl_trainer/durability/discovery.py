@@ -68,13 +68,13 @@ def _check(named: str) -> Path:
     if not is_checkpoint_name(folder.name):
         folder = folder.resolve()  # a link such as "latest"
     found = find_damage(folder)
-    if not found and not is_checkpoint_name(folder.name):
-        raise CheckpointError(f"{folder} is not named checkpoint-<step>; give it its name back")
     if found:
         raise CheckpointError(
             f"{folder} is no complete checkpoint: {_listed(found)}. Restore it, or name another; "
             "resume_from_checkpoint=True takes the newest complete one"
         )
+    if not is_checkpoint_name(folder.name):
+        raise CheckpointError(f"{folder} is not named checkpoint-<step>; give it its name back")
     return folder
 
 

@@ -182,10 +182,12 @@ def set_aside_run(output_dir: Path, records: Sequence[Path], after_step: int = -
     folders = (output_dir / f"{_EARLIER}{number}" for number in range(1, 10_000))
     aside = next(folder for folder in folders if not folder.exists())
     aside.mkdir()
-    for record in [] if begins_anew else records:
-        if record.is_file():
+    if begins_anew:
+        moved += records
+    else:
+        for record in filter(Path.is_file, records):
             shutil.copy2(record, aside / record.name)
-    names = [path.name for path in (*moved, *(records if begins_anew else ()))]
+    names = [path.name for path in moved]
     # Complete before its name says so; from here on the move will be ended, whatever happens.
     unfinished = aside / f"{_MOVING}.new"
     unfinished.write_text(json.dumps(names), encoding="utf-8")
