@@ -429,7 +429,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self.load_run_state(checkpoint)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self._is_own(checkpoint):
-            self.finish_rotation()
+            self.rotate()  # a run that was killed after its last checkpoint did not come to it
         if self.args.report_at_end and not (self.output_dir / REPORT_FOLDER / SUMMARY_NAME).is_file():
             self._on_end()  # the run was killed before it wrote its report
         return TrainOutput(steps, 0.0, {})

@@ -167,8 +167,8 @@ class DurableTrainer(Trainer):
 
     # ---- Writing ----
 
-    def finish_rotation(self) -> None:
-        """Remove the checkpoints that a run which was killed after its last one did not come to remove."""
+    def rotate(self) -> None:
+        """Remove the oldest checkpoints beyond ``save_total_limit``."""
         rotate_checkpoints(self.output_dir, self.args.save_total_limit)
 
     def save_run_state(self, folder: Path) -> None:
@@ -230,7 +230,7 @@ class DurableTrainer(Trainer):
             save_identity(folder, self.run_identity())
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
-        rotate_checkpoints(self.output_dir, self.args.save_total_limit)
+        self.rotate()
 
     def _export_callbacks(self) -> None:
         """Bring the exportable states in the Trainer's state up to date, as the Trainer does."""
