@@ -223,6 +223,7 @@ ODD_PAGES = {
     "List of lists": ("list", page("List of lists", "* a")),
     "Smith": ("list", page("Smith", "* John\n{{surname}}")),
     "Talk:Real": ("not_an_article", page("Talk:Real", "hello", namespace=1)),
+    "Tangle": ("tangled_markup", page("Tangle", "{{a|" * 3000)),
     "Bare": ("empty", page("Bare", "{{stub}}\n{{disambiguation needed}}")),
     "Real": ("", page("Real", "A page about {{disambiguation needed}} ''real'' things & <small>more</small>.")),
 }

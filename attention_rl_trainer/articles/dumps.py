@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, TypedDict, cast
 from xml.etree import ElementTree
 
-from attention_rl_trainer.articles.markup import plain_text
+from attention_rl_trainer.articles.markup import TangledMarkupError, plain_text
 
 BROKEN_DUMP: Final = "broken_dump"
 """Reason of the row that stands for the rest of a dump that could not be read; its title says where the break is."""
@@ -148,10 +148,14 @@ def article_row(page: WikiPage) -> ArticleRow:
 
     Returns:
         The row; its `skip_reason` is "" for an article, else "not_an_article" (of another namespace), "redirect",
-        "disambiguation", "list" or "empty".
+        "disambiguation", "list", "tangled_markup" (see `TangledMarkupError`) or "empty".
     """
-    reason = _skip_reason(page)
-    text = "" if reason else plain_text(page.markup)
+    reason, text = _skip_reason(page), ""
+    if not reason:
+        try:
+            text = plain_text(page.markup)
+        except TangledMarkupError:
+            reason = "tangled_markup"
     return {"title": page.title, "text": text, "skip_reason": reason or ("" if text else "empty")}
 
 

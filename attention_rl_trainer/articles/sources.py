@@ -93,7 +93,8 @@ def load_articles(
     Returns:
         A data set with `text_column`, and `title` where the source has titles; its `info.dataset_name` is
         `name_or_path`. The rows of a MediaWiki dump also have `skip_reason`: "" for an article, else "redirect",
-        "disambiguation", "list", "not_an_article", "empty" or "broken_dump", each with an empty text. So has what
+        "disambiguation", "list", "not_an_article", "tangled_markup" (brackets without partners that would take the
+        parser hours), "empty" or "broken_dump", each with an empty text. So has what
         stands for an unreadable part of another file: "broken_row" for each line or row, "broken_file" for the rest of
         a file; of a damaged file, the columns `title` and `text_column` are read alone unless it streams.
 

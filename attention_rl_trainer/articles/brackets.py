@@ -1,0 +1,76 @@
+"""How many brackets and tags of wiki markup pair with nothing.
+
+mwparserfromhell reads on from each of them to the end of what it was given before it takes it for text, so their number
+times the length bounds its work. The module knows nothing about pages, or about what the brackets stand for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from mwparserfromhell.definitions import is_single
+
+# The parser gives up on what is nested deeper than 40, and takes it for text too.
+_MAX_DEPTH = 30
+_TOKEN = re.compile(
+    r"(?P<table>^[ \t]*\{\||^[ \t]*\|\}(?!\}))"
+    r"|(?P<run>\{{2,}|\}{2,}|\[+|\]+)"
+    r"|<(?P<slash>/?)(?P<tag>[a-z][a-z0-9]*)(?P<attributes>[^<>]*)",
+    re.IGNORECASE | re.MULTILINE,
+)
+# A tag of which the parser looks for the end of a quotation in the text behind it.
+_OPEN_QUOTATION = re.compile(r"""=\s*(?:"[^"]*|'[^']*)\Z""")
+
+
+def count_unpaired(markup: str) -> int:
+    """Count the brackets, tables, quotations and tags that are opened and not closed, or closed and not opened.
+
+    What is nested too deeply for the parser counts too. A closing mark closes the innermost of its kind, and what was
+    opened inside of it remains unpaired.
+
+    Args:
+        markup: source of a page, or of a part of one.
+
+    Returns:
+        Their number; found in one pass.
+    """
+    unpaired = 0
+    open_marks: list[str] = []
+    counts: Counter[str] = Counter()
+    for mark, is_opening in _marks(markup):
+        if is_opening:
+            open_marks.append(mark)
+            counts[mark] += 1
+            unpaired += len(open_marks) > _MAX_DEPTH
+        elif not counts[mark]:
+            unpaired += 1
+        else:
+            while (closed := open_marks.pop()) != mark:
+                counts[closed] -= 1
+                unpaired += 1
+            counts[mark] -= 1
+    return unpaired + len(open_marks)
+
+
+def _marks(markup: str) -> Iterator[tuple[str, bool]]:
+    """Find what opens and what closes, each by the name of its kind."""
+    for token in _TOKEN.finditer(markup):
+        if token["table"]:
+            yield "{|", token["table"].endswith("{|")
+        elif token["run"]:
+            yield from _bracket_marks(token["run"])
+        else:
+            if _OPEN_QUOTATION.search(token["attributes"]):
+                yield '"', True
+            if not is_single(token["tag"]) and not token["attributes"].endswith("/"):
+                yield f"<{token['tag'].lower()}>", not token["slash"]
+
+
+def _bracket_marks(run: str) -> Iterator[tuple[str, bool]]:
+    """Cut a run of one bracket into pairs; of an odd number of square ones, one is left, which the inner link has."""
+    kind, is_opening = ("{{", run[0] == "{") if run[0] in "{}" else ("[[", run[0] == "[")
+    pairs = [(kind, is_opening)] * (len(run) // 2)
+    single = [("[", is_opening)] * (len(run) % 2 if kind == "[[" else 0)
+    yield from pairs + single if is_opening else single + pairs
