@@ -22,7 +22,7 @@ from attention_rl_trainer.filtering import RewardStatistics
 
 STATE_NAME = "attention_rl_state.json"
 PREVIOUS_ADAPTER_NAME = "previous_adapter.safetensors"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass
@@ -46,6 +46,7 @@ class RunState:
     skipped: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
     health: dict[str, Any] = field(default_factory=dict)
+    micro_batches: dict[str, int] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a JSON-able mapping."""
@@ -58,6 +59,7 @@ class RunState:
             "skipped": self.skipped,
             "metrics": self.metrics,
             "health": self.health,
+            "micro_batches": self.micro_batches,
         }
 
     @classmethod
@@ -80,6 +82,7 @@ class RunState:
             {str(reason): int(count) for reason, count in state["skipped"].items()},
             {str(name): [float(value) for value in values] for name, values in state["metrics"].items()},
             dict(state["health"]),
+            {str(name): int(value) for name, value in state["micro_batches"].items()},
         )
 
 

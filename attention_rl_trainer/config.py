@@ -26,6 +26,8 @@ from attention_rl_trainer.selector import HeadAggregation
 logger = logging.getLogger(__name__)
 
 _SECRET = re.compile(r"token|password|secret|credential|api_?key", re.IGNORECASE)
+# Name and password of an address, as those of proxies have them.
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]+(?=@)")
 _CHOICES = {
     "window": get_args(Window),
     "head_aggregation": get_args(HeadAggregation),
@@ -73,16 +75,16 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-def _masked(options: dict[str, Any]) -> dict[str, Any]:
-    """Mask what may be a secret among options within an option; the Trainer masks its own."""
-    return {
-        name: _masked(item)
-        if isinstance(item, dict)
-        else f"<{name.upper()}>"
-        if isinstance(item, str) and _SECRET.search(str(name))
-        else item
-        for name, item in options.items()
-    }
+def _masked(value: Any) -> Any:
+    """Mask what may be a secret: texts by the names of their options, and the credentials in addresses."""
+    if isinstance(value, dict):
+        return {
+            name: f"<{name.upper()}>" if isinstance(item, str) and _SECRET.search(str(name)) else _masked(item)
+            for name, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_masked(item) for item in value]
+    return _CREDENTIALS.sub("<CREDENTIALS>", value) if isinstance(value, str) else value
 
 
 @dataclass
@@ -291,11 +293,24 @@ class AttentionGuidedRLConfig(TrainingArguments):
 
     def to_jsonable(self) -> dict[str, Any]:
         """Return the options, without what follows from them; secrets are masked and infinities are spelled."""
-        options: dict[str, Any] = self.to_dict()  # type: ignore[no-untyped-call]  # transformers does not annotate it
+        options = self.to_dict()
         del options["max_steps"]
-        nested = {name: _masked(value) for name, value in options.items() if isinstance(value, dict)}
-        jsonable: dict[str, Any] = _jsonable(options | nested)
+        jsonable: dict[str, Any] = _jsonable(options)
         return jsonable
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as trackers are given them, with secrets masked at every depth."""
+        options: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]  # not annotated there
+        # The Trainer masks its own tokens, and counts tokens of other kinds.
+        return {name: _masked(value) for name, value in options.items()}
+
+    def __str__(self) -> str:
+        """Show the options one a line, with secrets masked."""
+        lines = (f"{name}={value},\n" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{''.join(lines)})"
+
+    # The dataclass would make one that shows the Hub token.
+    __repr__ = __str__
 
     @property
     def pair_shape(self) -> PairShape:

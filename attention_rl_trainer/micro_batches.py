@@ -5,7 +5,7 @@ What is done with a micro-batch, and how an attempt is undone, is passed in. Kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -40,8 +40,22 @@ class MicroBatchSize:
     """
 
     def __init__(self, size: int) -> None:
+        self._configured = size
         self.size = size
         self.num_halvings = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the state as a JSON-able mapping."""
+        return {"configured": self._configured, "size": self.size, "num_halvings": self.num_halvings}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on with what was found to fit, unless another size was configured since.
+
+        Args:
+            state: what `state_dict` returned.
+        """
+        if state["configured"] == self._configured:
+            self.size, self.num_halvings = state["size"], state["num_halvings"]
 
     @property
     def can_be_halved(self) -> bool:

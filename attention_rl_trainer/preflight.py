@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from peft import PeftModel
@@ -78,11 +78,11 @@ def expect_writable(folder: Path) -> None:
     Raises:
         ValueError: names the folder and what the system says.
     """
-    probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        # Without a name, so that nothing of it can be left behind.
+        with TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ValueError(
             f"output_dir {str(folder)!r} cannot be written: {error.strerror}. Choose a folder that you own"

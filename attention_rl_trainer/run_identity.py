@@ -7,8 +7,9 @@ are told apart by a hash of samples of them.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from attention_rl_trainer.articles import Article
+from attention_rl_trainer.articles import READING_ERRORS, Article
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.durability import Fact
 
 _SAMPLED_VALUES = 64
-_SAMPLED_ROWS = 16
+# All rows of a small data set.
+_SAMPLED_ROWS = 1024
+_FIRST_ROWS = 64
 
 
 def model_facts(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Fact]:
@@ -67,28 +70,40 @@ def option_facts(args: AttentionGuidedRLConfig) -> dict[str, Fact]:
 
 
 def article_facts(articles: Any, text_column: str) -> dict[str, Fact]:
-    """Describe a data set by its size and a sample of its rows; of a stream, by its first row.
+    """Describe a data set by its size and by its rows, of a large one by a sample; a stream, by its first rows.
 
     Args:
         articles: a (streamed) data set, or a list of rows or of articles.
         text_column: where the text is.
     """
     if isinstance(articles, IterableDataset):
-        # Reading on would cost a network's time.
-        first = next(iter(articles), None)
-        return {"articles.count": None, "articles.sample": _digest([_text_of(first, text_column)])}
+        return {"articles.count": None, "articles.sample": _digest(_first_texts(articles, text_column))}
     count = len(articles)
     places = sorted({number * count // _SAMPLED_ROWS for number in range(_SAMPLED_ROWS)}) if count else []
-    return {
-        "articles.count": count,
-        "articles.sample": _digest(_text_of(articles[place], text_column) for place in places),
-    }
+    texts = (_text_at(articles, place, text_column) for place in places)
+    return {"articles.count": count, "articles.sample": _digest(texts)}
 
 
-def _text_of(row: Mapping[str, object] | Article | None, text_column: str) -> str:
-    if isinstance(row, Article):
-        return row.text
-    return "" if row is None else repr(row.get(text_column))
+def _first_texts(articles: IterableDataset, text_column: str) -> Iterator[str]:
+    # Reading all would cost a network's time.
+    try:
+        for row in itertools.islice(articles, _FIRST_ROWS):
+            yield _text_of(row, text_column)
+    except READING_ERRORS:
+        # The stream of articles names the place, should the run come to it.
+        return
+
+
+def _text_at(articles: Any, place: int, text_column: str) -> str:
+    try:
+        return _text_of(articles[place], text_column)
+    except UnicodeDecodeError as error:
+        # The stream of articles counts such a row as skipped.
+        return repr(error.object)
+
+
+def _text_of(row: Mapping[str, object] | Article, text_column: str) -> str:
+    return repr(row.text if isinstance(row, Article) else row.get(text_column))
 
 
 def _samples(parameters: Mapping[str, Tensor]) -> Iterable[tuple[str, list[int], str, str]]:
@@ -101,5 +116,7 @@ def _samples(parameters: Mapping[str, Tensor]) -> Iterable[tuple[str, list[int],
 
 def _digest(parts: Iterable[object]) -> str:
     """Sixteen hexadecimal digits: enough to tell two runs apart, short enough to be read."""
-    text = json.dumps(list(parts), ensure_ascii=True)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(part, ensure_ascii=True).encode("ascii"))
+    return digest.hexdigest()[:16]

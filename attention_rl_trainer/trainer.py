@@ -834,7 +834,12 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         """
         super().save_run_state(folder)
         self.ledger.sync()
-        state = replace(self.run_state, metrics=self._metrics.state_dict(), health=self._health.state_dict())
+        state = replace(
+            self.run_state,
+            metrics=self._metrics.state_dict(),
+            health=self._health.state_dict(),
+            micro_batches=self._micro_batch_size.state_dict(),
+        )
         save_run_state(folder, state, self.snapshot.state_dict())
 
     def load_run_state(self, folder: Path) -> None:
@@ -847,7 +852,8 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         state, previous_adapter = load_run_state(folder)
         self._metrics.load_state_dict(state.metrics)
         self._health.load_state_dict(state.health)
-        self.run_state = replace(state, metrics={}, health={})
+        self._micro_batch_size.load_state_dict(state.micro_batches)
+        self.run_state = replace(state, metrics={}, health={}, micro_batches={})
         self.snapshot.load_state_dict(previous_adapter)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -7,6 +7,7 @@ append to the ledger, which are torn in half.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -80,12 +81,13 @@ def build_trainer(job: Job) -> AttentionGuidedRLTrainer:
 
 
 def train(job: Job) -> None:
-    """Train, and save the adapter."""
+    """Train, and save the adapter; what was logged up to the end goes to ``<folder>/logged.json``."""
     trainer = build_trainer(job)
     if job.die_at >= 0 or job.events_file is not None:
         _watch_writes(job)
     trainer.train(resume_from_checkpoint=job.resume)
     trainer.save_model()
+    (job.folder / "logged.json").write_text(json.dumps(trainer.state.log_history))
 
 
 def start(job: Job, function: Callable[[Job], None] = train) -> ForkServerProcess:

@@ -51,7 +51,7 @@ class TestRunState:
 
     @pytest.mark.parametrize("found", [0, 1, "2", None])
     def test_another_format_is_refused(self, found: object) -> None:
-        with pytest.raises(CheckpointError, match=f"^the checkpoint has format {found!r}, this version reads 2$"):
+        with pytest.raises(CheckpointError, match=f"^the checkpoint has format {found!r}, this version reads 3$"):
             RunState.from_state_dict(STATE.state_dict() | {"format": found})
 
 
@@ -79,5 +79,5 @@ class TestFiles:
     def test_another_format_is_refused(self, tmp_path: Path) -> None:
         save_run_state(tmp_path, STATE, {"a": torch.ones(1)})
         (tmp_path / STATE_NAME).write_text(json.dumps(STATE.state_dict() | {"format": 1}))
-        with pytest.raises(CheckpointError, match="the checkpoint has format 1, this version reads 2"):
+        with pytest.raises(CheckpointError, match="the checkpoint has format 1, this version reads 3"):
             load_run_state(tmp_path)

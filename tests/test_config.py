@@ -302,13 +302,33 @@ class TestModelInitKwargs:
             tiny_config(tmp_path, model_init_kwargs=text)
 
     def test_secrets_among_them_are_masked_on_disk(self, tmp_path: Path) -> None:
-        nested = {"token": "hf_nestedsecret", "proxies": {"password": "deepsecret"}, "dtype": "float32"}
-        config = AttentionGuidedRLConfig(output_dir=str(tmp_path), model_init_kwargs=nested)
+        proxy = "http://user:p@ss@proxy.example:8080/a@b"
+        nested = {
+            "token": "hf_nestedsecret",
+            "proxies": {"password": "deepsecret", "https": proxy},
+            "mirrors": [proxy, ("ftp://me@here", 1)],
+            "dtype": "float32",
+        }
+        config = AttentionGuidedRLConfig(
+            output_dir=str(tmp_path), model_init_kwargs=nested, hub_token="hf_configsecret", run_name="a@b http://c/d@e"
+        )
         config.save_json(tmp_path / "config.json")
         written = json.loads((tmp_path / "config.json").read_text())
-        masked = {"token": "<TOKEN>", "proxies": {"password": "<PASSWORD>"}, "dtype": "float32"}
-        assert written["model_init_kwargs"] == masked
+        address = "http://<CREDENTIALS>@proxy.example:8080/a@b"
+        assert written["model_init_kwargs"] == {
+            "token": "<TOKEN>",
+            "proxies": {"password": "<PASSWORD>", "https": address},
+            "mirrors": [address, ["ftp://<CREDENTIALS>@here", 1]],
+            "dtype": "float32",
+        }
+        assert written["run_name"] == "a@b http://c/d@e"
         assert config.model_init_kwargs == nested
+        # What trackers are given, and what is printed.
+        for text in (config.to_json_string(), str(config.to_sanitized_dict()), str(config), repr(config)):
+            assert "tokens_per_query" in text
+            assert "<HUB_TOKEN>" in text
+            assert "<INCLUDE" not in text
+            assert not [part for part in ("nestedsecret", "deepsecret", "p@ss", "configsecret") if part in text]
 
 
 class TestYamlAndCommandLine:

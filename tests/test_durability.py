@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -16,18 +17,20 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 from processes import Job, build_trainer, run, start, train
-from tiny import article_texts, byte_level_tokenizer, tiny_llama, tiny_trainer
+from tiny import article_texts, byte_level_tokenizer, tiny_config, tiny_gpt2, tiny_llama, tiny_trainer
 from transformers import TrainerCallback
 
 from attention_rl_trainer.durability import CheckpointError, RunLockedError, StagingError, find_checkpoint, staging
@@ -245,6 +248,35 @@ class TestStaging:
         assert clear_leftovers(tmp_path) == [target]
         assert (target / "a").read_text() == "new"
 
+    def test_all_is_on_the_disk_before_the_name_is(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        events: list[tuple[str, str]] = []
+        fsync, rename = os.fsync, os.rename
+
+        def record_sync(descriptor: int) -> None:
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            events.append(("sync", str(path.relative_to(tmp_path.resolve()))))
+            fsync(descriptor)
+
+        def record_rename(source: Path, target: Path) -> None:
+            events.append(("rename", Path(source).name))
+            rename(source, target)
+
+        monkeypatch.setattr(os, "fsync", record_sync)
+        monkeypatch.setattr(os, "rename", record_rename)
+        with staged_folder(tmp_path / "checkpoint-1") as folder:
+            (folder / "inner").mkdir()
+            for name in ("a", "inner/b"):
+                (folder / name).write_text(name)
+        place = "_staging-checkpoint-1"
+        number = events.index(("rename", place))
+        synced = {name for _, name in events[:number]}
+        assert synced == {place, *(f"{place}/{name}" for name in ("a", "inner", "inner/b", MANIFEST_NAME))}
+        assert events[number + 1 :] == [("sync", ".")]
+        events.clear()
+        with staged_files(tmp_path / "model") as folder:
+            (folder / "weights").write_text("w")
+        assert ("sync", "model/_staging-files/weights") in events
+
 
 class TestManifest:
     def test_names_a_file_outside_of_the_checkpoint(self, tmp_path: Path) -> None:
@@ -333,6 +365,7 @@ class TestCorruption:
             caplog.clear()
             assert find_checkpoint(True, output_dir, "trace") == output_dir / "checkpoint-4"
             assert "checkpoint-6 is damaged and passed over" in caplog.text
+            assert name == MANIFEST_NAME or f"{newest / name} " in caplog.text
 
     def test_a_run_goes_on_from_the_checkpoint_before_and_ends_alike(
         self, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -346,6 +379,15 @@ class TestCorruption:
         assert (job.run / "checkpoint-6" / "adapter_model.safetensors").read_bytes() == expected
         # The damaged one is not thrown away.
         assert (job.run / "_earlier-1" / "checkpoint-6" / "optimizer.safetensors").is_file()
+
+    def test_a_run_does_not_go_on_from_a_damaged_one_that_was_named(self, finished: Path, tmp_path: Path) -> None:
+        job = copy_of(finished, tmp_path)
+        damaged = job.run / "checkpoint-4" / "previous_adapter.safetensors"
+        flip_a_bit(damaged)
+        before = content_of(job.run)
+        with pytest.raises(CheckpointError, match=f"{damaged} "):
+            build_trainer(job).train(resume_from_checkpoint=str(damaged.parent))
+        assert content_of(job.run) == before
 
     def test_all_damaged(self, finished: Path, tmp_path: Path) -> None:
         job = copy_of(finished, tmp_path)
@@ -434,8 +476,31 @@ class TestOtherRuns:
             "adapter.modules",
             "adapter.tensors",
         }
+        coarse = tiny_llama().to(torch.bfloat16)
+        differing = refusal(tiny_trainer(tmp_path, texts, tokenizer, model=coarse, **OPTIONS))
+        assert differing == {"model.precision", "model.weights"}
+        other = tiny_trainer(tmp_path, texts, tokenizer, model=tiny_gpt2(), **OPTIONS)
+        assert refusal(other) >= {"model.architecture", "model.parameters", "adapter.modules"}
+        assert refusal(tiny_trainer(tmp_path, texts, tokenizer, **OPTIONS | {"optim": "sgd"})) == {"optim"}
         tokenizer.add_tokens(["<another>"])
         assert refusal(tiny_trainer(tmp_path, texts, tokenizer, **OPTIONS)) == {"tokenizer.vocabulary"}
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_one_other_article_is_another_data_set(self, streaming: bool, tmp_path: Path) -> None:
+        job = Job(tmp_path, OPTIONS | {"num_episodes": 8}, streaming=streaming)
+        build_trainer(job).train()
+        texts = article_texts(30)
+        tokenizer = byte_level_tokenizer(texts)
+        for changed in (1, 17, 29):
+            rows = Dataset.from_list([{"text": f"{text}{'.' * (n == changed)}"} for n, text in enumerate(texts)])
+            trainer = AttentionGuidedRLTrainer(
+                model=tiny_llama(),
+                args=tiny_config(tmp_path, **job.options),
+                train_dataset=rows.to_iterable_dataset(num_shards=3) if streaming else rows,
+                processing_class=tokenizer,
+            )
+            with pytest.raises(CheckpointError, match=r"belongs to another run.*\n *articles\.sample: .*\Z"):
+                trainer.train(resume_from_checkpoint=True)
 
     def test_another_world_size_is_listed(self, finished: Path, tmp_path: Path) -> None:
         checkpoint = copy_of(finished, tmp_path).run / "checkpoint-6"
@@ -619,6 +684,10 @@ def train_and_save_slowly(job: Job) -> None:
     train(job)
 
 
+# The exit code of a forked process; that of a script is 130 after SIGINT.
+SECOND_SIGNALS = [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 1)]
+
+
 class TestSignals:
     def test_a_run_that_a_callback_ends_leaves_a_checkpoint(self, tmp_path: Path) -> None:
         job = Job(tmp_path, OPTIONS | {"save_episodes": 1000})
@@ -637,7 +706,10 @@ class TestSignals:
         assert process.exitcode == 143, (tmp_path / "log.txt").read_text()
         assert not find_damage(list_checkpoints(job.run)[-1])
 
-    def test_two_signals_while_a_checkpoint_is_written(self, finished: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("second", "code"), SECOND_SIGNALS)
+    def test_two_signals_while_a_checkpoint_is_written(
+        self, second: int, code: int, finished: Path, tmp_path: Path
+    ) -> None:
         job = Job(tmp_path, OPTIONS)
         process = start(job, train_and_save_slowly)
         staging = job.run / "_staging-checkpoint-4"
@@ -648,9 +720,9 @@ class TestSignals:
         os.kill(process.pid, signal.SIGTERM)
         time.sleep(0.1)
         assert staging.is_dir(), "the first signal lets it write on"
-        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, second)
         process.join(60)
-        assert process.exitcode == -signal.SIGTERM
+        assert process.exitcode == code
         assert [path.name for path in list_checkpoints(job.run)] == ["checkpoint-2"]
         assert run(replace(job, resume=True)) == 0, (tmp_path / "log.txt").read_text()
         reference = (finished / "run" / "adapter_model.safetensors").read_bytes()
@@ -677,16 +749,19 @@ class TestSignals:
         reference = (finished / "run" / "adapter_model.safetensors").read_bytes()
         assert (job.run / "adapter_model.safetensors").read_bytes() == reference
 
-    def test_the_second_ends_it_at_once_and_breaks_nothing(self, finished: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("second", "code"), SECOND_SIGNALS)
+    def test_the_second_ends_it_at_once_and_breaks_nothing(
+        self, second: int, code: int, finished: Path, tmp_path: Path
+    ) -> None:
         job = Job(tmp_path, OPTIONS)
         process = start(job, slow_train)
         wait_for_step(job, 4)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGTERM)
         time.sleep(0.05)
-        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, second)
         process.join(60)
-        assert process.exitcode == -signal.SIGTERM
+        assert process.exitcode == code
         assert [find_damage(path) for path in list_checkpoints(job.run)] == [[]]
         assert run(replace(job, resume=True)) == 0, (tmp_path / "log.txt").read_text()
         reference = (finished / "run" / "adapter_model.safetensors").read_bytes()
@@ -732,6 +807,7 @@ def wait_for_step(job: Job, step: int) -> int:
 
 # Trains, and spoils the run's disk after the first checkpoint.
 DISK = """
+import hashlib
 import os
 import subprocess
 import sys
@@ -762,6 +838,7 @@ def fill_nearly():
 
 
 def protect():
+    (folder / "run" / "trajectories.jsonl").chmod(0o666)  # it is the checkpoint that cannot be written
     (folder / "run").chmod(0o555)
     if os.geteuid() == 0:
         os.seteuid(65534)  # whom permissions bind
@@ -780,15 +857,21 @@ trainer.add_callback(Spoil())
 try:
     trainer.train()
 except OSError as error:
-    print(type(error).__name__, error)
+    results = [f"{{type(error).__name__}} {{error}}"]
 if os.getuid() == 0:
     os.seteuid(0)
-print([(path.name, find_damage(path)) for path in list_checkpoints(folder / "run")])
+results.append(str([(path.name, find_damage(path)) for path in list_checkpoints(folder / "run")]))
+(folder / "filler").unlink(missing_ok=True)
+(folder / "run").chmod(0o755)
+again = build_trainer(Job(folder, OPTIONS))
+again.train(resume_from_checkpoint=True)
+weights = (folder / "run" / "checkpoint-6" / "adapter_model.safetensors").read_bytes()
+print(*results, hashlib.sha256(weights).hexdigest(), sep="\\n")
 """
 
 
-def train_on_a_disk(folder: Path, spoil: str, *before: str) -> tuple[str, str]:
-    """Return the error of the run, and what checkpoints there are."""
+def train_on_a_disk(folder: Path, spoil: str, *before: str) -> list[str]:
+    """Return the error of the run, what checkpoints there are, and the adapter's hash once it could go on."""
     script = DISK.format(path=sys.path, folder=str(folder), spoil=spoil)
     done = subprocess.run(
         [*before, sys.executable, "-c", script],
@@ -799,8 +882,11 @@ def train_on_a_disk(folder: Path, spoil: str, *before: str) -> tuple[str, str]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    error, checkpoints = done.stdout.splitlines()[-2:]
-    return error, checkpoints
+    return done.stdout.splitlines()[-3:]
+
+
+def adapter_hash(finished: Path) -> str:
+    return hashlib.sha256((finished / "run" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def can_mount() -> bool:
@@ -811,16 +897,22 @@ def can_mount() -> bool:
 class TestDisks:
     @pytest.mark.skipif(not can_mount(), reason="needs a namespace in which a small disk can be mounted")
     @pytest.mark.parametrize(("spoil", "path"), [("fill", "trajectories.jsonl"), ("fill_nearly", "checkpoint-4")])
-    def test_a_full_disk(self, spoil: str, path: str, tmp_path: Path) -> None:
-        error, checkpoints = train_on_a_disk(tmp_path, spoil, "unshare", "--map-root-user", "--mount")
+    def test_a_full_disk(self, spoil: str, path: str, finished: Path, tmp_path: Path) -> None:
+        error, checkpoints, learned = train_on_a_disk(tmp_path, spoil, "unshare", "--map-root-user", "--mount")
+        assert learned == adapter_hash(finished)
         assert "No space left on device" in error
         assert str(tmp_path / "run" / path) in error
         assert checkpoints == "[('checkpoint-2', [])]"
 
-    def test_no_permission(self, tmp_path: Path) -> None:
-        error, checkpoints = train_on_a_disk(tmp_path, "protect")
+    def test_no_permission(self, finished: Path) -> None:
+        # pytest's own folders cannot be entered by others than their owner.
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            folder.chmod(0o755)
+            error, checkpoints, learned = train_on_a_disk(folder, "protect")
+        assert learned == adapter_hash(finished)
         assert "Permission denied" in error
-        assert str(tmp_path / "run") in error
+        assert str(folder / "run" / "checkpoint-4") in error
         assert checkpoints == "[('checkpoint-2', [])]"
 
     def test_a_refused_write_names_path_and_reason(self, tmp_path: Path) -> None:
@@ -832,6 +924,16 @@ class TestDisks:
         (tmp_path / "taken" / "a").write_text("a")
         with pytest.raises(StagingError, match=f"{tmp_path} could not be written"), staged_files(tmp_path) as folder:
             (folder / "taken").write_text("a file where there is a folder")
+
+
+class Plant(TrainerCallback):
+    """Leaves what the stock Trainer writes, in the run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (self.folder / "training_args.bin").write_bytes(b"hf_configsecret")
 
 
 @dataclass
@@ -862,7 +964,7 @@ class TestPushes:
         def upload(self: HfApi, *, folder_path: Path, ignore_patterns: list[str] | None, **options: Any) -> Any:
             names = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
             sent = set(filter_repo_objects(names, ignore_patterns=ignore_patterns))
-            place = options["path_in_repo"]
+            place = options.get("path_in_repo")
             uploads.append(Upload(sent, place, None if place is None else find_damage(Path(folder_path))))
             done: Future[None] = Future()
             done.set_result(None)
@@ -875,8 +977,11 @@ class TestPushes:
         trainer.push_in_progress = None
         (tmp_path / "run" / "_earlier-1" / "checkpoint-1").mkdir(parents=True)
         (tmp_path / "run" / "_earlier-1" / "checkpoint-1" / "old").write_text("old")
+        trainer.add_callback(Plant(tmp_path / "run"))
         trainer.train()
         assert [upload.place for upload in uploads] == places
+        trainer.push_to_hub()
+        assert [upload.place for upload in uploads] == [*places, None]
         for sent in uploads:
             assert sent.damage in (None, [])
             assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= sent.files

@@ -578,6 +578,19 @@ class TestMemoryInTheUpdate:
         (warning,) = warnings_about_memory(caplog)
         assert re.search(r"step 3; .* 2 trajectories instead of 4\. .*training_batch_size$", warning)
 
+    def test_a_resumed_run_knows_what_fitted(self, make: Make, tmp_path: Path) -> None:
+        """The sums of gradients round by the size of the micro-batches."""
+        options = {"save_episodes": 4 * B}
+        whole = make(**options)
+        Exhausted(whole, 1)
+        whole.train()
+        assert whole._micro_batch_size.size == 1
+        for resumed, size in ((make(**options), 1), (make(training_batch_size=8, **options), 8)):
+            resumed.train(resume_from_checkpoint=str(tmp_path / "0" / "run" / "checkpoint-4"))
+            # Another size that is asked for acts.
+            assert (resumed._micro_batch_size.size, resumed._micro_batch_size.num_halvings) == (size, 2 * (size == 1))
+            assert (state_of(resumed) == state_of(whole)) == (size == 1)
+
     def test_gradients_of_earlier_rollout_batches_stay(self, make: Make) -> None:
         options: dict[str, Any] = {"gradient_accumulation_steps": 2, "num_episodes": 32}
 

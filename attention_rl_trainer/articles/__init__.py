@@ -6,6 +6,7 @@ knows about tokens or models.
 
 from attention_rl_trainer.articles.sources import ArticleTable, load_articles
 from attention_rl_trainer.articles.stream import (
+    READING_ERRORS,
     Article,
     ArticleStream,
     PositionedArticle,
@@ -14,6 +15,7 @@ from attention_rl_trainer.articles.stream import (
 )
 
 __all__ = [
+    "READING_ERRORS",
     "Article",
     "ArticleStream",
     "ArticleTable",

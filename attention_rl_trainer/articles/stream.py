@@ -11,7 +11,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import datasets
@@ -23,6 +23,9 @@ from attention_rl_trainer.articles.sources import ArticleTable, load_articles
 
 SKIP_REASON_COLUMN = "skip_reason"
 """Column in which a source says why a row is no article; "" where it is one."""
+
+READING_ERRORS = (pa.ArrowException, UnicodeDecodeError, EOFError)
+"""What a streamed source raises where its files are damaged."""
 
 Row: TypeAlias = Mapping[str, object]
 
@@ -206,7 +209,7 @@ class ArticleStream:
             try:
                 for index, content in itertools.islice(enumerate(contents), first, None, self._num_processes):
                     yield index, index, content
-            except (pa.ArrowException, UnicodeDecodeError, EOFError) as error:
+            except READING_ERRORS as error:
                 raise ValueError(
                     f"Epoch {epoch} of {self._source!r} breaks within {self._shuffle_buffer_size} rows of row {index}: "
                     f"{error}. Get its files again, or give them as local files, of which what is intact is used."
@@ -245,7 +248,7 @@ class ArticleStream:
         if reason:
             self.skipped[reason] += 1
             return None
-        return article
+        return replace(article, title=_writable(article.title), source=_writable(article.source))
 
     def _read_columns(self, content: Row, row: int) -> tuple[Article, str]:
         reason = content.get(SKIP_REASON_COLUMN)
@@ -270,6 +273,11 @@ class ArticleStream:
             f"Epoch {epoch} of {self._source!r} holds no article{share}; rows passed over: {counts}. "
             "Give a source with at least one article a process."
         )
+
+
+def _writable(name: str) -> str:
+    """Replace what no file could hold: half of a surrogate pair, which JSON can spell."""
+    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def iter_wikipedia_articles(
