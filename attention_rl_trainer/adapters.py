@@ -9,7 +9,7 @@ Knows nothing about losses; the trainer decides when to refresh.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -35,6 +35,13 @@ def default_lora_config(model: PreTrainedModel) -> LoraConfig:
         fan_in_fan_out=model.config.model_type == "gpt2",
         task_type="CAUSAL_LM",
     )
+
+
+# Options that change the base model itself; these are not undone where the adapter is switched off.
+_CHANGING_OPTIONS = ("modules_to_save", "trainable_token_indices", "layer_replication", "kasa_config")
+# Others put a part of the base model's weights into the adapter.
+_HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_SAMPLED_VALUES = 64
 
 
 def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftModel:
@@ -70,16 +77,44 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
         peft_config.target_modules = default.target_modules
         peft_config.fan_in_fan_out = default.fan_in_fan_out
     _expect_reversible(peft_config)
+    before = sampled_weights(model.named_parameters())
     adapted: PeftModel = get_peft_model(model, peft_config)
+    base = {name: values for name, values in sampled_weights(adapted.named_parameters()).items() if name in before}
+    if base != before:
+        raise ValueError(
+            f"the adapter {type(peft_config).__name__} has changed the weights of the base model "
+            f"({', '.join(sorted(name for name in before if base.get(name) != before[name])[:3])}); the reward is "
+            "measured against the untouched base model. Use another kind, or another initialization"
+        )
     return adapted
+
+
+def sampled_weights(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[list[int], str, str]]:
+    """Sample the values of each parameter.
+
+    Args:
+        parameters: by name, of a base model, with or without an adapter.
+
+    Returns:
+        Shape, precision and values in hexadecimal digits, by the parameter's name in the base model.
+    """
+    samples = {}
+    for name, parameter in parameters:
+        flat = parameter.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)].cpu().contiguous().view(torch.uint8)
+        own_name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        samples[own_name] = list(parameter.shape), str(parameter.dtype), values.numpy().tobytes().hex()
+    return samples
 
 
 def _expect_reversible(config: PeftConfig) -> None:
     """Refuse an adapter beside which the reference would not be the base model, or that alters the prompt."""
     options = config.to_dict()
-    changes = [name for name in ("modules_to_save", "trainable_token_indices") if options.get(name)]
+    changes = [name for name in _CHANGING_OPTIONS if options.get(name)]
     if options.get("bias", "none") != "none":
         changes.append(f"bias={options['bias']!r}")
+    if options.get("init_lora_weights", True) not in _HARMLESS_INITS:
+        changes.append(f"init_lora_weights={options['init_lora_weights']!r}")
     if config.is_prompt_learning:
         changes.append(f"prompt learning ({config.peft_type})")
     if changes:

@@ -44,7 +44,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from attention_rl_trainer.hub import HubUnreachableError, cached_in_hub_cache, hub_obstacle
+from attention_rl_trainer.hub import HubUnreachableError, cached_in_hub_cache, hub_obstacle, without_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +251,8 @@ def _access_refusal(repo_id: str) -> str | None:
 
 
 def _how_to_get_access(repo_id: str) -> str:
-    return f"accept the licence on {constants.ENDPOINT}/{repo_id} and run `hf auth login`, or use another model"
+    place = f"{without_credentials(constants.ENDPOINT)}/{repo_id}"
+    return f"accept the licence on {place} and run `hf auth login`, or use another model"
 
 
 def _with_embedded_path(choice: BaseModelChoice) -> BaseModelChoice:

@@ -19,6 +19,7 @@ from typing import Any, get_args
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from attention_rl_trainer.hub import without_credentials
 from attention_rl_trainer.losses import Advantage, Credit, KLReference
 from attention_rl_trainer.pairs import PairShape, Window
 from attention_rl_trainer.selector import HeadAggregation
@@ -26,8 +27,6 @@ from attention_rl_trainer.selector import HeadAggregation
 logger = logging.getLogger(__name__)
 
 _SECRET = re.compile(r"token|password|secret|credential|api_?key", re.IGNORECASE)
-# Name and password of an address, as those of proxies have them.
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s]+(?=@)")
 _CHOICES = {
     "window": get_args(Window),
     "head_aggregation": get_args(HeadAggregation),
@@ -84,7 +83,7 @@ def _masked(value: Any) -> Any:
         }
     if isinstance(value, list | tuple):
         return [_masked(item) for item in value]
-    return _CREDENTIALS.sub("<CREDENTIALS>", value) if isinstance(value, str) else value
+    return without_credentials(value) if isinstance(value, str) else value
 
 
 @dataclass

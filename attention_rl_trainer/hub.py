@@ -8,9 +8,12 @@ without a network hears at once what to do. The module knows nothing about artic
 from __future__ import annotations
 
 import queue
+import re
 import threading
 
 from huggingface_hub import constants, get_session, try_to_load_from_cache
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]+(?=@)")
 
 _OBSTACLES: dict[str, str | None] = {}
 """What stood between this process and each endpoint it asked for; None where the endpoint answered."""
@@ -59,6 +62,15 @@ def hub_obstacle(timeout_seconds: float = 3.0) -> str | None:
     return _OBSTACLES[endpoint]
 
 
+def without_credentials(text: str) -> str:
+    """Mask name and password in the addresses of a text, as proxies and mirrors have them.
+
+    Args:
+        text: any text.
+    """
+    return _CREDENTIALS.sub("<CREDENTIALS>", text)
+
+
 def forget_hub_answer() -> None:
     """Make the next question about the Hub ask the network again."""
     _OBSTACLES.clear()
@@ -84,6 +96,7 @@ def cached_in_hub_cache(repo_id: str, filename: str, repo_type: str = "model") -
 def _ask(endpoint: str, timeout_seconds: float) -> str | None:
     """Send one request from a thread of its own, since the resolver of the system takes no time limit."""
     answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    shown = without_credentials(endpoint)
 
     def ask() -> None:
         try:
@@ -91,12 +104,12 @@ def _ask(endpoint: str, timeout_seconds: float) -> str | None:
         # The transport underneath, and with it the root of its exceptions, differs between versions of huggingface_hub.
         # Nothing is hidden: the error becomes the obstacle that callers report.
         except Exception as error:
-            answers.put(f"{type(error).__name__}: {error}")
+            answers.put(without_credentials(f"{type(error).__name__}: {error}"))
         else:
-            answers.put(f"{endpoint} answers with HTTP status {status}" if status >= 500 else None)
+            answers.put(f"{shown} answers with HTTP status {status}" if status >= 500 else None)
 
     threading.Thread(target=ask, name="hub-is-reachable", daemon=True).start()
     try:
         return answers.get(timeout=timeout_seconds)
     except queue.Empty:
-        return f"{endpoint} gave no answer within {timeout_seconds:g} s"
+        return f"{shown} gave no answer within {timeout_seconds:g} s"

@@ -76,8 +76,14 @@ def expect_writable(folder: Path) -> None:
         folder: the run's output_dir.
 
     Raises:
-        ValueError: names the folder and what the system says.
+        ValueError: names the folder and what the system says, or that its name cannot be written down.
     """
+    try:
+        str(folder).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"output_dir {str(folder)!r} is not valid UTF-8, so that no file could name it; rename it"
+        ) from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Without a name, so that nothing of it can be left behind.

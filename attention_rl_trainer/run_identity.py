@@ -10,19 +10,21 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields
 from typing import Any
 
-import torch
 from datasets import IterableDataset
-from peft import PeftModel
-from torch import Tensor
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from attention_rl_trainer.adapters import sampled_weights
 from attention_rl_trainer.articles import READING_ERRORS, Article
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.durability import Fact
 
-_SAMPLED_VALUES = 64
+_LISTED = {"r", "lora_alpha", "target_modules", "peft_type"}
+# Where the base model lies, which version of PEFT made the adapter, and what a loaded one is for.
+_UNIMPORTANT = {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping", "task_type"}
 # All rows of a small data set.
 _SAMPLED_ROWS = 1024
 _FIRST_ROWS = 64
@@ -44,14 +46,35 @@ def model_facts(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[st
         "model.architecture": type(model.get_base_model()).__name__,
         "model.parameters": sum(p.numel() for p in base.values()),
         "model.precision": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in base.values()})),
-        "model.weights": _digest(_samples(base)),
-        "tokenizer.vocabulary": _digest(sorted(tokenizer.get_vocab().items())),
+        "model.weights": _digest(sampled_weights(base.items()).items()),
+        "tokenizer": _digest([_tokenizer_specification(tokenizer)]),
         "adapter.type": str(options["peft_type"]),
         "adapter.rank": options.get("r"),
         "adapter.alpha": options.get("lora_alpha"),
         "adapter.modules": modules if isinstance(modules, str) else ", ".join(sorted(modules)),
+        "adapter.options": _other_options(config),
         "adapter.tensors": _digest((name, *p.shape) for name, p in adapter.items()),
     }
+
+
+def _tokenizer_specification(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """How text becomes tokens; cutting and filling up to a length are set anew by whoever uses the tokenizer."""
+    specification: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return specification | {"truncation": None, "padding": None}
+
+
+def _other_options(config: PeftConfig) -> str:
+    """Spell what an adapter has beside rank, alpha and modules, where it differs from the kind's defaults."""
+    defaults = {
+        item.name: item.default if item.default_factory is MISSING else item.default_factory()
+        for item in fields(config)
+    }
+    chosen = {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in config.to_dict().items()
+        if name not in _LISTED | _UNIMPORTANT and value != defaults.get(name)
+    }
+    return ", ".join(f"{name}={value}" for name, value in sorted(chosen.items()))
 
 
 def option_facts(args: AttentionGuidedRLConfig) -> dict[str, Fact]:
@@ -69,15 +92,21 @@ def option_facts(args: AttentionGuidedRLConfig) -> dict[str, Fact]:
     return facts | {"num_steps": args.steps_per_trajectory, "optim": str(getattr(args.optim, "value", args.optim))}
 
 
-def article_facts(articles: Any, text_column: str) -> dict[str, Fact]:
+def article_facts(articles: Any, args: AttentionGuidedRLConfig) -> dict[str, Fact]:
     """Describe a data set by its size and by its rows, of a large one by a sample; a stream, by its first rows.
 
     Args:
         articles: a (streamed) data set, or a list of rows or of articles.
-        text_column: where the text is.
+        args: the run's options.
     """
+    text_column = args.dataset_text_column
     if isinstance(articles, IterableDataset):
-        return {"articles.count": None, "articles.sample": _digest(_first_texts(articles, text_column))}
+        return {
+            "articles.count": None,
+            "articles.sample": _digest(_first_texts(articles, text_column)),
+            # `datasets` shuffles a stream differently in a worker process.
+            "dataloader_num_workers": args.dataloader_num_workers,
+        }
     count = len(articles)
     places = sorted({number * count // _SAMPLED_ROWS for number in range(_SAMPLED_ROWS)}) if count else []
     texts = (_text_at(articles, place, text_column) for place in places)
@@ -104,14 +133,6 @@ def _text_at(articles: Any, place: int, text_column: str) -> str:
 
 def _text_of(row: Mapping[str, object] | Article, text_column: str) -> str:
     return repr(row.text if isinstance(row, Article) else row.get(text_column))
-
-
-def _samples(parameters: Mapping[str, Tensor]) -> Iterable[tuple[str, list[int], str, str]]:
-    for name, parameter in parameters.items():
-        flat = parameter.detach().reshape(-1)
-        stride = max(1, flat.numel() // _SAMPLED_VALUES)
-        values = flat[::stride].cpu().contiguous().view(torch.uint8)
-        yield name, list(parameter.shape), str(parameter.dtype), values.numpy().tobytes().hex()
 
 
 def _digest(parts: Iterable[object]) -> str:

@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import math
-import signal
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -203,6 +203,8 @@ class AttentionGuidedRLTrainer(DurableTrainer):
                 "must compute alike; launch with --mixed_precision no and set the precision of the weights "
                 "(model_init_kwargs={'dtype': 'bfloat16'})"
             )
+        # As the Trainer's option names its own.
+        self._given_optimizer = None if optimizers[0] is None else type(optimizers[0]).__qualname__
         self._set_up_computation(adapted, processing_class)
         self._set_up_records()
 
@@ -287,6 +289,9 @@ class AttentionGuidedRLTrainer(DurableTrainer):
     def _on_end(self) -> None:
         if not self.args.report_at_end or self.run_state.num_episodes == 0:
             return
+        if not self.ledger.path.is_file():
+            logger.warning("No report: %s is not there", self.ledger.path)
+            return
         with_plots = importlib.util.find_spec("matplotlib") is not None
         if not with_plots:
             logger.warning(
@@ -330,7 +335,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             batch_size=batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            worker_init_fn=_leave_signals_to_the_trainer if self.args.dataloader_num_workers else None,
+            worker_init_fn=_leave_process_group if self.args.dataloader_num_workers else None,
             pin_memory=False,
         )
 
@@ -429,9 +434,11 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self.load_run_state(checkpoint)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self._is_own(checkpoint):
-            self.rotate()  # a run that was killed after its last checkpoint did not come to it
-        if self.args.report_at_end and not (self.output_dir / REPORT_FOLDER / SUMMARY_NAME).is_file():
-            self._on_end()  # the run was killed before it wrote its report
+            # A run that was killed after its last checkpoint did not come to these.
+            self.rotate()
+            if self.args.report_at_end and not (self.output_dir / REPORT_FOLDER / SUMMARY_NAME).is_file():
+                self._cut_ledger()
+                self._on_end()
         return TrainOutput(steps, 0.0, {})
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
@@ -812,8 +819,11 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         if self._identity is None:
             tokenizer = self.processing_class
             assert isinstance(tokenizer, PreTrainedTokenizerBase)
-            articles = article_facts(self.train_dataset, self.args.dataset_text_column)
+            articles = article_facts(self.train_dataset, self.args)
             parts = model_facts(self.policy.model, tokenizer) | option_facts(self.args) | articles
+            parts["environment"] = type(self.environment).__qualname__
+            if self._given_optimizer is not None:
+                parts["optim"] = self._given_optimizer
             # Once a run: of a stream it reads the first row.
             self._identity = super().run_identity() | parts
         return self._identity
@@ -863,6 +873,10 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self._skipped_before = dict(self.run_state.skipped)
         if self._stream is not None:
             self._stream.position = self.run_state.position
+        self._cut_ledger()
+
+    def _cut_ledger(self) -> None:
+        """Bring the ledger to where the run stands, and say what it lacks."""
         gaps = self.ledger.cut(self.run_state.num_episodes)
         if gaps.missing or gaps.copy is not None:
             logger.warning(
@@ -888,10 +902,10 @@ def _collate(rows: Sequence[Any], tokens_per_key: int) -> dict[str, Any]:
     return {"articles": collate_article_pairs(rows, tokens_per_key)}
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A signal to the whole process group must not take the articles away before the step has ended."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _leave_process_group(worker: int) -> None:
+    """A signal to the trainer's whole group must not take the articles away before the step has ended."""
+    if os.name == "posix":
+        os.setpgid(0, 0)
 
 
 def _source_name(articles: Articles) -> str:

@@ -37,8 +37,15 @@ _LIST_TEMPLATE = re.compile(
 )
 _REDIRECT = re.compile(r"\s*#redirect\b", re.IGNORECASE)
 
+MAX_PAGE_BYTES = 2**26
+"""Bytes of XML a page may have; those of Wikipedia have 2 MiB of text at most, which is 12 MiB where each character is
+written as an entity."""
+MAX_BLOCK_BYTES = 2**26
+"""Bytes that one kibibyte of a compressed file may become: a block holds 900 kB, but of one character 46 MB."""
+
 _PIECE_BYTES = 2**16
 _COMPRESSED_PIECE_BYTES = 2**10
+_PART_BYTES = 2**20
 
 _logger = logging.getLogger(__name__)
 
@@ -194,19 +201,38 @@ def _decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
         while rest:
             if decompressor.eof:
                 decompressor = bz2.BZ2Decompressor()
-            blocks = [decompressor.decompress(rest)]
-            # The end of a block, and with it the checksum, may be left for the next call.
-            while not decompressor.eof and (block := decompressor.decompress(b"")):
-                blocks.append(block)
-            yield b"".join(blocks)
+            yield _whole_blocks(decompressor, rest)
             is_inside, rest = not decompressor.eof, decompressor.unused_data
     if is_inside:
         raise EOFError("the compressed file ends before its end-of-stream marker")
 
 
+def _whole_blocks(decompressor: bz2.BZ2Decompressor, piece: bytes) -> bytes:
+    """Decompress what ends in a piece; what it only begins is kept by the decompressor."""
+    parts = [decompressor.decompress(piece, _PART_BYTES)]
+    size = len(parts[0])
+    # The end of a block, and with it the checksum, may be left for the next call.
+    while not decompressor.eof and (part := decompressor.decompress(b"", _PART_BYTES)):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_BLOCK_BYTES:
+            raise OSError(f"{len(piece)} bytes decompress to more than {MAX_BLOCK_BYTES:,}")
+    return b"".join(parts)
+
+
 def _parse_pages(pieces: Iterable[bytes], path: Path) -> Iterator[WikiPage]:
     root: ElementTree.Element | None = None
-    for event, element in _parse_xml(pieces):
+    size = 0
+
+    def measured() -> Iterator[bytes]:
+        nonlocal size
+        for piece in pieces:
+            if size > MAX_PAGE_BYTES:
+                raise OSError(f"a page has more than {MAX_PAGE_BYTES:,} bytes")
+            size += len(piece)
+            yield piece
+
+    for event, element in _parse_xml(measured()):
         if root is None:
             root = element
             if _local_name(root) != "mediawiki":
@@ -216,6 +242,7 @@ def _parse_pages(pieces: Iterable[bytes], path: Path) -> Iterator[WikiPage]:
                 )
         elif event == "end" and _local_name(element) == "page":
             yield _page(element)
+            size = 0
             root.clear()  # else the empty shells of millions of pages pile up
 
 

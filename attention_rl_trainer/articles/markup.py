@@ -159,8 +159,7 @@ _STRAY_TAG = re.compile(r"</?[a-zA-Z][a-zA-Z0-9]*(?:\s[^<>]*)?/?>")
 _UNCLOSED = re.compile(r"\{\{.*|\[\[\s*(?:file|image|category)\s*:.*", re.IGNORECASE)
 _STRAY_BRACKETS = re.compile(r"\}\}|\[\[|\]\]|\{\||\|\}")
 _STYLE_QUOTES = re.compile(r"'{2,}")
-# Not tried anew at every one of many empty lines.
-_TABLE_LINE = re.compile(r"^(?<!\n\n)\s*(?:\{\||\|[-}+]?|!).*$", re.MULTILINE)
+_TABLE_LINE = re.compile(r"^[^\S\n]*(?:\{\||\|[-}+]?|!).*$", re.MULTILINE)
 _SPACES = re.compile(r"[ \t\u00a0\u2009\u200a\u202f]+")
 _INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u2060\ufeff]")
 _TIDY: tuple[tuple[re.Pattern[str], str], ...] = (

@@ -6,7 +6,13 @@ Works with any `transformers.Trainer`; knows nothing about articles, queries or 
 from attention_rl_trainer.durability.discovery import CheckpointError, find_checkpoint
 from attention_rl_trainer.durability.identity import Fact
 from attention_rl_trainer.durability.lock import RunLockedError
-from attention_rl_trainer.durability.staging import StagingError, adopt_checkpoint, checkpoint_step, set_aside_run
+from attention_rl_trainer.durability.staging import (
+    StagingError,
+    adopt_checkpoint,
+    checkpoint_step,
+    set_aside_run,
+    staged_files,
+)
 from attention_rl_trainer.durability.trainer import DurableTrainer
 
 __all__ = [
@@ -19,4 +25,5 @@ __all__ = [
     "checkpoint_step",
     "find_checkpoint",
     "set_aside_run",
+    "staged_files",
 ]

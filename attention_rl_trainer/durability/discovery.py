@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from attention_rl_trainer.durability.manifest import Damage, find_damage
@@ -15,7 +16,9 @@ class CheckpointError(ValueError):
     """A checkpoint is not there, is damaged, or does not fit the run."""
 
 
-def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path, trace: str) -> Path | None:
+def find_checkpoint(
+    resume_from_checkpoint: str | os.PathLike[str] | bool | None, output_dir: Path, trace: str
+) -> Path | None:
     """Find the checkpoint to go on from, and check that each of its files is as it was written.
 
     Args:
@@ -34,7 +37,7 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path,
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None
     if resume_from_checkpoint is not True:
-        return _check(resume_from_checkpoint)
+        return _check(os.fspath(resume_from_checkpoint))
     checkpoints = list_checkpoints(output_dir)
     damages: list[Damage] = []
     for checkpoint in reversed(checkpoints):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import threading
 from types import FrameType
@@ -52,6 +53,22 @@ class Interruption:
             "%s: the run stops after this step, with a checkpoint; once more, and it stops at once",
             self.received.name,
         )
+
+    def mute_closed_outputs(self) -> None:
+        """Where nobody reads any more what is printed, print into nothing.
+
+        Ctrl-C on ``python … | tee log`` ends ``tee`` too; the next line to be printed would end the run before its
+        checkpoint.
+        """
+        if self.received is None or os.name != "posix":
+            return
+        for descriptor in (1, 2):
+            poll = select.poll()
+            poll.register(descriptor, 0)  # errors alone, which are always told
+            if any(event & select.POLLERR for _, event in poll.poll(0)):
+                nothing = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nothing, descriptor)
+                os.close(nothing)
 
     def raise_received(self) -> None:
         """End as the signal asked for, if one came.

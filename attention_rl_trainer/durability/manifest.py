@@ -64,7 +64,7 @@ def find_damage(folder: Path) -> list[Damage]:
         expected = {
             folder / name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return [Damage(manifest, "is not a manifest")]
     outside = [path for path in expected if ".." in path.parts or folder not in path.parents]
     found = [Damage(path, "lies outside of the checkpoint") for path in outside]
@@ -76,12 +76,27 @@ def find_damage(folder: Path) -> list[Damage]:
 
 
 def _fault_of(path: Path, size: int, digest: str) -> str | None:
-    if not path.is_file():
-        return "is missing"
-    actual = path.stat().st_size
-    if actual != size:
-        return f"has {actual} bytes, the manifest says {size}"
-    return None if _digest(path) == digest else "does not have the content that the manifest says (SHA-256)"
+    try:
+        if not path.is_file():
+            return "is missing"
+        actual = path.stat().st_size
+        if actual != size:
+            return f"has {actual} bytes, the manifest says {size}"
+        return None if _digest(path) == digest else "does not have the content that the manifest says (SHA-256)"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def listed_files(folder: Path) -> list[str]:
+    """Name the files that a folder's manifest lists.
+
+    Args:
+        folder: the folder, which `find_damage` found to be as it was written.
+
+    Returns:
+        Their paths, relative to the folder.
+    """
+    return list(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"])
 
 
 def _digest(path: Path) -> str:

@@ -6,6 +6,7 @@ moment leaves leftovers that `clear_leftovers` removes, or finishes where only t
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from attention_rl_trainer.durability.manifest import MANIFEST_NAME, find_damage, write_manifest
+from attention_rl_trainer.durability.manifest import find_damage, listed_files, write_manifest
 
 # A push to the Hub leaves out what begins with an underscore.
 _STAGING = "_staging-"
@@ -200,6 +201,8 @@ def set_aside_run(output_dir: Path, records: Sequence[Path], after_step: int = -
 def _end_move(aside: Path) -> None:
     names = json.loads((aside / _MOVING).read_text(encoding="utf-8"))
     for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise StagingError(f"{aside / _MOVING} names {name!r}, which is no file of {aside.parent}; remove the list")
         if os.path.lexists(aside.parent / name):
             os.rename(aside.parent / name, aside / name)
     (aside / _MOVING).unlink()
@@ -217,7 +220,10 @@ def adopt_checkpoint(checkpoint: Path, output_dir: Path) -> Path:
     """
     target = output_dir / checkpoint.name
     with staged_folder(target) as folder:
-        shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST_NAME))
+        for name in listed_files(checkpoint):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            # The content alone: the other folder may be protected.
+            shutil.copyfile(checkpoint / name, folder / name)
     return target
 
 
@@ -274,6 +280,8 @@ def _remove(folder: Path) -> None:
         folder.unlink()
     if not folder.exists():
         return
+    if not folder.is_dir():
+        raise FileExistsError(errno.EEXIST, "there is a file where a folder goes", str(folder))
     trash = folder.with_name(_TRASH + folder.name)
     if trash.exists():
         shutil.rmtree(trash)

@@ -58,14 +58,15 @@ def load_tree(path: Path) -> Any:
             structure = json.loads((file.metadata() or {})[_HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
             return _decode(structure, tensors)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise TreeError(f"{path} holds no state that was written by this library: {error}") from error
 
 
 def _encode(value: Any, place: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
     # Scalars stand for themselves; everything else is an object of one key, its kind.
     if isinstance(value, Tensor):
-        name = names.setdefault(id(value), place or "value")
+        # Places alone may be the same for different keys: "a.b", and "b" in "a".
+        name = names.setdefault(id(value), f"{len(names)}{place}")
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, float) and not isinstance(value, _SCALARS):

@@ -11,6 +11,7 @@ A subclass says what else belongs to a run's state, by `save_run_state` and `loa
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ from attention_rl_trainer.durability.lock import run_lock
 from attention_rl_trainer.durability.random_states import capture_random_states, restore_random_states
 from attention_rl_trainer.durability.staging import clear_leftovers, rotate_checkpoints, staged_files, staged_folder
 from attention_rl_trainer.durability.tensor_tree import load_tree, save_tree
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 RANDOM_STATES_NAME = "random_states.safetensors"
@@ -66,7 +69,9 @@ class DurableTrainer(Trainer):
         self._interruption = Interruption()
         self._loss_before: tuple[Tensor, float, int] | None = None
         self._random_states_before: dict[str, Any] | None = None
-        self.add_callback(_DurabilityCallback(self))
+        self._callback = _DurabilityCallback(self)
+        # Before those of others, which may print.
+        self.callback_handler.callbacks.insert(0, self._callback)
 
     @property
     def output_dir(self) -> Path:
@@ -107,6 +112,9 @@ class DurableTrainer(Trainer):
         # The Trainer skips the scheduler for ``eval_on_start`` alone, which means a run's start, not any that goes on.
         if skip_scheduler and self.state.global_step > 0:
             return {}
+        # Behind the checkpoint that a signal asked for comes nothing but the end.
+        if self._interruption.received is not None and self._callback.saved_step == self.state.global_step:
+            return {}
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def expect_own_checkpoint(self, checkpoint: Path) -> None:
@@ -137,6 +145,7 @@ class DurableTrainer(Trainer):
             control: the Trainer's.
             save: whether a checkpoint is still to be written.
         """
+        self._interruption.mute_closed_outputs()
         if self._interruption.received is not None:
             control.should_save = control.should_save or save
             control.should_training_stop = True
@@ -168,8 +177,11 @@ class DurableTrainer(Trainer):
     # ---- Writing ----
 
     def rotate(self) -> None:
-        """Remove the oldest checkpoints beyond ``save_total_limit``."""
-        rotate_checkpoints(self.output_dir, self.args.save_total_limit)
+        """Remove the oldest checkpoints beyond ``save_total_limit``; where the system refuses, they stay."""
+        try:
+            rotate_checkpoints(self.output_dir, self.args.save_total_limit)
+        except OSError as error:
+            logger.warning("Old checkpoints in %s could not be removed: %s", self.output_dir, error)
 
     def save_run_state(self, folder: Path) -> None:
         """Write what a run needs to go on, beside adapter, optimizer and random states.
@@ -210,7 +222,7 @@ class DurableTrainer(Trainer):
         for part in parts:
             if part is not None:
                 part.save_pretrained(folder)
-        _sort_target_modules(folder / ADAPTER_CONFIG_NAME)
+        _sort_module_names(folder / ADAPTER_CONFIG_NAME)
         self.save_extras(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -221,7 +233,11 @@ class DurableTrainer(Trainer):
             if not self.args.save_only_model:
                 assert self.optimizer is not None
                 assert self.lr_scheduler is not None
-                states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+                states = {
+                    "optimizer": self.optimizer.state_dict(),
+                    "scheduler": self.lr_scheduler.state_dict(),
+                    "scheduler_kind": type(self.lr_scheduler).__name__,
+                }
                 save_tree(folder / OPTIMIZER_NAME, states)
                 save_tree(folder / RANDOM_STATES_NAME, capture_random_states(self.args.device))
                 self.save_run_state(folder)
@@ -234,15 +250,13 @@ class DurableTrainer(Trainer):
 
     def _export_callbacks(self) -> None:
         """Bring the exportable states in the Trainer's state up to date, as the Trainer does."""
+        by_name: dict[str, list[Any]] = {}
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
-                name, state = type(callback).__name__, callback.state()
-                # The Trainer annotates a list; what it keeps is a dict by name.
-                states: Any = self.state.stateful_callbacks
-                if isinstance(states.get(name), list):
-                    states[name].append(state)
-                else:
-                    states[name] = state
+                by_name.setdefault(type(callback).__name__, []).append(callback.state())
+        # The Trainer annotates a list; what it keeps is a dict by name, of lists where there are several of a name.
+        states: Any = {name: found[0] if len(found) == 1 else found for name, found in by_name.items()}
+        self.state.stateful_callbacks = states
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
@@ -303,14 +317,17 @@ class DurableTrainer(Trainer):
         states = load_tree(Path(checkpoint) / OPTIMIZER_NAME)
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
+        scheduler = self.lr_scheduler
         present = [{name: group[name] for name in _GROUP_OPTIONS if name in group} for group in self._groups()]
         self.optimizer.load_state_dict(states["optimizer"])
-        self.lr_scheduler.load_state_dict(states["scheduler"])
-        # The states are the checkpoint's, the options this run's: a changed learning rate acts.
-        for group, options in zip(self._groups(), present, strict=True):
-            group.update(options)
-        scheduler = self.lr_scheduler
+        if type(scheduler).__name__ == states["scheduler_kind"]:
+            scheduler.load_state_dict(states["scheduler"])
+        elif isinstance(scheduler, LambdaLR):
+            scheduler.last_epoch = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
         if isinstance(scheduler, LambdaLR):
+            # The states are the checkpoint's, the options this run's: a changed learning rate acts.
+            for group, options in zip(self._groups(), present, strict=True):
+                group.update(options)
             # In closed form, as the schedule computes it: unchanged options give the same rates.
             scheduler.base_lrs = [group["initial_lr"] for group in self._groups()]
             factors = [function(scheduler.last_epoch) for function in scheduler.lr_lambdas]
@@ -318,6 +335,9 @@ class DurableTrainer(Trainer):
             for group, rate in zip(self._groups(), rates, strict=True):
                 group["lr"] = rate
             scheduler._last_lr = rates
+        else:
+            # It keeps the rate in the groups alone, and may change more than the rate.
+            logger.warning("%s goes on with the learning rate of the checkpoint", type(scheduler).__name__)
         self.load_run_state(Path(checkpoint))
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -334,12 +354,14 @@ class DurableTrainer(Trainer):
             self._random_states_before = load_tree(Path(checkpoint) / RANDOM_STATES_NAME)
 
 
-def _sort_target_modules(path: Path) -> None:
-    """Give an adapter's module names an order: PEFT keeps a set, which comes out differently in each process."""
+def _sort_module_names(path: Path) -> None:
+    """Give an adapter's module names an order: PEFT keeps sets, which come out differently in each process."""
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(config.get("target_modules"), list):
-            config["target_modules"].sort()
+        listed = [config[name] for name in ("target_modules", "exclude_modules") if isinstance(config.get(name), list)]
+        if listed:
+            for names in listed:
+                names.sort()
             path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
@@ -348,13 +370,13 @@ class _DurabilityCallback(TrainerCallback):
 
     def __init__(self, trainer: DurableTrainer) -> None:
         self._trainer = trainer
-        self._saved_step = 0
+        self.saved_step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.restore_loss()
-        self._saved_step = state.global_step
+        self.saved_step = state.global_step
         # A resumed Trainer would go on with the intervals of the checkpoint.
         state.compute_steps(args, state.max_steps)  # type: ignore[no-untyped-call]  # not annotated there
 
@@ -367,7 +389,7 @@ class _DurabilityCallback(TrainerCallback):
         self._trainer.interrupt_if_asked(control, save=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._saved_step = state.global_step
+        self.saved_step = state.global_step
         # A signal that came while the checkpoint was being written.
         self._trainer.interrupt_if_asked(control, save=False)
 
@@ -375,5 +397,5 @@ class _DurabilityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # The Trainer comes here after its last step, also where a callback ended the run; it saves afterwards if asked.
-        if self._saved_step != state.global_step:
+        if self.saved_step != state.global_step:
             control.should_save = True

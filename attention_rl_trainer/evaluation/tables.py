@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from attention_rl_trainer.durability import staged_files
 from attention_rl_trainer.evaluation.estimates import Estimate, clustered_mean, clustered_ratio
 from attention_rl_trainer.evaluation.orders import BEST, ORACLE, RANDOM, WORST, score_orders
 from attention_rl_trainer.evaluation.queries import CONTROL, EMPTY, POLICY, ControlQueries, score_queries
@@ -92,13 +93,13 @@ class EvaluationTables:
         Returns:
             The files.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         contents = {
             "evaluation.json": json.dumps(asdict(self), indent=2, allow_nan=False) + "\n",
             "evaluation.md": self.to_markdown(),
         }
-        for name, text in contents.items():
-            (folder / name).write_text(text, encoding="utf-8")
+        with staged_files(folder) as staging:
+            for name, text in contents.items():
+                (staging / name).write_text(text, encoding="utf-8")
         return [folder / name for name in contents]
 
 

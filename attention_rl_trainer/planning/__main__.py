@@ -76,7 +76,7 @@ def model_shape(name: str) -> ModelShape:
     if name == LLAMA:
         return LLAMA_3_2_3B
     folder = str(embedded_model_path()) if name == OFFLINE else name
-    return ModelShape.from_config(AutoConfig.from_pretrained(folder))
+    return ModelShape.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
 def weight_bits(model: ModelConfig) -> WeightBits:

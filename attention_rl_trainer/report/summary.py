@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from attention_rl_trainer.durability import staged_files
 from attention_rl_trainer.ledger import LEDGER_NAME, LedgerRow, read_ledger
 from attention_rl_trainer.report.plots import plot_gains, plot_kl, plot_rewards, plot_selection
 
@@ -162,14 +163,13 @@ def write_report(
     """
     rows = read_ledger(output_dir / LEDGER_NAME)
     folder = output_dir / REPORT_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     text = summarize_run(rows, log_history, run or {})
-    plots = _draw(rows, log_history, folder) if with_plots else []
-    if plots:
-        text = "\n".join([text, "## Plots\n", *(f"![{plot.stem}]({plot.name})\n" for plot in plots)])
-    summary = folder / SUMMARY_NAME
-    summary.write_text(text, encoding="utf-8")
-    return [summary, *plots]
+    with staged_files(folder) as staging:
+        plots = _draw(rows, log_history, staging) if with_plots else []
+        if plots:
+            text = "\n".join([text, "## Plots\n", *(f"![{plot.stem}]({plot.name})\n" for plot in plots)])
+        (staging / SUMMARY_NAME).write_text(text, encoding="utf-8")
+    return [folder / name for name in (SUMMARY_NAME, *(plot.name for plot in plots))]
 
 
 def _draw(rows: Sequence[LedgerRow], log_history: Sequence[Mapping[str, float]], folder: Path) -> list[Path]:
