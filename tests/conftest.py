@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from finished_run import OPTIONS
+from processes import Job, build_trainer
 from tiny import article_texts, byte_level_tokenizer, tiny_gpt2, tiny_llama
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -37,3 +40,14 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 @pytest.fixture
 def llama() -> PreTrainedModel:
     return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished job with checkpoints at steps 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("finished")
+    job = Job(folder, OPTIONS)
+    trainer = build_trainer(job)
+    trainer.train()
+    trainer.save_model()
+    return folder

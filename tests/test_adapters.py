@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from peft import LoraConfig
 from tiny import adapted
 from torch import nn
 from transformers import PreTrainedModel
 
-from attention_rl_trainer.adapters import AdapterSnapshot
+from attention_rl_trainer import adapters
+from attention_rl_trainer.adapters import AdapterSnapshot, add_adapter
 
 
 def test_swapping_in_gives_the_old_outputs_and_out_the_new(model: PreTrainedModel) -> None:
@@ -81,3 +85,48 @@ def test_unfitting_states_and_frozen_models_are_refused(llama: PreTrainedModel) 
         AdapterSnapshot(model)
     with pytest.raises(ValueError, match="no trainable parameter"):
         AdapterSnapshot(nn.ReLU())
+
+
+class TestBaseModelStays:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"init_lora_weights": "pissa"},
+            {"init_lora_weights": "pissa_niter_4"},
+            {"init_lora_weights": "olora"},
+            {"layer_replication": [[0, 2], [1, 2]]},
+        ],
+    )
+    def test_adapters_that_change_it_are_refused(self, options: dict[str, Any], llama: PreTrainedModel) -> None:
+        with pytest.raises(ValueError, match=rf"the adapter has {next(iter(options))}.*untouched base model"):
+            add_adapter(llama, LoraConfig(**options))
+
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_those_that_are_not_known_by_name_too(
+        self, init: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(adapters, "_HARMLESS_INITS", (init,))
+        with pytest.raises(ValueError, match=r"LoraConfig has changed the weights .*q_proj\.weight\)"):
+            add_adapter(llama, LoraConfig(init_lora_weights=init))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"init_lora_weights": "gaussian"},
+            {"init_lora_weights": "orthogonal"},
+            {"use_dora": True},
+            {"use_rslora": True, "rank_pattern": {"q_proj": 4}},
+        ],
+    )
+    def test_switched_off_the_others_leave_it_as_it_was(self, options: dict[str, Any], llama: PreTrainedModel) -> None:
+        ids = torch.randint(1, 380, (2, 5))
+        with torch.no_grad():
+            before = llama.eval()(input_ids=ids).logits
+            model = add_adapter(llama, LoraConfig(**options)).eval()
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05)
+            with model.disable_adapter():
+                assert torch.equal(model(input_ids=ids).logits, before)
+            assert not torch.equal(model(input_ids=ids).logits, before)

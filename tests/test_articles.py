@@ -11,6 +11,7 @@ import random
 import re
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -176,7 +177,7 @@ def test_no_markup_however_broken_leaves_its_clutter(pieces: list[str]) -> None:
     assert text == text.strip()
 
 
-@pytest.mark.parametrize("unit", ["\n", " ,", " ", "x", "(", "'", "{|", "|", "\u202e", "<!--"])
+@pytest.mark.parametrize("unit", ["\n", " \n", " ,", " ", "x", "(", "'", "{|", "|", "\u202e", "<!--"])
 def test_a_page_of_one_thing_repeated_takes_no_longer_than_its_length_asks_for(unit: str) -> None:
     def seconds(num_characters: int) -> float:
         start = time.process_time()
@@ -245,6 +246,31 @@ def test_the_latest_of_several_revisions_is_read(tmp_path: Path) -> None:
 def test_a_page_without_namespace_or_text_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "bare.xml", dump("<page><title>T</title><revision><text /></revision></page>"))
     assert list(dumps.read_wiki_pages(path)) == [dumps.WikiPage("T", 0, False, "")]
+
+
+def test_a_page_without_an_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dumps, "MAX_PAGE_BYTES", 300_000)
+    texts = ["a" * 250_000, "b" * 250_000, "c" * 600_000]
+    path = write(tmp_path / "large.xml", dump(*(page(text[0], text) for text in texts)))
+    rows = list(dumps.article_rows((str(path),)))
+    assert [row["skip_reason"] for row in rows] == ["", "", "broken_dump"]
+    assert re.search(r"breaks after page 2, 'b': a page has more than 300,000 bytes", rows[-1]["title"])
+
+
+def test_a_few_bytes_that_become_gigabytes_are_refused(tmp_path: Path) -> None:
+    """Forty bytes are a block of 46 MB of one character."""
+    head, tail = numbered_dump(2).split("<page><title>T1<")
+    zeros = bz2.compress(b"x" * 400_000_000)
+    assert len(zeros) < 1024
+    path = tmp_path / "bomb.xml.bz2"
+    path.write_bytes(bz2.compress(head.encode()) + bz2.compress(b"<page><title>") + zeros + bz2.compress(tail.encode()))
+    tracemalloc.start()
+    rows = list(dumps.article_rows((str(path),)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [row["skip_reason"] for row in rows] == ["", "broken_dump"]
+    assert "bytes decompress to more than 67,108,864" in rows[-1]["title"]
+    assert peak < 4 * dumps.MAX_BLOCK_BYTES
 
 
 def truncated_xml(folder: Path) -> Path:

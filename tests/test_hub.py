@@ -159,3 +159,26 @@ def test_a_file_is_cached_where_a_snapshot_of_the_main_revision_has_it(
     assert not hub.cached_in_hub_cache("someone/things", "README.md", "model")
     assert not hub.cached_in_hub_cache("someone/things", "other.json", "dataset")
     assert not hub.cached_in_hub_cache("someone/things", "things.py", "dataset"), "known to be absent is not cached"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://user:s3cret@mirror.example/x answers", "http://<CREDENTIALS>@mirror.example/x answers"),
+        ("at https://u:p@ss@h:1, and ftp://t@h/", "at https://<CREDENTIALS>@h:1, and ftp://<CREDENTIALS>@h/"),
+        ("mail me@here, see http://h/a@b", "mail me@here, see http://h/a@b"),
+    ],
+)
+def test_credentials_in_addresses_are_masked(text: str, shown: str) -> None:
+    assert hub.without_credentials(text) == shown
+
+
+@pytest.mark.enable_socket
+def test_no_obstacle_shows_credentials(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in.status = 503
+    address = f"127.0.0.1:{stand_in.server_port}"
+    for endpoint in (f"http://user:s3cret@{address}", f"http://user:s3cret@127.0.0.1:{closed_port()}"):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        obstacle = str(hub.hub_obstacle())
+        assert obstacle != "None"
+        assert "s3cret" not in obstacle

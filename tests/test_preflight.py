@@ -35,6 +35,11 @@ class TestExpectWritable:
         expect_writable(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
+    def test_a_name_that_is_no_text_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"^output_dir '.*\\udcff' is not valid UTF-8"):
+            expect_writable(tmp_path / "run\udcff")
+        assert not list(tmp_path.iterdir())
+
     @pytest.mark.parametrize("below", ["run", "deep/run", "."])
     def test_a_path_below_a_file_is_refused(self, tmp_path: Path, below: str) -> None:
         (tmp_path / "file").write_text("text")

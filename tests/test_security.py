@@ -98,6 +98,11 @@ class Dangers(ast.NodeVisitor):
         for argument in node.args:
             if name == "getattr" and isinstance(argument, ast.Constant) and isinstance(argument.value, str):
                 self.note(f"{self.full_name(node.args[0])}.{argument.value}")
+        *_, owner, last = (".." + name).split(".")
+        if owner.startswith("Auto") and last == "from_pretrained":
+            # Left out, transformers asks on the terminal; what is passed as a dict is looked at there.
+            is_set = any(keyword.arg in ("trust_remote_code", None) for keyword in node.keywords)
+            self.found |= set() if is_set else {f"{name} without trust_remote_code"}
         if name == "importlib.import_module" and not self.is_own_module(node):
             self.found.add(name)
         for keyword in node.keywords:
@@ -166,6 +171,8 @@ class TestSources:
             "import os as o\no.system(x)",
             "import importlib\nimportlib.import_module('pickle')",
             "from importlib import import_module\nimport_module(name)",
+            "from transformers import AutoConfig\nAutoConfig.from_pretrained(x)",
+            "import transformers as t\nt.AutoModel.from_pretrained(x, revision=y)",
             "f(trust_remote_code=True)",
             "f(trust_remote_code=flag)",
             "f(**{'trust_remote_code': True})",
@@ -184,6 +191,7 @@ class TestSources:
             "model.eval()",
             "import importlib\nimportlib.import_module(f'{__name__}.trainer')",
             "f(trust_remote_code=False)",
+            "from transformers import AutoConfig\nAutoConfig.from_pretrained(x, trust_remote_code=False)",
         ],
     )
     def test_the_search_finds_nothing_else(self, text: str) -> None:

@@ -199,13 +199,18 @@ def set_aside_run(output_dir: Path, records: Sequence[Path], after_step: int = -
 
 
 def _end_move(aside: Path) -> None:
-    names = json.loads((aside / _MOVING).read_text(encoding="utf-8"))
+    listed = aside / _MOVING
+    names = json.loads(listed.read_text(encoding="utf-8"))
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    # A run's folder may come from somebody else.
+    if not is_list or any(name in ("", "..") or Path(name).name != name for name in names):
+        raise StagingError(
+            f"{listed} holds {names!r}, expected a list of names in {aside.parent}; nothing was moved. Remove the list"
+        )
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise StagingError(f"{aside / _MOVING} names {name!r}, which is no file of {aside.parent}; remove the list")
         if os.path.lexists(aside.parent / name):
             os.rename(aside.parent / name, aside / name)
-    (aside / _MOVING).unlink()
+    listed.unlink()
 
 
 def adopt_checkpoint(checkpoint: Path, output_dir: Path) -> Path:
