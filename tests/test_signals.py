@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +16,16 @@ from typing import Any
 import pytest
 from finished_run import OPTIONS, EndAt
 from processes import Job, build_trainer, run, start, train
+from tiny import article_texts, byte_level_tokenizer, tiny_config, tiny_llama
+from torch.utils.data import get_worker_info
+from transformers import TrainerCallback
 
 from attention_rl_trainer.durability import RunLockedError, staging
 from attention_rl_trainer.durability.interruption import Interruption
 from attention_rl_trainer.durability.lock import run_lock
 from attention_rl_trainer.durability.manifest import find_damage
-from attention_rl_trainer.durability.staging import (
-    list_checkpoints,
-)
+from attention_rl_trainer.durability.staging import list_checkpoints
+from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 
 
 class TestLock:
@@ -60,6 +65,72 @@ def slow_train_in_a_group(job: Job) -> None:
     slow_train(job)
 
 
+class SignalAt(TrainerCallback):
+    """Sends a signal to its own process in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class HangingRows(Sequence[Mapping[str, str]]):
+    """Twenty articles, of which a file system does not hand out all."""
+
+    def __init__(self, served: int) -> None:
+        self.served = served
+        self.texts = article_texts(20)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if get_worker_info() is not None:
+            self.served -= 1
+            if self.served < 0:
+                time.sleep(3600)
+        return {"text": self.texts[index]}
+
+
+def train_on_rows_that_hang(job: Job) -> None:
+    """The run's last batches, or those beyond its last, never come."""
+    texts = article_texts(20)
+    trainer = AttentionGuidedRLTrainer(
+        model=tiny_llama(),
+        args=tiny_config(job.folder, **job.options),
+        train_dataset=HangingRows(served=9),
+        processing_class=byte_level_tokenizer(texts),
+    )
+    trainer.add_callback(TellSteps(job.folder))
+    trainer.train()
+
+
+class TellSteps(TrainerCallback):
+    """Writes down which step begins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (self.folder / "step").write_text(str(state.global_step + 1))
+
+
+# A script, whose output goes where the test says.
+PROGRAM = """
+import sys
+
+sys.path[:0] = {path!r}
+from pathlib import Path
+
+from processes import Job
+from test_signals import slow_train
+
+slow_train(Job(Path({folder!r}), {options!r}))
+"""
+
+
 def train_and_save_slowly(job: Job) -> None:
     write = staging.sync
 
@@ -92,6 +163,61 @@ class TestSignals:
         process.join(60)
         assert process.exitcode == 143, (tmp_path / "log.txt").read_text()
         assert not find_damage(list_checkpoints(job.run)[-1])
+
+    def test_nobody_reads_on_what_is_printed(self, tmp_path: Path) -> None:
+        """Ctrl-C on ``python … 2>&1 | tee log`` ends ``tee`` too."""
+        options = OPTIONS | {"save_episodes": 1000, "disable_tqdm": False, "filter_threshold": -1e9}
+        program = PROGRAM.format(path=sys.path, folder=str(tmp_path), options=options)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-u", "-c", program]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
+            wait_for_step(Job(tmp_path), 3)
+            process.send_signal(signal.SIGINT)
+            assert process.stdout is not None
+            process.stdout.close()
+            process.wait(60)
+        # As Python ends after a KeyboardInterrupt.
+        assert process.returncode == -signal.SIGINT
+        (checkpoint,) = list_checkpoints(tmp_path / "run")
+        assert not find_damage(checkpoint)
+
+    def test_a_worker_that_hangs_keeps_nobody_from_stopping(self, tmp_path: Path) -> None:
+        job = Job(tmp_path, OPTIONS | {"dataloader_num_workers": 1})
+        process = start(job, train_on_rows_that_hang)
+        wait_for_step(job, 2)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(30)
+        assert process.exitcode == -signal.SIGTERM, (tmp_path / "log.txt").read_text()
+
+    def test_a_worker_that_hangs_keeps_nobody_from_ending(self, tmp_path: Path) -> None:
+        job = Job(tmp_path, OPTIONS | {"dataloader_num_workers": 1, "num_episodes": 8})
+        process = start(job, train_on_rows_that_hang)
+        process.join(60)
+        assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
+
+    def test_no_evaluation_comes_behind_the_checkpoint(self, tmp_path: Path) -> None:
+        job = Job(tmp_path, OPTIONS | {"eval_strategy": "epoch", "eval_episodes": 2, "eval_tables": False})
+        trainer = build_trainer(job)
+        trainer.add_callback(SignalAt(3))
+        with pytest.raises(SystemExit):
+            trainer.train()
+        assert [path.name for path in list_checkpoints(job.run)] == ["checkpoint-2", "checkpoint-3"]
+        assert not [entry for entry in trainer.state.log_history if "eval_reward" in entry]
+        trainer = build_trainer(job)
+        trainer.train(resume_from_checkpoint=True)
+        assert [entry["step"] for entry in trainer.state.log_history if "eval_reward" in entry] == [6]
+
+    def test_an_evaluation_before_the_checkpoint_is_done(self, tmp_path: Path) -> None:
+        """The run that goes on begins after it."""
+        options = {"eval_strategy": "steps", "eval_steps": 3, "eval_episodes": 2, "eval_tables": False}
+        trainer = build_trainer(Job(tmp_path, OPTIONS | options))
+        trainer.add_callback(SignalAt(3))
+        with pytest.raises(SystemExit):
+            trainer.train()
+        assert [entry["step"] for entry in trainer.state.log_history if "eval_reward" in entry] == [3]
 
     @pytest.mark.parametrize(("second", "code"), SECOND_SIGNALS)
     def test_two_signals_while_a_checkpoint_is_written(
