@@ -47,6 +47,7 @@ class Job:
         streaming: whether the articles are streamed.
         wide: a model whose adapter is large enough for 8-bit optimizer states.
         die_at: number of the write at which the process kills itself; -1 for never.
+        tear: whether the file of a checkpoint that was written last is left in half then.
         events_file: where the names of all writes go, if anywhere.
         texts: seed of the articles.
     """
@@ -57,6 +58,7 @@ class Job:
     streaming: bool = False
     wide: bool = False
     die_at: int = -1
+    tear: bool = False
     events_file: Path | None = None
     texts: int = 0
 
@@ -113,6 +115,14 @@ def _run(function: Callable[[Job], None], job: Job) -> None:
     function(job)
 
 
+def _tear_newest(folder: Path) -> None:
+    """Cut the file of an unfinished checkpoint in half that was written last, also by a library in Rust."""
+    files = [path for path in folder.glob("_staging-checkpoint-*/**/*") if path.is_file() and path.stat().st_size > 1]
+    if files:
+        newest = max(files, key=lambda path: path.stat().st_mtime_ns)
+        os.truncate(newest, newest.stat().st_size // 2)
+
+
 def _watch_writes(job: Job) -> None:
     folder = str(job.run)
     count = 0
@@ -141,6 +151,8 @@ def _watch_writes(job: Job) -> None:
         path = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
         # The lock is opened for writing too; nothing is written into it.
         if path.startswith(folder) and not path.endswith("_run.lock") and happen(event, path):
+            if job.tear:
+                _tear_newest(job.run)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def torn(write: Callable[..., Any], path_of: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -11,13 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from finished_run import content_of, copy_of, write_manifest_anew
-from processes import build_trainer
-from tiny import tiny_llama
+from finished_run import OPTIONS, content_of, copy_of, write_manifest_anew
+from peft import LoraConfig
+from processes import Job, build_trainer
+from tiny import byte_level_tokenizer, tiny_llama, tiny_trainer
+from transformers import TrainerCallback
 
+from attention_rl_trainer.checkpointing import read_run_state
 from attention_rl_trainer.durability import CheckpointError, find_checkpoint
 from attention_rl_trainer.durability.manifest import MANIFEST_NAME
 from attention_rl_trainer.ledger import read_ledger
+from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 
 
 def truncate(path: Path) -> None:
@@ -157,3 +162,39 @@ def test_planted_payloads_do_not_run(finished: Path, tmp_path: Path, monkeypatch
         with pytest.raises(Exception, match=r"(?i)header|no state"):
             build_trainer(other).train(resume_from_checkpoint=str(other.run / "checkpoint-4"))
         assert not mark.exists()
+
+
+def test_sets_of_modules_are_written_in_order(texts: list[str], tmp_path: Path) -> None:
+    """PEFT keeps them in sets, which each process orders differently."""
+    config = LoraConfig(
+        target_modules={"v_proj", "q_proj", "o_proj", "k_proj"}, exclude_modules={"b", "c", "a", "lm_head"}
+    )
+    trainer = tiny_trainer(tmp_path, texts, byte_level_tokenizer(texts), trainer_options={"peft_config": config})
+    trainer.save_model()
+    written = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert written["exclude_modules"] == ["a", "c", "lm_head"]
+
+
+class WatchSaves(TrainerCallback):
+    """Looks at what a step keeps in memory alone, where a checkpoint is written."""
+
+    def __init__(self, trainer: AttentionGuidedRLTrainer) -> None:
+        self.trainer = trainer
+        self.held: list[tuple[int, int, int | None]] = []
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        self.held.append((len(trainer._window), len(trainer._unwritten_rows), trainer._window_trajectories))
+
+
+def test_no_trajectory_outlives_its_step_unsaved(tmp_path: Path) -> None:
+    job = Job(tmp_path, OPTIONS | {"gradient_accumulation_steps": 2, "num_iterations": 2})
+    trainer = build_trainer(job)
+    watch = WatchSaves(trainer)
+    trainer.add_callback(watch)
+    trainer.train()
+    assert watch.held == [(0, 0, None)] * 3
+    for step, episodes in ((1, 8), (2, 16), (3, 24)):
+        assert read_run_state(job.run / f"checkpoint-{step}").num_episodes == episodes
+    assert len(read_ledger(job.run / "trajectories.jsonl")) == 24

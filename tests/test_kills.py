@@ -7,6 +7,7 @@ random moments.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import random
 import shutil
@@ -73,7 +74,7 @@ def wait_for_config(job: Job) -> None:
 def expect_goes_on(job: Job, reference: Reference) -> None:
     """Resume a killed run, and compare what it learned with the run that nobody killed."""
     log = job.folder / "log.txt"
-    resumed = replace(job, resume=True, die_at=-1)
+    resumed = replace(job, resume=True, die_at=-1, events_file=None)
     assert run(resumed) == 0, log.read_text()
     assert adapter_hash(resumed) == reference.adapter
     assert [row.episode for row in read_ledger(job.run / "trajectories.jsonl")] == list(range(EPISODES))
@@ -83,9 +84,11 @@ def expect_goes_on(job: Job, reference: Reference) -> None:
     assert not list(job.run.glob("_staging-*")) + list(job.run.glob("_trash-*"))
 
 
-def kill_at(event: int, folder: Path, reference: Reference) -> None:
-    job = Job(folder, OPTIONS, die_at=event)
-    assert run(job) == -signal.SIGKILL, f"event {event}: {reference.events[event]}"
+def kill_at(event: int, folder: Path, reference: Reference, *, tear: bool = False) -> None:
+    job = Job(folder, OPTIONS, die_at=event, tear=tear, events_file=folder / "events.txt")
+    folder.mkdir(parents=True)
+    assert run(job) == -signal.SIGKILL
+    assert (folder / "events.txt").read_text().splitlines() == reference.events[: event + 1]
     expect_goes_on(job, reference)
     shutil.rmtree(folder)
 
@@ -118,10 +121,21 @@ def test_killed_at_every_write(chunk: int, tmp_path: Path, reference: Reference)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 4])
+def test_killed_with_each_file_of_a_checkpoint_in_half(step: int, tmp_path: Path, reference: Reference) -> None:
+    place = f" _staging-checkpoint-{step}"
+    points = [number for number, event in enumerate(reference.events) if place in event]
+    assert len(points) >= 12
+    # At each write, and at what comes after the last one, the file before is torn.
+    for event in (*points[1:], points[-1] + 1):
+        kill_at(event, tmp_path / str(event), reference, tear=True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(5))
 def test_killed_at_random_moments(chunk: int, tmp_path: Path, reference: Reference) -> None:
-    moments = random.Random(chunk)
-    for number in range(MOMENTS // 5):
+    moments, killed = random.Random(chunk), 0
+    for number in itertools.count():
         job = Job(tmp_path / str(number), OPTIONS)
         process = start(job)
         wait_for_config(job)
@@ -132,7 +146,40 @@ def test_killed_at_random_moments(chunk: int, tmp_path: Path, reference: Referen
         process.join()
         # A run that was faster than the reference has ended by itself, which resuming must not change either.
         assert process.exitcode in (-signal.SIGKILL, 0)
+        killed += process.exitcode == -signal.SIGKILL
         expect_goes_on(job, reference)
+        if killed == MOMENTS // 5:
+            break
+        assert number < 3 * MOMENTS, "the moments lie behind the end of the run"
+
+
+REPORTING = OPTIONS | {
+    "report_at_end": True,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "eval_episodes": 4,
+    "eval_order_episodes": 2,
+}
+
+
+@pytest.mark.slow
+def test_killed_at_the_writes_of_evaluations_and_of_the_report(tmp_path: Path) -> None:
+    whole = Job(tmp_path / "whole", REPORTING, events_file=tmp_path / "events.txt")
+    assert run(whole) == 0, (whole.folder / "log.txt").read_text()
+    events = (tmp_path / "events.txt").read_text().splitlines()
+    points = [number for number, event in enumerate(events) if "report/" in event or "evaluation/" in event]
+    assert len(points) >= 12
+    names = {str(path.relative_to(whole.run)) for path in whole.run.rglob("*") if path.is_file()}
+    assert {"report/summary.md", "report/gains.png", "evaluation/eval/evaluation.md"} <= names
+    for event in points:
+        job = Job(tmp_path / str(event), REPORTING, die_at=event)
+        assert run(job) == -signal.SIGKILL
+        assert run(replace(job, resume=True, die_at=-1)) == 0, (job.folder / "log.txt").read_text()
+        assert adapter_hash(job) == adapter_hash(whole)
+        assert {str(path.relative_to(job.run)) for path in job.run.rglob("*") if path.is_file()} == names, events[event]
+        for name in ("evaluation/eval/evaluation.json", "trajectories.jsonl"):
+            assert (job.run / name).read_bytes() == (whole.run / name).read_bytes()
+        shutil.rmtree(job.folder)
 
 
 @pytest.mark.slow

@@ -15,14 +15,20 @@ from finished_run import OPTIONS, StopAt, content_of, copy_of, write_manifest_an
 from peft import LoraConfig
 from processes import Job, build_trainer, run
 from tiny import article_texts, byte_level_tokenizer, tiny_config, tiny_gpt2, tiny_llama, tiny_trainer
+from tokenizers import Tokenizer
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast
 
+from attention_rl_trainer.adapters import default_lora_config
 from attention_rl_trainer.durability import CheckpointError
 from attention_rl_trainer.durability.manifest import find_damage
-from attention_rl_trainer.durability.staging import (
-    list_checkpoints,
-)
+from attention_rl_trainer.durability.staging import list_checkpoints
 from attention_rl_trainer.ledger import read_ledger
+from attention_rl_trainer.memory import KVMemoryEnvironment
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
+
+
+class OtherEnvironment(KVMemoryEnvironment):
+    """An environment of the user's own."""
 
 
 class TestOtherRuns:
@@ -97,6 +103,53 @@ class TestOtherRuns:
         assert refusal(tiny_trainer(tmp_path, texts, tokenizer, **OPTIONS | {"optim": "sgd"})) == {"optim"}
         tokenizer.add_tokens(["<another>"])
         assert refusal(tiny_trainer(tmp_path, texts, tokenizer, **OPTIONS)) == {"tokenizer"}
+
+    def test_what_only_the_objects_say_is_listed(self, tmp_path: Path) -> None:
+        """No option of the run tells of these."""
+        texts = article_texts(30)
+        tokenizer = byte_level_tokenizer(texts)
+        short = OPTIONS | {"num_episodes": 8}
+
+        def build(tokenizer: PreTrainedTokenizerFast = tokenizer, **given: Any) -> AttentionGuidedRLTrainer:
+            return tiny_trainer(tmp_path, texts, tokenizer, trainer_options=given, **short)
+
+        def refusal(trainer: AttentionGuidedRLTrainer) -> list[str]:
+            with pytest.raises(CheckpointError, match="belongs to another run") as caught:
+                trainer.train(resume_from_checkpoint=True)
+            return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+        build().train()
+        specification = json.loads(tokenizer.backend_tokenizer.to_str())
+        specification["model"]["merges"] = specification["model"]["merges"][:-20]
+        merged_less = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(specification)), eos_token=tokenizer.eos_token
+        )
+        assert merged_less.get_vocab() == tokenizer.get_vocab()
+        assert [line.partition(":")[0] for line in refusal(build(merged_less))] == ["tokenizer"]
+        # Cutting and filling up are no part of how text is read.
+        tokenizer.backend_tokenizer.enable_truncation(8)
+        tokenizer.backend_tokenizer.enable_padding()
+        build().train(resume_from_checkpoint=True)
+        for options in ({"use_rslora": True}, {"lora_dropout": 0.5}, {"alpha_pattern": {"q_proj": 4}}):
+            config = default_lora_config(tiny_llama())
+            for name, value in options.items():
+                setattr(config, name, value)
+            (line,) = refusal(build(peft_config=config))
+            assert line.startswith("adapter.options: ")
+            ((name, value),) = options.items()
+            assert f"{name}={value}" in line.partition(" there, ")[2]
+        assert refusal(build(environment=OtherEnvironment(1.0))) == [
+            "environment: 'KVMemoryEnvironment' there, 'OtherEnvironment' here"
+        ]
+        optimizer = torch.optim.RAdam([torch.nn.Parameter(torch.zeros(1))])
+        assert refusal(build(optimizers=(optimizer, None))) == ["optim: 'adamw_torch' there, 'RAdam' here"]
+
+    def test_a_worker_shuffles_a_stream_differently(self, tmp_path: Path) -> None:
+        job = Job(tmp_path, OPTIONS | {"num_episodes": 8}, streaming=True)
+        build_trainer(job).train()
+        other = replace(job, options=job.options | {"dataloader_num_workers": 1})
+        with pytest.raises(CheckpointError, match="dataloader_num_workers: 0 there, 1 here"):
+            build_trainer(other).train(resume_from_checkpoint=True)
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_one_other_article_is_another_data_set(self, streaming: bool, tmp_path: Path) -> None:
@@ -216,8 +269,110 @@ class TestOtherRuns:
         build_trainer(longer).train(resume_from_checkpoint=True)
         assert summary.read_text() != old
 
+    @pytest.mark.parametrize("ledger", ["gone", "torn", "of another run"])
+    def test_a_report_that_is_missing_does_not_stop_a_finished_run(
+        self, ledger: str, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        job = replace(copy_of(finished, tmp_path), options=OPTIONS | {"report_at_end": True})
+        path = job.run / "trajectories.jsonl"
+        checkpoint: str | bool = True
+        if ledger == "gone":
+            path.unlink()
+        elif ledger == "torn":
+            with path.open("ab") as file:
+                file.write(b'{"episode": 24, "tor')
+        else:
+            checkpoint = str(copy_of(finished, tmp_path / "other").run / "checkpoint-6")
+        trainer = build_trainer(job)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.state.global_step == 6
+        assert (job.run / "report" / "summary.md").is_file() == (ledger == "torn")
+        assert (f"No report: {path} is not there" in caplog.text) == (ledger == "gone")
+
+    def test_a_path_may_be_an_object(self, finished: Path, tmp_path: Path) -> None:
+        trainer = build_trainer(copy_of(finished, tmp_path))
+        trainer.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-6")
+        assert trainer.state.global_step == 6
+
     def test_save_only_model_cannot_be_gone_on_from(self, tmp_path: Path) -> None:
         job = Job(tmp_path, OPTIONS | {"save_only_model": True})
         build_trainer(job).train()
         with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is missing, .*save_only_model"):
             build_trainer(job).train(resume_from_checkpoint=True)
+
+
+class TestSchedules:
+    """The options of a run that goes on act; where they cannot, it says so."""
+
+    def rates(self, trainer: AttentionGuidedRLTrainer) -> list[float]:
+        return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+
+    @pytest.mark.parametrize(
+        ("before", "after", "expected"),
+        [
+            ("reduce_lr_on_plateau", "constant", [1e-2] * 3),
+            ("reduce_lr_on_plateau", "linear", [1e-2, 1e-2, 1e-2 / 3]),
+            ("constant", "reduce_lr_on_plateau", [1e-2] * 3),
+        ],
+    )
+    def test_of_another_kind(self, before: str, after: str, expected: list[float], tmp_path: Path) -> None:
+        options = {
+            "eval_strategy": "epoch",
+            "eval_episodes": 2,
+            "eval_tables": False,
+            "metric_for_best_model": "reward",
+        }
+        job = Job(tmp_path, OPTIONS | options | {"lr_scheduler_type": before, "num_episodes": 8, "logging_steps": 1})
+        build_trainer(job).train()
+        later = replace(job, options=job.options | {"lr_scheduler_type": after, "num_episodes": 12})
+        trainer = build_trainer(later)
+        trainer.train(resume_from_checkpoint=True)
+        assert self.rates(trainer) == pytest.approx(expected)
+
+    def test_one_of_the_users_own(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """It changes the momentum too."""
+
+        def build(folder: str) -> AttentionGuidedRLTrainer:
+            texts = article_texts(30)
+            trainer = tiny_trainer(tmp_path / folder, texts, byte_level_tokenizer(texts), **OPTIONS)
+            trainable = [p for p in trainer.policy.model.parameters() if p.requires_grad]
+            trainer.optimizer = torch.optim.AdamW(trainable, lr=1e-3)
+            trainer.lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(trainer.optimizer, 1e-2, total_steps=6)
+            return trainer
+
+        build("whole").train()
+        assert "goes on with" not in caplog.text
+        whole = tmp_path / "whole" / "run"
+        shutil.copytree(whole / "checkpoint-2", tmp_path / "part" / "run" / "checkpoint-2")
+        build("part").train(resume_from_checkpoint=True)
+        assert "OneCycleLR goes on with the learning rate of the checkpoint" in caplog.text
+        for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+            last = f"checkpoint-6/{name}"
+            assert (tmp_path / "part" / "run" / last).read_bytes() == (whole / last).read_bytes(), name
+
+
+def test_two_callbacks_of_one_kind_go_on_with_what_they_counted(tmp_path: Path) -> None:
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_episodes": 2,
+        "eval_tables": False,
+        "metric_for_best_model": "reward",
+        "restore_callback_states_from_checkpoint": True,
+        "learning_rate": 1e-8,
+    }
+
+    def build(folder: str) -> AttentionGuidedRLTrainer:
+        trainer = build_trainer(Job(tmp_path / folder, OPTIONS | options))
+        # Nothing is ever an improvement, so that the first would end the run at its fifth evaluation, the second never.
+        for patience in (4, 90):
+            trainer.add_callback(EarlyStoppingCallback(patience, early_stopping_threshold=100.0))
+        return trainer
+
+    build("whole").train()
+    whole = tmp_path / "whole" / "run"
+    assert [path.name for path in list_checkpoints(whole)][-1] == "checkpoint-5"
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "part" / "run" / "checkpoint-4")
+    resumed = build("part")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5

@@ -6,13 +6,14 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import adapted, article_texts, save_tiny_llama, tiny_config, tiny_gpt2, tiny_llama, tiny_trainer
 from torch import Tensor
@@ -899,3 +900,44 @@ def test_one_article_is_learned_by_heart(tmp_path: Path, texts: list[str], token
     assert len({frozenset(row.pair_numbers) for row in rows}) == 1
     rewards = [row.reward for row in rows]
     assert sum(rewards[-40:]) / 40 > sum(rewards[:40]) / 40 + 0.5
+
+
+HOSTILE_TITLES = [
+    "half a pair \ud83d",
+    "two\nlines\r\n",
+    "[bold red]markup[/bold red]",
+    "| a | table |",
+    "<script>alert(1)</script>",
+    "nul\x00",
+    "\u202eright to left",
+    "---\nlicense: mit\n---",
+    "../../escape",
+    "x" * 10_000,
+]
+
+
+@pytest.mark.parametrize("kind", ["list", "map", "stream"])
+def test_titles_may_be_anything(
+    kind: str, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    titles = HOSTILE_TITLES if kind != "map" else HOSTILE_TITLES[1:]  # Arrow holds no half of a pair
+    rows = [{"title": title, "text": text} for title, text in zip(titles, texts, strict=False)]
+
+    def generate() -> Iterator[dict[str, str]]:
+        yield from rows
+
+    sources = {"list": lambda: rows, "map": lambda: Dataset.from_list(rows)}
+    trainer = AttentionGuidedRLTrainer(
+        tiny_llama(),
+        args=tiny_config(
+            tmp_path, num_episodes=len(rows), log_trajectory_steps=1, report_at_end=True, disable_tqdm=False
+        ),
+        processing_class=tokenizer,
+        train_dataset=sources.get(kind, lambda: IterableDataset.from_generator(generate))(),
+    )
+    trainer.train()
+    trainer.save_model()
+    read = {row.title for row in read_ledger(trainer.ledger.path)}
+    assert read == {title.encode("utf-8", "replace").decode() for title in titles}
+    assert (tmp_path / "run" / "report" / "summary.md").read_text(encoding="utf-8")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
