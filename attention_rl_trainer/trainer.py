@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import itertools
 import json
 import logging
 import math
-import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -23,7 +21,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -32,8 +29,9 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from attention_rl_trainer.accumulation import GradientAccumulator
 from attention_rl_trainer.adapters import AdapterSnapshot, add_adapter
-from attention_rl_trainer.articles import Article, ArticleStream, ArticleTable, StreamPosition
+from attention_rl_trainer.articles import ArticleStream
 from attention_rl_trainer.assembly import (
     build_policy,
     health_limits,
@@ -68,18 +66,22 @@ from attention_rl_trainer.durability import (
 )
 from attention_rl_trainer.evaluation import TableBuilder, evaluate_policy, folder_name
 from attention_rl_trainer.filtering import RewardStatistics, keep_mask
-from attention_rl_trainer.finiteness import NonFiniteError, expect_finite, located
+from attention_rl_trainer.finiteness import expect_finite
 from attention_rl_trainer.health import HealthMonitor
 from attention_rl_trainer.ledger import Ledger, LedgerRow
+from attention_rl_trainer.loading import (
+    Articles,
+    article_collator,
+    article_loader,
+    evaluation_stream,
+    training_stream,
+)
 from attention_rl_trainer.losses import step_advantages
 from attention_rl_trainer.memory import DifferentiableEnvironment, KVMemoryEnvironment, MemoryEnvironment
-from attention_rl_trainer.micro_batches import AccumulationStart, MicroBatchSize, halve_until_it_fits
+from attention_rl_trainer.micro_batches import MicroBatchSize
 from attention_rl_trainer.pairs import (
     ArticleBatch,
-    ArticlePairsDataset,
     ArticleReference,
-    collate_article_pairs,
-    first_usable_articles,
 )
 from attention_rl_trainer.policy import (
     base_language_model,
@@ -107,10 +109,10 @@ from attention_rl_trainer.run_identity import article_facts, model_facts, option
 from attention_rl_trainer.tokenization import PlainTextEncoder, Separators
 from attention_rl_trainer.types import Trajectory
 from attention_rl_trainer.update import KeptTrajectories, LossTerms, compute_loss_terms
+from attention_rl_trainer.window import UpdateWindow
 
 logger = logging.getLogger(__name__)
 
-Articles: TypeAlias = ArticleTable | Sequence[Mapping[str, object]] | Sequence[Article]
 Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 
 RUN_CONFIG_NAME = "attention_rl_config.json"
@@ -190,7 +192,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             super().__init__(
                 model=adapted,
                 args=args,
-                data_collator=partial(_collate, tokens_per_key=args.tokens_per_key),
+                data_collator=article_collator(args),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
@@ -226,19 +228,10 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self.snapshot.refresh()
         self._metrics = MetricsBuffer()
         self._health = HealthMonitor(health_limits(self.args))
-        self._micro_batch_size = MicroBatchSize(self.args.training_batch_size)
-        self._forget_window()
-
-    def _forget_window(self) -> None:
-        """Be ready for the next update; a window is the rollout batches of one."""
-        self._window: list[KeptTrajectories] = []
-        # Trajectories of the present update, known at its first batch; `None` between two updates.
-        self._window_trajectories: int | None = None
-        # Rows of the ledger, written when the update's optimizer step is sure to be taken.
-        self._unwritten_rows: list[LedgerRow] = []
-        self._run_state_before = self.run_state
-        # What the optimizer steps before the last one change; `None` before the first of several.
-        self._weights_before: OptimizerRestorePoint | None = None
+        size = MicroBatchSize(self.args.training_batch_size)
+        self._accumulator = GradientAccumulator(self._trainable, size, self.policy.device)
+        # The rollout batches of the present update; `None` between two updates.
+        self._window: UpdateWindow | None = None
 
     def _new_sampler(self, settings: RolloutSettings) -> TrajectorySampler:
         return TrajectorySampler(self.policy, self.environment, self.separators, settings)
@@ -305,52 +298,13 @@ class AttentionGuidedRLTrainer(DurableTrainer):
 
     # ---- Data ----
 
-    def _article_stream(
-        self, articles: Articles, position: StreamPosition, *, num_epochs: int | None = None
-    ) -> ArticleStream:
-        """Read articles endlessly, shuffled; or ``num_epochs`` times, in their order."""
-        return ArticleStream(
-            articles,
-            source=_source_name(articles),
-            seed=self.args.seed,
-            text_column=self.args.dataset_text_column,
-            shuffle=self.args.shuffle and num_epochs is None,
-            shuffle_buffer_size=self.args.shuffle_buffer_size,
-            position=position,
-            process_index=self.args.process_index,
-            num_processes=self.args.world_size,
-            num_epochs=num_epochs,
-        )
-
-    def _loader(self, stream: ArticleStream, batch_size: int) -> DataLoader[Any]:
-        rows = ArticlePairsDataset(
-            stream,
-            self.encoder,
-            self.args.pair_shape,
-            self.args.seed,
-            same_memory=self.args.overfit_articles > 0,
-        )
-        return DataLoader(
-            rows,
-            batch_size=batch_size,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            worker_init_fn=_leave_process_group if self.args.dataloader_num_workers else None,
-            pin_memory=False,
-        )
-
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return an endless loader of article batches, from the position of the run on."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset of articles; give one to the trainer")
-        articles = self.train_dataset
-        if self.args.overfit_articles > 0:
-            # In the order of the source, once.
-            once = self._article_stream(articles, StreamPosition(), num_epochs=1)
-            articles = first_usable_articles(once, self.encoder, self.args.pair_shape, self.args.overfit_articles)
-        self._stream = self._article_stream(articles, self.run_state.position)
+        self._stream = training_stream(self.train_dataset, self.encoder, self.args, self.run_state.position)
         self._skipped_before = dict(self.run_state.skipped)
-        return self._loader(self._stream, self.args.generation_batch_size)
+        return article_loader(self._stream, self.encoder, self.args, self.args.generation_batch_size)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Return 0: a batch of articles is no model input whose operations the Trainer could count."""
@@ -466,19 +420,17 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         """
         model.train()
         batch = self._cut_to_run(inputs["articles"])
-        if self._window_trajectories is None:
-            self._run_state_before = copy.deepcopy(self.run_state)
-        with self._undone_if_it_fails():
-            if len(batch) == 0:
-                with self._phase("update", 0, _UPDATE_MEMORY_OPTIONS):
-                    self._end_of_window(model)
-                return torch.zeros((), device=self.args.device)
-            return self._train_on(model, batch)
-
-    def _train_on(self, model: nn.Module, batch: ArticleBatch) -> Tensor:
-        if self._window_trajectories is None:
+        if self._window is None:
             remaining = self.args.num_episodes - self.run_state.num_episodes
-            self._window_trajectories = min(remaining, self.args.episodes_per_step)
+            self._window = UpdateWindow(min(remaining, self.args.episodes_per_step), copy.deepcopy(self.run_state))
+        with self._undone_if_it_fails(self._window):
+            if len(batch) > 0:
+                return self._train_on(model, batch, self._window)
+            with self._phase("update", 0, _UPDATE_MEMORY_OPTIONS):
+                self._take_further_steps(model, self._window)
+            return torch.zeros((), device=self.args.device)
+
+    def _train_on(self, model: nn.Module, batch: ArticleBatch, window: UpdateWindow) -> Tensor:
         first = self.run_state.num_episodes
         started = time.perf_counter()
         with self._phase("rollout", len(batch), _ROLLOUT_MEMORY_OPTIONS):
@@ -487,37 +439,38 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         with self._phase("filter", len(batch), _ROLLOUT_MEMORY_OPTIONS, batch.articles):
             history, keep = self._judge(trajectory)
         with self._phase("update", int(keep.sum()), _UPDATE_MEMORY_OPTIONS, batch.articles):
-            loss = self._update(model, batch, trajectory, history, keep)
-            self._end_of_window(model)
-        self._record(batch, trajectory, history, keep)
+            rows = keep.nonzero().squeeze(1)
+            kept = [self._kept(batch, trajectory, history, rows, window)] if len(rows) else []
+            window.kept += kept
+            loss = self._accumulate(model, kept)
+            self._take_further_steps(model, window)
+        window.rows += self._record(batch, trajectory, history, keep)
         self._record_times(trajectory, rolled_out - started, time.perf_counter() - rolled_out)
         return loss
 
     @contextmanager
-    def _undone_if_it_fails(self) -> Iterator[None]:
+    def _undone_if_it_fails(self, window: UpdateWindow) -> Iterator[None]:
         """Go back to where the run stood before the present update, should it fail."""
         try:
             yield
         except BaseException:
-            self.run_state = self._run_state_before
-            if self._weights_before is not None:
-                self._weights_before.restore()
+            self.run_state = window.run_state_before
+            if window.weights_before is not None:
+                window.weights_before.restore()
             self.policy.model.zero_grad()
-            self._forget_window()
+            self._window = None
             raise
 
-    def _end_of_window(self, model: nn.Module) -> None:
+    def _take_further_steps(self, model: nn.Module, window: UpdateWindow) -> None:
         """Before the Trainer's own optimizer step, take those that ``num_iterations`` > 1 adds to it."""
-        if not self.accelerator.sync_gradients:
-            return
-        if not self._window or self.args.num_iterations == 1:
+        if not self.accelerator.sync_gradients or not window.kept or self.args.num_iterations == 1:
             return
         assert self.optimizer is not None
         changing = [*self._trainable.values(), *self.snapshot.state_dict().values()]
-        self._weights_before = OptimizerRestorePoint(changing, self.optimizer)
+        window.weights_before = OptimizerRestorePoint(changing, self.optimizer)
         for iteration in range(2, self.args.num_iterations + 1):
             self._step_optimizer(model)
-            self._accumulate(model, self._window, iteration)
+            self._accumulate(model, window.kept, iteration)
 
     def _cut_to_run(self, batch: ArticleBatch) -> ArticleBatch:
         """Leave out the rows of the last batch that go beyond ``num_episodes``."""
@@ -554,17 +507,13 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self.run_state.statistics.update(trajectory.avg_reward)
         return history, keep
 
-    def _update(
-        self, model: nn.Module, batch: ArticleBatch, trajectory: Trajectory, history: RewardStatistics, keep: Tensor
-    ) -> Tensor:
-        """Accumulate the gradient of the kept trajectories, and remember them for further iterations."""
-        rows = keep.nonzero().squeeze(1)
-        kept = [self._kept(batch, trajectory, history, rows)] if len(rows) else []
-        self._window += kept
-        return self._accumulate(model, kept)
-
     def _kept(
-        self, batch: ArticleBatch, trajectory: Trajectory, history: RewardStatistics, rows: Tensor
+        self,
+        batch: ArticleBatch,
+        trajectory: Trajectory,
+        history: RewardStatistics,
+        rows: Tensor,
+        window: UpdateWindow,
     ) -> KeptTrajectories:
         advantages = step_advantages(
             trajectory.stack("reward")[rows],
@@ -575,65 +524,37 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         )
         articles = [batch.articles[row] for row in rows.tolist()]
         expect_finite({"advantage": advantages}, articles)
-        assert self._window_trajectories is not None
-        weights = torch.full((len(rows),), 1 / self._window_trajectories, device=rows.device)
+        weights = torch.full((len(rows),), 1 / window.num_trajectories, device=rows.device)
         return KeptTrajectories.select(trajectory, rows, advantages, weights, articles)
 
     def _accumulate(self, model: nn.Module, batches: Sequence[KeptTrajectories], iteration: int = 1) -> Tensor:
         """Differentiate the loss of kept trajectories in micro-batches that fit; returns it detached."""
-        largest = max((len(batch) for batch in batches), default=0)
-        size_before = self._micro_batch_size.size
-        start = AccumulationStart(self._trainable.values(), self.policy.device)
-
-        def attempt(size: int) -> tuple[Tensor, list[dict[str, float]]]:
-            with self._phase("update", largest, _UPDATE_MEMORY_OPTIONS, micro_batch_size=size):
-                return self._accumulate_in(size, model, batches, iteration)
-
-        total, sums = halve_until_it_fits(attempt, self._micro_batch_size, largest, start.restore)
-        for values in sums:
+        accumulated = self._accumulator.accumulate(
+            partial(self._differentiate, model),
+            batches,
+            iteration,
+            lambda rows, size: self._phase("update", rows, _UPDATE_MEMORY_OPTIONS, micro_batch_size=size),
+        )
+        for values in accumulated.metrics:
             self._metrics.add(values)
-        if self._micro_batch_size.size < size_before:
+        if accumulated.halved_from is not None:
             logger.warning(
                 "Memory ran out in the update of step %d; its micro-batches and those of all further steps have %d "
                 "trajectories instead of %d. To begin with that, lower training_batch_size",
                 self.state.global_step + 1,
-                self._micro_batch_size.size,
-                size_before,
+                self._accumulator.size.size,
+                accumulated.halved_from,
             )
-        return total
-
-    def _accumulate_in(
-        self, size: int, model: nn.Module, batches: Sequence[KeptTrajectories], iteration: int
-    ) -> tuple[Tensor, list[dict[str, float]]]:
-        """Do so in micro-batches of a size; returns the loss too, and what is logged of each batch."""
-        total = torch.zeros((), device=self.args.device)
-        logged = []
-        numbers = itertools.count(1)
-        for batch in batches:
-            sums: dict[str, float] = defaultdict(float)
-            for micro_batch in batch.split(size):
-                with located(f"micro-batch {next(numbers)} of iteration {iteration}", micro_batch.articles):
-                    loss, terms = self._differentiate(model, micro_batch)
-                total += loss
-                sums["policy_loss"] += terms.policy.item()
-                sums["kl"] += terms.kl.item() / self._weight_of_tokens(batch)
-            logged.append(sums)
-        return total, logged
+        return accumulated.loss
 
     def _differentiate(self, model: nn.Module, micro_batch: KeptTrajectories) -> tuple[Tensor, LossTerms]:
-        """Add a micro-batch's gradient to what is there, and check it; returns the loss, detached, and its parts."""
+        """Add a micro-batch's gradient to what is there; returns the loss, detached, and its parts."""
         # Activation checkpointing runs the layers again in the backward, which must see the same dropout.
         with dropout_disabled(model) if self.args.disable_dropout else nullcontext():
             with self.compute_loss_context_manager():
                 loss, terms = self.compute_loss(model, {"trajectories": micro_batch}, return_outputs=True)
             self.accelerator.backward(loss)
-        self._expect_finite_gradient()
         return loss.detach(), terms
-
-    @staticmethod
-    def _weight_of_tokens(batch: KeptTrajectories) -> float:
-        """Weight of all query tokens of a batch together; a weighted sum over them becomes a mean by it."""
-        return batch.weights.sum().item() * len(batch.query_starts) * batch.query_length
 
     def compute_loss(
         self,
@@ -672,36 +593,30 @@ class AttentionGuidedRLTrainer(DurableTrainer):
 
     def _before_optimizer_step(self) -> None:
         """Write down what the present update read, once nothing stands in the way of its last optimizer step."""
-        articles = [article for batch in self._window for article in batch.articles]
-        with self._undone_if_it_fails(), self._phase("optimizer step", len(articles), _UPDATE_MEMORY_OPTIONS, articles):
+        window = self._window
+        assert window is not None
+        articles = window.articles
+        with (
+            self._undone_if_it_fails(window),
+            self._phase("optimizer step", len(articles), _UPDATE_MEMORY_OPTIONS, articles),
+        ):
             self._refresh_previous_adapter()
-            self.ledger.append(self._unwritten_rows)
-        self._forget_window()
+            self.ledger.append(window.rows)
+        self._window = None
 
     def _refresh_previous_adapter(self) -> None:
         """Check the gradient and refresh the previous adapter, unless the step will move nothing."""
-        if not self._expect_finite_gradient():
+        if not self._accumulator.expect_finite():
             return
         self.snapshot.refresh()
         self.run_state.num_updates += 1
 
-    def _expect_finite_gradient(self) -> bool:
-        """Refuse a gradient that is not finite, or whose norm is not; returns whether there is any gradient.
-
-        Clipping would turn a finite gradient whose norm overflows into zeros.
-        """
-        gradients = {name: p.grad for name, p in self._trainable.items() if p.grad is not None}
-        if not gradients:
-            return False
-        if not bool(torch.nn.utils.get_total_norm(list(gradients.values())).isfinite()):
-            bad = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
-            raise NonFiniteError(f"the gradient of {bad[0]}" if bad else "the norm of the gradient")
-        return True
-
     # ---- Records ----
 
-    def _record(self, batch: ArticleBatch, trajectory: Trajectory, history: RewardStatistics, keep: Tensor) -> None:
-        """Advance the run and write down what the batch gave."""
+    def _record(
+        self, batch: ArticleBatch, trajectory: Trajectory, history: RewardStatistics, keep: Tensor
+    ) -> list[LedgerRow]:
+        """Advance the run and its metrics by what the batch gave; returns the ledger's rows of it."""
         self.run_state.num_episodes += len(batch)
         self.run_state.position = batch.position_after
         self.run_state.skipped = dict(Counter(self._skipped_before) + Counter(batch.skipped))
@@ -719,7 +634,6 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             keep=keep,
             is_warmup=is_warmup,
         )
-        self._unwritten_rows += rows
         self._latest_row = max(rows, key=lambda row: row.reward)
         self._metrics.add(trajectory_metrics(trajectory))
         self._metrics.add(
@@ -733,6 +647,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
                 "skipped_articles": sum(self.run_state.skipped.values()),
             }
         )
+        return rows
 
     def _record_times(self, trajectory: Trajectory, rollout_seconds: float, update_seconds: float) -> None:
         self._metrics.add(
@@ -792,9 +707,10 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             return {name: value for part in parts for name, value in part.items()}
         if articles is None:
             raise ValueError("evaluation needs an eval_dataset of articles; give one to the trainer or to evaluate()")
-        stream = self._article_stream(articles, StreamPosition(), num_epochs=self.args.eval_epochs)
+        stream = evaluation_stream(articles, self.args, num_epochs=self.args.eval_epochs)
         sampler = self._new_sampler(rollout_settings(self.args, evaluation=True))
-        loader = self._loader(stream, min(self.args.generation_batch_size, self.args.eval_episodes))
+        batch_size = min(self.args.generation_batch_size, self.args.eval_episodes)
+        loader = article_loader(stream, self.encoder, self.args, batch_size)
         builder = None
         if self.args.eval_tables:
             expect_fitting_orders(self.separators, context_length(self.policy.model), self.args)
@@ -848,7 +764,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             self.run_state,
             metrics=self._metrics.state_dict(),
             health=self._health.state_dict(),
-            micro_batches=self._micro_batch_size.state_dict(),
+            micro_batches=self._accumulator.size.state_dict(),
         )
         save_run_state(folder, state, self.snapshot.state_dict())
 
@@ -862,7 +778,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         state, previous_adapter = load_run_state(folder)
         self._metrics.load_state_dict(state.metrics)
         self._health.load_state_dict(state.health)
-        self._micro_batch_size.load_state_dict(state.micro_batches)
+        self._accumulator.size.load_state_dict(state.micro_batches)
         self.run_state = replace(state, metrics={}, health={}, micro_batches={})
         self.snapshot.load_state_dict(previous_adapter)
 
@@ -896,19 +812,3 @@ def _max_steps(args: AttentionGuidedRLConfig, steps: int) -> Iterator[None]:
         yield
     finally:
         args.max_steps = -1
-
-
-def _collate(rows: Sequence[Any], tokens_per_key: int) -> dict[str, Any]:
-    return {"articles": collate_article_pairs(rows, tokens_per_key)}
-
-
-def _leave_process_group(worker: int) -> None:
-    """A signal to the trainer's whole group must not take the articles away before the step has ended."""
-    if os.name == "posix":
-        os.setpgid(0, 0)
-
-
-def _source_name(articles: Articles) -> str:
-    if isinstance(articles, Dataset | IterableDataset) and articles.info.dataset_name:
-        return str(articles.info.dataset_name)
-    return type(articles).__name__

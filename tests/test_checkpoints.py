@@ -181,11 +181,10 @@ class WatchSaves(TrainerCallback):
 
     def __init__(self, trainer: AttentionGuidedRLTrainer) -> None:
         self.trainer = trainer
-        self.held: list[tuple[int, int, int | None]] = []
+        self.windows: list[object] = []
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        self.held.append((len(trainer._window), len(trainer._unwritten_rows), trainer._window_trajectories))
+        self.windows.append(self.trainer._window)
 
 
 def test_no_trajectory_outlives_its_step_unsaved(tmp_path: Path) -> None:
@@ -194,7 +193,7 @@ def test_no_trajectory_outlives_its_step_unsaved(tmp_path: Path) -> None:
     watch = WatchSaves(trainer)
     trainer.add_callback(watch)
     trainer.train()
-    assert watch.held == [(0, 0, None)] * 3
+    assert watch.windows == [None] * 3
     for step, episodes in ((1, 8), (2, 16), (3, 24)):
         assert read_run_state(job.run / f"checkpoint-{step}").num_episodes == episodes
     assert len(read_ledger(job.run / "trajectories.jsonl")) == 24

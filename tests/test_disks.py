@@ -108,7 +108,10 @@ def can_mount() -> bool:
 
 class TestDisks:
     @pytest.mark.skipif(not can_mount(), reason="needs a namespace in which a small disk can be mounted")
-    @pytest.mark.parametrize(("spoil", "path"), [("fill", "trajectories.jsonl"), ("fill_nearly", "checkpoint-4")])
+    @pytest.mark.parametrize(
+        ("spoil", "path"),
+        [("fill_nearly", "checkpoint-4"), pytest.param("fill", "trajectories.jsonl", marks=pytest.mark.slow)],
+    )
     def test_a_full_disk(self, spoil: str, path: str, finished: Path, tmp_path: Path) -> None:
         error, checkpoints, learned = train_on_a_disk(tmp_path, spoil, "unshare", "--map-root-user", "--mount")
         assert learned == adapter_hash(finished)

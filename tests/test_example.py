@@ -185,6 +185,23 @@ class TestOtherStarts:
         assert done.returncode == 0, done.stderr
         assert episodes_of(tmp_path / "run") == list(range(16))
 
+    def test_a_finished_run_is_resumed(self, inputs: Inputs, tmp_path: Path) -> None:
+        """With a report, and an evaluation at its end; by itself, and by a path."""
+        run = tmp_path / "run"
+        flags = [*inputs.flags, "--episodes", "16", "--output_dir", "run", "--dataset_eval_name", str(inputs.articles)]
+        first = train(*flags, "--eval_episodes", "4", folder=tmp_path)
+        assert first.returncode == 0, first.stderr
+        files = [path for path in run.rglob("*") if path.is_file() and path.name != "_run.lock"]
+        names = {str(path.relative_to(run)) for path in files}
+        assert {"report/summary.md", "evaluation/eval/evaluation.md", "adapter_model.safetensors"} <= names
+        before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+        for resume in (["--resume"], ["--resume_from_checkpoint", "run/checkpoint-2"]):
+            again = train(*flags, "--eval_episodes", "4", *resume, folder=tmp_path)
+            assert again.returncode == 0, again.stderr
+            assert "nothing is run" in again.stderr
+            now = [path for path in run.rglob("*") if path.is_file() and path.name != "_run.lock"]
+            assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in now} == before
+
     def test_resume_after_a_run_that_ended_past_its_checkpoint(self, inputs: Inputs, tmp_path: Path) -> None:
         """Sixteen episodes, then a ledger with rows that no checkpoint covers, as a kill leaves it."""
         run = tmp_path / "run"

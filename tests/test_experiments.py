@@ -43,6 +43,7 @@ def grid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "grid.yaml"
 
 
+@pytest.mark.slow
 def test_a_grid_runs_what_has_no_row(grid_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = grids.read_grid(grid_file)
     runs = list(grids.runs_of(grid))

@@ -121,6 +121,7 @@ def test_killed_at_every_write(chunk: int, tmp_path: Path, reference: Reference)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("step", [2, 4])
 def test_killed_with_each_file_of_a_checkpoint_in_half(step: int, tmp_path: Path, reference: Reference) -> None:
     place = f" _staging-checkpoint-{step}"
@@ -163,6 +164,7 @@ REPORTING = OPTIONS | {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_at_the_writes_of_evaluations_and_of_the_report(tmp_path: Path) -> None:
     whole = Job(tmp_path / "whole", REPORTING, events_file=tmp_path / "events.txt")
     assert run(whole) == 0, (whole.folder / "log.txt").read_text()

@@ -259,7 +259,7 @@ def test_secrets_are_written_nowhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--trust_remote_code", "true"), "trust_remote_code"),
+        pytest.param(("--trust_remote_code", "true"), "trust_remote_code", marks=pytest.mark.slow),
         (("--model_init_kwargs", '{"trust_remote_code": true}'), "trust_remote_code"),
     ],
 )

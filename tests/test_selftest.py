@@ -176,6 +176,7 @@ class TestGap:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 class TestTraining:
     """One seed, as shipped and with the update broken in two ways; ``attention-rl selftest`` runs five."""
 

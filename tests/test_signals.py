@@ -192,6 +192,7 @@ class TestSignals:
         process.join(30)
         assert process.exitcode == -signal.SIGTERM, (tmp_path / "log.txt").read_text()
 
+    @pytest.mark.slow
     def test_a_worker_that_hangs_keeps_nobody_from_ending(self, tmp_path: Path) -> None:
         job = Job(tmp_path, OPTIONS | {"dataloader_num_workers": 1, "num_episodes": 8})
         process = start(job, train_on_rows_that_hang)
@@ -279,6 +280,19 @@ class TestSignals:
         assert run(replace(job, resume=True)) == 0, (tmp_path / "log.txt").read_text()
         reference = (finished / "run" / "adapter_model.safetensors").read_bytes()
         assert (job.run / "adapter_model.safetensors").read_bytes() == reference
+
+    def test_the_second_acts_also_where_it_was_ignored(self) -> None:
+        """A shell lets what it starts in the background ignore SIGINT."""
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            with pytest.raises(KeyboardInterrupt), Interruption():
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+            with Interruption() as interruption:
+                os.kill(os.getpid(), signal.SIGINT)
+            assert interruption.received is signal.SIGINT
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def test_handlers_are_given_back(self) -> None:
         before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

@@ -46,6 +46,8 @@ class Interruption:
         if self.received is not None:
             # Whatever is being written is staged, so that nothing is broken by stopping in the middle of it.
             self.__exit__()
+            if signal.getsignal(number) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         self.received = signal.Signals(number)
