@@ -166,9 +166,7 @@ def test_planted_payloads_do_not_run(finished: Path, tmp_path: Path, monkeypatch
 
 def test_sets_of_modules_are_written_in_order(texts: list[str], tmp_path: Path) -> None:
     """PEFT keeps them in sets, which each process orders differently."""
-    config = LoraConfig(
-        target_modules={"v_proj", "q_proj", "o_proj", "k_proj"}, exclude_modules={"b", "c", "a", "lm_head"}
-    )
+    config = LoraConfig(target_modules={"v_proj", "q_proj", "o_proj", "k_proj"}, exclude_modules={"c", "a", "lm_head"})
     trainer = tiny_trainer(tmp_path, texts, byte_level_tokenizer(texts), trainer_options={"peft_config": config})
     trainer.save_model()
     written = json.loads((tmp_path / "run" / "adapter_config.json").read_text())

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import torch
 
 from attention_rl_trainer.durability import StagingError
 from attention_rl_trainer.durability.staging import (
@@ -89,7 +90,7 @@ def train_on_a_disk(folder: Path, spoil: str, *before: str) -> list[str]:
         [*before, sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
         timeout=240,
         check=False,
     )
