@@ -291,9 +291,13 @@ class AttentionGuidedRLConfig(TrainingArguments):
         path.write_text(json.dumps(self.to_jsonable(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def to_jsonable(self) -> dict[str, Any]:
-        """Return the options, without what follows from them; secrets are masked and infinities are spelled."""
+        """Return the options, without what follows from them or says how a process was started.
+
+        Secrets are masked and infinities are spelled.
+        """
         options = self.to_dict()
-        del options["max_steps"]
+        for name in ("max_steps", "resume_from_checkpoint"):
+            del options[name]
         jsonable: dict[str, Any] = _jsonable(options)
         return jsonable
 

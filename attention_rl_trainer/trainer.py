@@ -375,7 +375,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
     def _tell_changed_options(self, checkpoint: Path) -> None:
         path = checkpoint / RUN_CONFIG_NAME
         before, now = json.loads(path.read_text(encoding="utf-8")), self.args.to_jsonable()
-        places = {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "num_episodes"}
+        places = {"output_dir", "logging_dir", "run_name", "num_episodes"}
         changed = [name for name in now if name not in places and name in before and before[name] != now[name]]
         if changed:
             listed = ", ".join(f"{name} ({before[name]!r} there, {now[name]!r} here)" for name in changed)

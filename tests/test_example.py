@@ -174,6 +174,43 @@ def test_a_signal_leaves_a_checkpoint_and_its_code(number: int, code: int, input
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_demo_killed_twice_ends_like_the_demo(tmp_path: Path) -> None:
+    """The embedded model and real articles; killed in the first steps and while a checkpoint is being written."""
+    flags = ["--config", str(SCRIPT.parent / "configs" / "demo.yaml"), "--episodes", "24", "--batch-size", "4"]
+    flags += ["--save_episodes", "8", "--warmup_episodes", "4", "--filter_threshold", "0", "--dtype", "float32"]
+
+    def run_until(place: str, *more: str) -> None:
+        """Kill the process as soon as there is such a file or folder."""
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *flags, "--output_dir", "killed", *more], cwd=tmp_path, env=environment
+        )
+        deadline = time.monotonic() + 600
+        while not list((tmp_path / "killed").glob(place)) and time.monotonic() < deadline:
+            assert process.poll() is None, "it ended before"
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    whole = [sys.executable, str(SCRIPT), *flags, "--output_dir", "whole"]
+    subprocess.run(whole, cwd=tmp_path, env=environment, check=True, timeout=900)
+    run_until("trajectories.jsonl")
+    run_until("_staging-checkpoint-4/*", "--resume")
+    assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
+    end = [sys.executable, str(SCRIPT), *flags, "--output_dir", "killed", "--resume"]
+    subprocess.run(end, cwd=tmp_path, env=environment, check=True, timeout=900)
+    state = json.loads((tmp_path / "whole" / "checkpoint-6" / "attention_rl_state.json").read_text())
+    assert state["num_updates"] >= 2
+    for name in (
+        *("adapter_model.safetensors", "trajectories.jsonl", "checkpoint-6/optimizer.safetensors"),
+        *("checkpoint-6/previous_adapter.safetensors", "checkpoint-6/random_states.safetensors"),
+    ):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.slow
 class TestOtherStarts:
     def test_accelerate_launch(self, inputs: Inputs, tmp_path: Path) -> None:
         done = start(
