@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,13 @@ def count_forwards(
     return calls
 
 
+class CtrlC(TrainerCallback):
+    """Sends its own process what the terminal sends."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 class TestHooks:
     def build(self, folder: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> AttentionGuidedRLTrainer:
         options = {"num_episodes": 16, "warmup_episodes": 1, "filter_threshold": float("-inf"), "selector_coef": 1.0}
@@ -120,6 +128,17 @@ class TestHooks:
         trainer = self.build(tmp_path, texts, tokenizer)
         before = hooks_of(trainer.policy.model)
         trainer.train()
+        assert hooks_of(trainer.policy.model) == before
+
+    def test_none_are_left_after_a_signal(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        trainer = self.build(tmp_path, texts, tokenizer)
+        before = hooks_of(trainer.policy.model)
+        trainer.add_callback(CtrlC())
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert trainer.state.global_step == 1
         assert hooks_of(trainer.policy.model) == before
 
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

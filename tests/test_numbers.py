@@ -541,7 +541,7 @@ def warnings_about_memory(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 class TestMemoryInTheUpdate:
     @pytest.mark.parametrize("fail", [cuda_error, pytest.param(cpu_error, marks=pytest.mark.slow)])
-    @pytest.mark.parametrize("in_backward", [False, True])
+    @pytest.mark.parametrize("in_backward", [pytest.param(False, marks=pytest.mark.slow), True])
     @pytest.mark.parametrize(
         "options",
         [

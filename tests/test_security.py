@@ -256,10 +256,11 @@ def test_secrets_are_written_nowhere(tmp_path: Path) -> None:
     assert '"hub_token": "<HUB_TOKEN>"' in (tmp_path / "run" / "attention_rl_config.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        pytest.param(("--trust_remote_code", "true"), "trust_remote_code", marks=pytest.mark.slow),
+        (("--trust_remote_code", "true"), "trust_remote_code"),
         (("--model_init_kwargs", '{"trust_remote_code": true}'), "trust_remote_code"),
     ],
 )

@@ -181,6 +181,7 @@ class TestSignals:
         (checkpoint,) = list_checkpoints(tmp_path / "run")
         assert not find_damage(checkpoint)
 
+    @pytest.mark.slow
     def test_a_worker_that_hangs_keeps_nobody_from_stopping(self, tmp_path: Path) -> None:
         job = Job(tmp_path, OPTIONS | {"dataloader_num_workers": 1})
         process = start(job, train_on_rows_that_hang)

@@ -168,7 +168,9 @@ def copied(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(params=["GPT-2", "SmolLM2", "llama", "llama with a prefix", "unigram"])
+@pytest.fixture(
+    params=["GPT-2", pytest.param("SmolLM2", marks=pytest.mark.slow), "llama", "llama with a prefix", "unigram"]
+)
 def family(request: pytest.FixtureRequest, texts: list[str]) -> PreTrainedTokenizerFast:
     """A tokenizer of each family, with special and other added tokens; the first two are those of real models."""
     builders: dict[str, Callable[[], PreTrainedTokenizerFast]] = {

@@ -902,6 +902,13 @@ def test_one_article_is_learned_by_heart(tmp_path: Path, texts: list[str], token
     assert sum(rewards[-40:]) / 40 > sum(rewards[:40]) / 40 + 0.5
 
 
+def test_remote_code_cannot_be_asked_for(tmp_path: Path, texts: list[str]) -> None:
+    save_tiny_llama(tmp_path / "model", texts)
+    args = tiny_config(tmp_path, model_init_kwargs={"trust_remote_code": True})
+    with pytest.raises(ValueError, match=r"model_init_kwargs takes .*; got trust_remote_code"):
+        AttentionGuidedRLTrainer(str(tmp_path / "model"), args=args, train_dataset=[{"text": text} for text in texts])
+
+
 HOSTILE_TITLES = [
     "half a pair \ud83d",
     "two\nlines\r\n",
