@@ -257,6 +257,15 @@ def test_a_page_without_an_end_is_not_read_into_memory(tmp_path: Path, monkeypat
     assert re.search(r"breaks after page 2, 'b': a page has more than 300,000 bytes", rows[-1]["title"])
 
 
+def test_a_long_history_is_no_long_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dumps, "MAX_PAGE_BYTES", 300_000)
+    revisions = "".join(f"<revision><text>{number} {'a' * 100_000}</text></revision>" for number in range(30))
+    history = page("T", "first").replace("</page>", f"{revisions}</page>")
+    path = write(tmp_path / "history.xml", dump(history, page("U", "next")))
+    pages = list(dumps.read_wiki_pages(path))
+    assert [(item.title, item.markup[:5]) for item in pages] == [("T", "29 aa"), ("U", "next")]
+
+
 def test_a_few_bytes_that_become_gigabytes_are_refused(tmp_path: Path) -> None:
     """Forty bytes are a block of 46 MB of one character."""
     head, tail = numbered_dump(2).split("<page><title>T1<")

@@ -38,8 +38,8 @@ _LIST_TEMPLATE = re.compile(
 _REDIRECT = re.compile(r"\s*#redirect\b", re.IGNORECASE)
 
 MAX_PAGE_BYTES = 2**26
-"""Bytes of XML a page may have; those of Wikipedia have 2 MiB of text at most, which is 12 MiB where each character is
-written as an entity."""
+"""Bytes of XML that a page, or a revision in its history, may have. Wikipedia's have 2 MiB of text at most, which is 12
+MiB where each character is written as an entity."""
 MAX_BLOCK_BYTES = 2**26
 """Bytes that one kibibyte of a compressed file may become: a block holds 900 kB, but of one character 46 MB."""
 
@@ -222,6 +222,7 @@ def _whole_blocks(decompressor: bz2.BZ2Decompressor, piece: bytes) -> bytes:
 
 def _parse_pages(pieces: Iterable[bytes], path: Path) -> Iterator[WikiPage]:
     root: ElementTree.Element | None = None
+    page: ElementTree.Element | None = None
     size = 0
 
     def measured() -> Iterator[bytes]:
@@ -240,6 +241,13 @@ def _parse_pages(pieces: Iterable[bytes], path: Path) -> Iterator[WikiPage]:
                     f"{str(path)!r} is XML, but no MediaWiki dump: its root element is <{_local_name(root)}>, "
                     "expected <mediawiki>."
                 )
+        elif event == "start" and _local_name(element) == "page":
+            page = element
+        elif event == "end" and _local_name(element) == "revision" and page is not None:
+            # Of a page's history the last revision alone is read.
+            for earlier in [child for child in page if _local_name(child) == "revision"][:-1]:
+                page.remove(earlier)
+            size = 0
         elif event == "end" and _local_name(element) == "page":
             yield _page(element)
             size = 0
