@@ -102,7 +102,7 @@ def sampled_weights(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple
     for name, parameter in parameters:
         flat = parameter.detach().reshape(-1)
         values = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)].cpu().contiguous().view(torch.uint8)
-        own_name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        own_name = name.removeprefix("base_model.model.").replace("base_layer.", "")
         samples[own_name] = list(parameter.shape), str(parameter.dtype), values.numpy().tobytes().hex()
     return samples
 

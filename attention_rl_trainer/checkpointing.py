@@ -37,6 +37,7 @@ class RunState:
         skipped: articles passed over, by reason.
         metrics: numbers collected since the last log, by name.
         health: what the health monitor remembers.
+        micro_batches: the size of micro-batches, and what it was halved from.
     """
 
     statistics: RewardStatistics = field(default_factory=RewardStatistics)

@@ -312,8 +312,14 @@ class AttentionGuidedRLConfig(TrainingArguments):
         lines = (f"{name}={value},\n" for name, value in sorted(self.to_dict().items()))
         return f"{type(self).__name__}(\n{''.join(lines)})"
 
-    # The dataclass would make one that shows the Hub token.
+    # The dataclass would make one that shows the Hub token, also for a subclass.
     __repr__ = __str__
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let a subclass that is a dataclass show itself as this class does."""
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in cls.__dict__:
+            cls.__repr__ = AttentionGuidedRLConfig.__str__  # type: ignore[assignment, method-assign]
 
     @property
     def pair_shape(self) -> PairShape:

@@ -57,13 +57,13 @@ from attention_rl_trainer.checkpointing import (
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.diagnostics import peak_memory_gib, phase
 from attention_rl_trainer.durability import (
-    DurableTrainer,
     Fact,
     adopt_checkpoint,
     checkpoint_step,
     find_checkpoint,
     set_aside_run,
 )
+from attention_rl_trainer.durability.trainer import DurableTrainer
 from attention_rl_trainer.evaluation import TableBuilder, evaluate_policy, folder_name
 from attention_rl_trainer.filtering import RewardStatistics, keep_mask
 from attention_rl_trainer.finiteness import expect_finite
@@ -740,7 +740,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             parts["environment"] = type(self.environment).__qualname__
             if self._given_optimizer is not None:
                 parts["optim"] = self._given_optimizer
-            # Once a run: of a stream it reads the first row.
+            # Once a run: it reads rows of the data set.
             self._identity = super().run_identity() | parts
         return self._identity
 

@@ -117,6 +117,7 @@ class TestBaseModelStays:
             {"init_lora_weights": "orthogonal"},
             {"use_dora": True},
             {"use_rslora": True, "rank_pattern": {"q_proj": 4}},
+            {"target_parameters": ["mlp.gate_proj.weight", "mlp.up_proj.weight"], "target_modules": []},
         ],
     )
     def test_switched_off_the_others_leave_it_as_it_was(self, options: dict[str, Any], llama: PreTrainedModel) -> None:

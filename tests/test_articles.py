@@ -266,6 +266,21 @@ def test_a_long_history_is_no_long_page(tmp_path: Path, monkeypatch: pytest.Monk
     assert [(item.title, item.markup[:5]) for item in pages] == [("T", "29 aa"), ("U", "next")]
 
 
+@pytest.mark.parametrize(
+    "content", ["<x>{}</x><revision /> ".format("a" * 50_000) * 40, "<x />" * 40_000 + "<revision />" * 2_000]
+)
+def test_what_stands_between_revisions_is_not_kept(content: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "odd.xml", dump(page("T", "old").replace("</page>", f"{content}</page>")))
+    start = time.process_time()
+    tracemalloc.start()
+    (found,) = dumps.read_wiki_pages(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (found.title, found.markup) == ("T", "")
+    assert peak < 30_000_000
+    assert time.process_time() - start < 10
+
+
 def test_a_few_bytes_that_become_gigabytes_are_refused(tmp_path: Path) -> None:
     """Forty bytes are a block of 46 MB of one character."""
     head, tail = numbered_dump(2).split("<page><title>T1<")

@@ -19,6 +19,8 @@ from attention_rl_trainer.articles.markup import TangledMarkupError, plain_text
         ("plain (text) with a < b > c", 0),
         ("{{a|{{b}}|c={{{1|}}}}} [[d|e]] [http://f g] <ref name=h>i</ref><br><ref name=j /><li>", 0),
         ("[[File:a|[http://b c]]] [[d|[e]]]", 0),
+        ("[http://x see [[Foo]]] [in [[Paris]]] [[a [b]]]", 0),
+        (":{|\n| a\n|}", 0),
         ("{|\n| a\n|}\n{{Infobox\n| a =|\n|}}", 0),
         ("{{a|", 1),
         ("a}} b]]", 2),

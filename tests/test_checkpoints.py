@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from finished_run import OPTIONS, content_of, copy_of, write_manifest_anew
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig
 from processes import Job, build_trainer
 from tiny import byte_level_tokenizer, tiny_llama, tiny_trainer
 from transformers import TrainerCallback
@@ -172,6 +172,15 @@ def test_sets_of_modules_are_written_in_order(texts: list[str], tmp_path: Path) 
     written = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert written["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert written["exclude_modules"] == ["a", "c", "lm_head"]
+
+
+def test_sets_of_other_kinds_too(texts: list[str], tmp_path: Path) -> None:
+    config = IA3Config(target_modules={"v_proj", "k_proj", "down_proj"}, feedforward_modules={"down_proj"})
+    trainer = tiny_trainer(tmp_path, texts, byte_level_tokenizer(texts), trainer_options={"peft_config": config})
+    trainer.save_model()
+    written = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["down_proj", "k_proj", "v_proj"]
+    assert written["feedforward_modules"] == ["down_proj"]
 
 
 class WatchSaves(TrainerCallback):

@@ -323,8 +323,14 @@ class TestModelInitKwargs:
         }
         assert written["run_name"] == "a@b http://c/d@e"
         assert config.model_init_kwargs == nested
+
         # What trackers are given, and what is printed.
-        for text in (config.to_json_string(), str(config.to_sanitized_dict()), str(config), repr(config)):
+        @dataclasses.dataclass
+        class OwnConfig(AttentionGuidedRLConfig):
+            """A user's."""
+
+        own = OwnConfig(output_dir=str(tmp_path), model_init_kwargs=nested, hub_token="hf_configsecret")
+        for text in (config.to_json_string(), str(config.to_sanitized_dict()), str(config), repr(config), repr(own)):
             assert "tokens_per_query" in text
             assert "<HUB_TOKEN>" in text
             assert "<INCLUDE" not in text

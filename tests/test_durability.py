@@ -16,8 +16,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from attention_rl_trainer.durability import StagingError
+from attention_rl_trainer.durability import StagingError, staging
 from attention_rl_trainer.durability.manifest import MANIFEST_NAME, find_damage, write_manifest
 from attention_rl_trainer.durability.random_states import capture_random_states, restore_random_states
 from attention_rl_trainer.durability.staging import (
@@ -119,6 +120,9 @@ class TestStaging:
             (folder / "b").write_text("b")
         assert {path.name for path in target.iterdir()} == {"b", MANIFEST_NAME}
         assert list(tmp_path.iterdir()) == [target]
+
+    def test_the_name_of_checkpoints_is_the_trainers(self) -> None:
+        assert staging.CHECKPOINT_PREFIX == PREFIX_CHECKPOINT_DIR
 
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
     def test_an_exception_leaves_what_was_there(self, error: type[BaseException], tmp_path: Path) -> None:

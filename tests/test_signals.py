@@ -201,7 +201,10 @@ class TestSignals:
         assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
 
     def test_no_evaluation_comes_behind_the_checkpoint(self, tmp_path: Path) -> None:
-        job = Job(tmp_path, OPTIONS | {"eval_strategy": "epoch", "eval_episodes": 2, "eval_tables": False})
+        options = {"eval_strategy": "epoch", "eval_episodes": 2, "eval_tables": False}
+        # A metric by which an evaluation without numbers could not be judged.
+        options |= {"metric_for_best_model": "reward"}
+        job = Job(tmp_path, OPTIONS | options)
         trainer = build_trainer(job)
         trainer.add_callback(SignalAt(3))
         with pytest.raises(SystemExit):
@@ -211,6 +214,29 @@ class TestSignals:
         trainer = build_trainer(job)
         trainer.train(resume_from_checkpoint=True)
         assert [entry["step"] for entry in trainer.state.log_history if "eval_reward" in entry] == [6]
+
+    def test_after_the_last_step_it_comes(self, tmp_path: Path) -> None:
+        """No run will go on from there."""
+        options = {"eval_strategy": "epoch", "eval_episodes": 2, "eval_tables": False}
+        trainer = build_trainer(Job(tmp_path, OPTIONS | options))
+        trainer.add_callback(SignalAt(6))
+        with pytest.raises(SystemExit):
+            trainer.train()
+        assert [entry["step"] for entry in trainer.state.log_history if "eval_reward" in entry] == [6]
+
+    def test_a_signal_in_an_evaluation_is_followed_by_the_checkpoint(self, tmp_path: Path) -> None:
+        options = {"eval_strategy": "steps", "eval_steps": 3, "eval_episodes": 2, "eval_tables": False}
+        trainer = build_trainer(Job(tmp_path, OPTIONS | options | {"save_episodes": 1000}))
+        evaluate = trainer.evaluate
+
+        def interrupted(*arguments: Any, **given: Any) -> dict[str, float]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(*arguments, **given)
+
+        trainer.evaluate = interrupted  # type: ignore[method-assign]
+        with pytest.raises(SystemExit):
+            trainer.train()
+        assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
 
     def test_an_evaluation_before_the_checkpoint_is_done(self, tmp_path: Path) -> None:
         """The run that goes on begins after it."""

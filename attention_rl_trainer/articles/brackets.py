@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mwparserfromhell.definitions import is_single
 
 # The parser gives up on what is nested deeper than 40, and takes it for text too.
 _MAX_DEPTH = 30
 _TOKEN = re.compile(
-    r"(?P<table>^[ \t]*\{\||^[ \t]*\|\}(?!\}))"
+    r"(?P<table>^[ \t:*#]*\{\||^[ \t]*\|\}(?!\}))"
     r"|(?P<run>\{{2,}|\}{2,}|\[+|\]+)"
     r"|<(?P<slash>/?)(?P<tag>[a-z][a-z0-9]*)(?P<attributes>[^<>]*)",
     re.IGNORECASE | re.MULTILINE,
@@ -39,7 +39,7 @@ def count_unpaired(markup: str) -> int:
     unpaired = 0
     open_marks: list[str] = []
     counts: Counter[str] = Counter()
-    for mark, is_opening in _marks(markup):
+    for mark, is_opening in _marks(markup, open_marks):
         if is_opening:
             open_marks.append(mark)
             counts[mark] += 1
@@ -54,13 +54,13 @@ def count_unpaired(markup: str) -> int:
     return unpaired + len(open_marks)
 
 
-def _marks(markup: str) -> Iterator[tuple[str, bool]]:
-    """Find what opens and what closes, each by the name of its kind."""
+def _marks(markup: str, open_marks: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Find what opens and what closes, each by the name of its kind, beside what is open at the time."""
     for token in _TOKEN.finditer(markup):
         if token["table"]:
             yield "{|", token["table"].endswith("{|")
         elif token["run"]:
-            yield from _bracket_marks(token["run"])
+            yield from _bracket_marks(token["run"], open_marks)
         else:
             if _OPEN_QUOTATION.search(token["attributes"]):
                 yield '"', True
@@ -68,9 +68,15 @@ def _marks(markup: str) -> Iterator[tuple[str, bool]]:
                 yield f"<{token['tag'].lower()}>", not token["slash"]
 
 
-def _bracket_marks(run: str) -> Iterator[tuple[str, bool]]:
-    """Cut a run of one bracket into pairs; of an odd number of square ones, one is left, which the inner link has."""
-    kind, is_opening = ("{{", run[0] == "{") if run[0] in "{}" else ("[[", run[0] == "[")
-    pairs = [(kind, is_opening)] * (len(run) // 2)
-    single = [("[", is_opening)] * (len(run) % 2 if kind == "[[" else 0)
-    yield from pairs + single if is_opening else single + pairs
+def _bracket_marks(run: str, open_marks: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Cut a run of one bracket into pairs, and square ones into single ones where such a one is to be closed."""
+    if run[0] in "{}":
+        yield from [("{{", run[0] == "{")] * (len(run) // 2)
+    elif run[0] == "[":
+        yield from [("[[", True)] * (len(run) // 2) + [("[", True)] * (len(run) % 2)
+    else:
+        left = len(run)
+        while left > 0:
+            is_single = left == 1 or open_marks[-1:] == ["["]
+            yield "[" if is_single else "[[", False
+            left -= 1 if is_single else 2

@@ -43,6 +43,7 @@ MiB where each character is written as an entity."""
 MAX_BLOCK_BYTES = 2**26
 """Bytes that one kibibyte of a compressed file may become: a block holds 900 kB, but of one character 46 MB."""
 
+_PAGE_FIELDS = ("title", "ns", "redirect", "revision")
 _PIECE_BYTES = 2**16
 _COMPRESSED_PIECE_BYTES = 2**10
 _PART_BYTES = 2**20
@@ -244,9 +245,9 @@ def _parse_pages(pieces: Iterable[bytes], path: Path) -> Iterator[WikiPage]:
         elif event == "start" and _local_name(element) == "page":
             page = element
         elif event == "end" and _local_name(element) == "revision" and page is not None:
-            # Of a page's history the last revision alone is read.
-            for earlier in [child for child in page if _local_name(child) == "revision"][:-1]:
-                page.remove(earlier)
+            # Of a page's history the last revision alone is read; nothing else is kept, however much there is.
+            fields = {_local_name(child): child for child in page}
+            page[:] = [fields[name] for name in _PAGE_FIELDS if name in fields]
             size = 0
         elif event == "end" and _local_name(element) == "page":
             yield _page(element)

@@ -1,6 +1,7 @@
 """What keeps a run from losing anything: staged checkpoints, their manifest, a lock, and an orderly stop.
 
-Works with any `transformers.Trainer`; knows nothing about articles, queries or rewards.
+Works with any `transformers.Trainer`; knows nothing about articles, queries or rewards. `DurableTrainer` is in
+`trainer`, so that what only writes files does not load transformers.
 """
 
 from attention_rl_trainer.durability.discovery import CheckpointError, find_checkpoint
@@ -13,11 +14,9 @@ from attention_rl_trainer.durability.staging import (
     set_aside_run,
     staged_files,
 )
-from attention_rl_trainer.durability.trainer import DurableTrainer
 
 __all__ = [
     "CheckpointError",
-    "DurableTrainer",
     "Fact",
     "RunLockedError",
     "StagingError",

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from attention_rl_trainer.durability.manifest import find_damage, listed_files, write_manifest
 
@@ -26,7 +25,9 @@ _STAGING = "_staging-"
 _TRASH = "_trash-"
 _EARLIER = "_earlier-"
 _MOVING = "moving.json"
-_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+# The Trainer's own, which takes seconds to be imported.
+CHECKPOINT_PREFIX = "checkpoint"
+_CHECKPOINT = re.compile(rf"{CHECKPOINT_PREFIX}-(\d+)")
 
 
 class StagingError(OSError):
@@ -53,7 +54,7 @@ def checkpoint_step(checkpoint: Path) -> int:
     """
     match = _CHECKPOINT.fullmatch(checkpoint.name)
     if match is None:
-        raise ValueError(f"{checkpoint} is not named {PREFIX_CHECKPOINT_DIR}-<step>")
+        raise ValueError(f"{checkpoint} is not named {CHECKPOINT_PREFIX}-<step>")
     return int(match[1])
 
 
@@ -63,7 +64,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     Args:
         output_dir: the run's folder.
     """
-    found = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_checkpoint_name(path.name)]
+    found = [path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}-*") if is_checkpoint_name(path.name)]
     return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
 
 
@@ -253,7 +254,7 @@ def clear_leftovers(output_dir: Path) -> list[Path]:
     for moving in output_dir.glob(f"{_EARLIER}*/{_MOVING}"):
         _end_move(moving.parent)
     finished = []
-    for staging in sorted(output_dir.glob(f"{_STAGING}{PREFIX_CHECKPOINT_DIR}-*")):
+    for staging in sorted(output_dir.glob(f"{_STAGING}{CHECKPOINT_PREFIX}-*")):
         target = output_dir / staging.name.removeprefix(_STAGING)
         if not target.exists() and not find_damage(staging):
             os.rename(staging, target)

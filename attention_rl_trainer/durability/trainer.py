@@ -112,10 +112,18 @@ class DurableTrainer(Trainer):
         # The Trainer skips the scheduler for ``eval_on_start`` alone, which means a run's start, not any that goes on.
         if skip_scheduler and self.state.global_step > 0:
             return {}
-        # Behind the checkpoint that a signal asked for comes nothing but the end.
-        if self._interruption.received is not None and self._callback.saved_step == self.state.global_step:
+        # Behind the checkpoint that a signal asked for comes nothing but the end; the run that goes on evaluates.
+        is_saved = self._callback.saved_step == self.state.global_step
+        if self._interruption.received is not None and is_saved and self.state.global_step < self.state.max_steps:
             return {}
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)
+
+    def mute_closed_outputs(self) -> None:
+        """Print into nothing where a signal came and nobody reads any more what is printed."""
+        self._interruption.mute_closed_outputs()
 
     def expect_own_checkpoint(self, checkpoint: Path) -> None:
         """Refuse a checkpoint from which this run cannot go on.
@@ -145,7 +153,7 @@ class DurableTrainer(Trainer):
             control: the Trainer's.
             save: whether a checkpoint is still to be written.
         """
-        self._interruption.mute_closed_outputs()
+        self.mute_closed_outputs()
         if self._interruption.received is not None:
             control.should_save = control.should_save or save
             control.should_training_stop = True
@@ -222,7 +230,7 @@ class DurableTrainer(Trainer):
         for part in parts:
             if part is not None:
                 part.save_pretrained(folder)
-        _sort_module_names(folder / ADAPTER_CONFIG_NAME)
+        _sort_sets(folder / ADAPTER_CONFIG_NAME, self.model)
         self.save_extras(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -337,7 +345,10 @@ class DurableTrainer(Trainer):
             scheduler._last_lr = rates
         else:
             # It keeps the rate in the groups alone, and may change more than the rate.
-            logger.warning("%s goes on with the learning rate of the checkpoint", type(scheduler).__name__)
+            logger.warning(
+                "%s goes on with the learning rate and the other options of the optimizer that the checkpoint holds",
+                type(scheduler).__name__,
+            )
         self.load_run_state(Path(checkpoint))
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -354,15 +365,15 @@ class DurableTrainer(Trainer):
             self._random_states_before = load_tree(Path(checkpoint) / RANDOM_STATES_NAME)
 
 
-def _sort_module_names(path: Path) -> None:
+def _sort_sets(path: Path, model: Any) -> None:
     """Give an adapter's module names an order: PEFT keeps sets, which come out differently in each process."""
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        listed = [config[name] for name in ("target_modules", "exclude_modules") if isinstance(config.get(name), list)]
-        if listed:
-            for names in listed:
-                names.sort()
-            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    if not path.is_file():
+        return
+    options = vars(model.peft_config[model.active_adapter])
+    names = [name for name, value in options.items() if isinstance(value, set)]
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {name: sorted(config[name]) for name in names}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 class _DurabilityCallback(TrainerCallback):
@@ -387,6 +398,14 @@ class _DurabilityCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._trainer.interrupt_if_asked(control, save=True)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.mute_closed_outputs()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # A signal that came during an evaluation within a run; the Trainer saves after it if asked.
+        if self._trainer.is_in_train:
+            self._trainer.interrupt_if_asked(control, save=self.saved_step != state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.saved_step = state.global_step
