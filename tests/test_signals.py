@@ -79,8 +79,9 @@ class SignalAt(TrainerCallback):
 class HangingRows(Sequence[Mapping[str, str]]):
     """Twenty articles, of which a file system does not hand out all."""
 
-    def __init__(self, served: int) -> None:
+    def __init__(self, served: int, told: Path) -> None:
         self.served = served
+        self.told = told  # which process hangs
         self.texts = article_texts(20)
 
     def __len__(self) -> int:
@@ -90,6 +91,7 @@ class HangingRows(Sequence[Mapping[str, str]]):
         if get_worker_info() is not None:
             self.served -= 1
             if self.served < 0:
+                self.told.write_text(str(os.getpid()))
                 time.sleep(3600)
         return {"text": self.texts[index]}
 
@@ -100,7 +102,7 @@ def train_on_rows_that_hang(job: Job) -> None:
     trainer = AttentionGuidedRLTrainer(
         model=tiny_llama(),
         args=tiny_config(job.folder, **job.options),
-        train_dataset=HangingRows(served=9),
+        train_dataset=HangingRows(9, job.folder / "hangs"),
         processing_class=byte_level_tokenizer(texts),
     )
     trainer.add_callback(TellSteps(job.folder))
@@ -192,6 +194,7 @@ class TestSignals:
         os.kill(process.pid, signal.SIGTERM)
         process.join(30)
         assert process.exitcode == -signal.SIGTERM, (tmp_path / "log.txt").read_text()
+        expect_gone(int((tmp_path / "hangs").read_text()))
 
     @pytest.mark.slow
     def test_a_worker_that_hangs_keeps_nobody_from_ending(self, tmp_path: Path) -> None:
@@ -199,6 +202,7 @@ class TestSignals:
         process = start(job, train_on_rows_that_hang)
         process.join(60)
         assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
+        expect_gone(int((tmp_path / "hangs").read_text()))
 
     def test_no_evaluation_comes_behind_the_checkpoint(self, tmp_path: Path) -> None:
         options = {"eval_strategy": "epoch", "eval_episodes": 2, "eval_tables": False}
@@ -345,6 +349,18 @@ class TestSignals:
         thread.join()
         assert not failures
         assert list_checkpoints(tmp_path / "run")
+
+
+def expect_gone(process_id: int) -> None:
+    """Wait until a process that is not our own child has ended."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.kill(process_id, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {process_id} is still there")
 
 
 def wait_for_step(job: Job, step: int) -> int:

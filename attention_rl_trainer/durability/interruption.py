@@ -7,6 +7,7 @@ The exit code is what a shell reports for the signal: 130 after SIGINT (as a `Ke
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import select
 import signal
@@ -46,6 +47,8 @@ class Interruption:
         if self.received is not None:
             # Whatever is being written is staged, so that nothing is broken by stopping in the middle of it.
             self.__exit__()
+            for child in multiprocessing.active_children():
+                child.terminate()  # a worker that hangs would outlive the run
             if signal.getsignal(number) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.kill(os.getpid(), number)
