@@ -345,7 +345,7 @@ class TestSchedules:
         whole = tmp_path / "whole" / "run"
         shutil.copytree(whole / "checkpoint-2", tmp_path / "part" / "run" / "checkpoint-2")
         build("part").train(resume_from_checkpoint=True)
-        assert "OneCycleLR goes on with the learning rate of the checkpoint" in caplog.text
+        assert "OneCycleLR goes on with the learning rate and the other options" in caplog.text
         for name in ("adapter_model.safetensors", "optimizer.safetensors"):
             last = f"checkpoint-6/{name}"
             assert (tmp_path / "part" / "run" / last).read_bytes() == (whole / last).read_bytes(), name
