@@ -7,6 +7,7 @@ append to the ledger, which are torn in half.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -66,6 +67,11 @@ class Job:
     def run(self) -> Path:
         """The run's folder."""
         return self.folder / "run"
+
+
+def adapter_hash(job: Job) -> str:
+    """Hash the adapter that a job saved at its end."""
+    return hashlib.sha256((job.run / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def build_trainer(job: Job) -> AttentionGuidedRLTrainer:

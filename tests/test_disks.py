@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from processes import Job, adapter_hash
 
 from attention_rl_trainer.durability import StagingError
 from attention_rl_trainer.durability.staging import (
@@ -98,10 +98,6 @@ def train_on_a_disk(folder: Path, spoil: str, *before: str) -> list[str]:
     return done.stdout.splitlines()[-3:]
 
 
-def adapter_hash(finished: Path) -> str:
-    return hashlib.sha256((finished / "run" / "adapter_model.safetensors").read_bytes()).hexdigest()
-
-
 def can_mount() -> bool:
     probe = ["unshare", "--map-root-user", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
     return sys.platform == "linux" and subprocess.run(probe, capture_output=True, check=False).returncode == 0
@@ -115,7 +111,7 @@ class TestDisks:
     )
     def test_a_full_disk(self, spoil: str, path: str, finished: Path, tmp_path: Path) -> None:
         error, checkpoints, learned = train_on_a_disk(tmp_path, spoil, "unshare", "--map-root-user", "--mount")
-        assert learned == adapter_hash(finished)
+        assert learned == adapter_hash(Job(finished))
         assert "No space left on device" in error
         assert str(tmp_path / "run" / path) in error
         assert checkpoints == "[('checkpoint-2', [])]"
@@ -126,7 +122,7 @@ class TestDisks:
             folder = Path(name)
             folder.chmod(0o755)
             error, checkpoints, learned = train_on_a_disk(folder, "protect")
-        assert learned == adapter_hash(finished)
+        assert learned == adapter_hash(Job(finished))
         assert "Permission denied" in error
         assert str(folder / "run" / "checkpoint-4") in error
         assert checkpoints == "[('checkpoint-2', [])]"

@@ -6,7 +6,6 @@ random moments.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import random
@@ -18,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from processes import Job, run, start
+from processes import Job, adapter_hash, run, start
 
 from attention_rl_trainer.durability.manifest import find_damage
 from attention_rl_trainer.durability.staging import list_checkpoints
@@ -45,10 +44,6 @@ class Reference:
     adapter: str
     events: list[str]
     seconds: float
-
-
-def adapter_hash(job: Job) -> str:
-    return hashlib.sha256((job.run / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")

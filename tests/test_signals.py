@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,26 @@ def train_and_save_slowly(job: Job) -> None:
 SECOND_SIGNALS = [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 1)]
 
 
+def send(process: ForkServerProcess, *numbers: int, pause: float = 0.05) -> None:
+    """Send signals one after the other, and wait for the end."""
+    assert process.pid is not None
+    for count, number in enumerate(numbers):
+        time.sleep(pause if count else 0)
+        os.kill(process.pid, number)
+    process.join(60)
+
+
+# Evaluations that take no time; when they come is added.
+EVALUATION: dict[str, Any] = {"eval_episodes": 2, "eval_tables": False}
+
+
+def expect_goes_on(job: Job, finished: Path) -> None:
+    """Resume a run that was stopped; it learns what the run learned that nobody stopped."""
+    assert run(replace(job, resume=True)) == 0, (job.folder / "log.txt").read_text()
+    reference = (finished / "run" / "adapter_model.safetensors").read_bytes()
+    assert (job.run / "adapter_model.safetensors").read_bytes() == reference
+
+
 class TestSignals:
     def test_a_run_that_a_callback_ends_leaves_a_checkpoint(self, tmp_path: Path) -> None:
         job = Job(tmp_path, OPTIONS | {"save_episodes": 1000})
@@ -188,11 +209,7 @@ class TestSignals:
         job = Job(tmp_path, OPTIONS | {"dataloader_num_workers": 1})
         process = start(job, train_on_rows_that_hang)
         wait_for_step(job, 2)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGTERM)
-        time.sleep(0.5)
-        os.kill(process.pid, signal.SIGTERM)
-        process.join(30)
+        send(process, signal.SIGTERM, signal.SIGTERM, pause=0.5)
         assert process.exitcode == -signal.SIGTERM, (tmp_path / "log.txt").read_text()
         expect_gone(int((tmp_path / "hangs").read_text()))
 
@@ -205,7 +222,7 @@ class TestSignals:
         expect_gone(int((tmp_path / "hangs").read_text()))
 
     def test_no_evaluation_comes_behind_the_checkpoint(self, tmp_path: Path) -> None:
-        options = {"eval_strategy": "epoch", "eval_episodes": 2, "eval_tables": False}
+        options = EVALUATION | {"eval_strategy": "epoch"}
         # A metric by which an evaluation without numbers could not be judged.
         options |= {"metric_for_best_model": "reward"}
         job = Job(tmp_path, OPTIONS | options)
@@ -221,7 +238,7 @@ class TestSignals:
 
     def test_after_the_last_step_it_comes(self, tmp_path: Path) -> None:
         """No run will go on from there."""
-        options = {"eval_strategy": "epoch", "eval_episodes": 2, "eval_tables": False}
+        options = EVALUATION | {"eval_strategy": "epoch"}
         trainer = build_trainer(Job(tmp_path, OPTIONS | options))
         trainer.add_callback(SignalAt(6))
         with pytest.raises(SystemExit):
@@ -229,7 +246,7 @@ class TestSignals:
         assert [entry["step"] for entry in trainer.state.log_history if "eval_reward" in entry] == [6]
 
     def test_a_signal_in_an_evaluation_is_followed_by_the_checkpoint(self, tmp_path: Path) -> None:
-        options = {"eval_strategy": "steps", "eval_steps": 3, "eval_episodes": 2, "eval_tables": False}
+        options = EVALUATION | {"eval_strategy": "steps", "eval_steps": 3}
         trainer = build_trainer(Job(tmp_path, OPTIONS | options | {"save_episodes": 1000}))
         evaluate = trainer.evaluate
 
@@ -244,7 +261,7 @@ class TestSignals:
 
     def test_an_evaluation_before_the_checkpoint_is_done(self, tmp_path: Path) -> None:
         """The run that goes on begins after it."""
-        options = {"eval_strategy": "steps", "eval_steps": 3, "eval_episodes": 2, "eval_tables": False}
+        options = EVALUATION | {"eval_strategy": "steps", "eval_steps": 3}
         trainer = build_trainer(Job(tmp_path, OPTIONS | options))
         trainer.add_callback(SignalAt(3))
         with pytest.raises(SystemExit):
@@ -269,9 +286,7 @@ class TestSignals:
         process.join(60)
         assert process.exitcode == code
         assert [path.name for path in list_checkpoints(job.run)] == ["checkpoint-2"]
-        assert run(replace(job, resume=True)) == 0, (tmp_path / "log.txt").read_text()
-        reference = (finished / "run" / "adapter_model.safetensors").read_bytes()
-        assert (job.run / "adapter_model.safetensors").read_bytes() == reference
+        expect_goes_on(job, finished)
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
     def test_the_first_leaves_a_checkpoint_within_a_step(
@@ -280,9 +295,7 @@ class TestSignals:
         job = Job(tmp_path, OPTIONS | {"save_episodes": 1000})
         process = start(job, slow_train)
         step = wait_for_step(job, 3)
-        assert process.pid is not None
-        os.kill(process.pid, number)
-        process.join(60)
+        send(process, number)
         log = (tmp_path / "log.txt").read_text()
         # A KeyboardInterrupt of a forked process ends in 1; that of a script in 130, see test_example.
         assert process.exitcode == code, log
@@ -290,9 +303,7 @@ class TestSignals:
         (checkpoint,) = list_checkpoints(job.run)
         assert int(checkpoint.name.rpartition("-")[2]) in (step, step + 1)
         assert not find_damage(checkpoint)
-        assert run(replace(job, resume=True)) == 0, (tmp_path / "log.txt").read_text()
-        reference = (finished / "run" / "adapter_model.safetensors").read_bytes()
-        assert (job.run / "adapter_model.safetensors").read_bytes() == reference
+        expect_goes_on(job, finished)
 
     @pytest.mark.parametrize(("second", "code"), SECOND_SIGNALS)
     def test_the_second_ends_it_at_once_and_breaks_nothing(
@@ -301,16 +312,10 @@ class TestSignals:
         job = Job(tmp_path, OPTIONS)
         process = start(job, slow_train)
         wait_for_step(job, 4)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGTERM)
-        time.sleep(0.05)
-        os.kill(process.pid, second)
-        process.join(60)
+        send(process, signal.SIGTERM, second)
         assert process.exitcode == code
         assert [find_damage(path) for path in list_checkpoints(job.run)] == [[]]
-        assert run(replace(job, resume=True)) == 0, (tmp_path / "log.txt").read_text()
-        reference = (finished / "run" / "adapter_model.safetensors").read_bytes()
-        assert (job.run / "adapter_model.safetensors").read_bytes() == reference
+        expect_goes_on(job, finished)
 
     def test_the_second_acts_also_where_it_was_ignored(self) -> None:
         """A shell lets what it starts in the background ignore SIGINT."""

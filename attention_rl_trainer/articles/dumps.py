@@ -246,7 +246,7 @@ def _parse_pages(pieces: Iterable[bytes], path: Path) -> Iterator[WikiPage]:
             page = element
         elif event == "end" and _local_name(element) == "revision" and page is not None:
             # Of a page's history the last revision alone is read; nothing else is kept, however much there is.
-            fields = {_local_name(child): child for child in page}
+            fields = _children(page)
             page[:] = [fields[name] for name in _PAGE_FIELDS if name in fields]
             size = 0
         elif event == "end" and _local_name(element) == "page":
@@ -272,19 +272,24 @@ def _element_events(
 
 
 def _page(element: ElementTree.Element) -> WikiPage:
-    fields = {_local_name(child): child for child in element}
+    fields = _children(element)
     namespace = _text(fields.get("ns")) or "0"
     if not namespace.lstrip("-").isdecimal():
         raise ElementTree.ParseError(
             f"page {_text(fields.get('title'))!r} has the namespace {namespace!r}, expected a number"
         )
-    revision = {_local_name(child): child for child in fields.get("revision", ())}
+    revision = _children(fields.get("revision", ()))
     return WikiPage(
         title=_text(fields.get("title")),
         namespace=int(namespace),
         is_redirect="redirect" in fields,
         markup=_text(revision.get("text")),
     )
+
+
+def _children(element: Iterable[ElementTree.Element]) -> dict[str, ElementTree.Element]:
+    """Name what an element holds; of several of a name, the last."""
+    return {_local_name(child): child for child in element}
 
 
 def _text(element: ElementTree.Element | None) -> str:
