@@ -13,6 +13,11 @@ from tiny import article_texts, byte_level_tokenizer, tiny_gpt2, tiny_llama
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their argument: the content of a file may hold the time at which it was made."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

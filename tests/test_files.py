@@ -66,7 +66,7 @@ def opened(path: Path, streaming: bool, message: str) -> ArticleStream:
     return ArticleStream(table, source=str(path), seed=0, shuffle_buffer_size=7, num_epochs=2)
 
 
-CUT_GZIP = gzip.compress("\n".join(LINES).encode())
+CUT_GZIP = gzip.compress("\n".join(LINES).encode(), mtime=0)
 BROKEN_LINES = {
     "cut short": LINES[40][:-9],
     "no object": '["T40", "text"]',
@@ -121,7 +121,7 @@ def test_a_cut_gzip_file_is_read_up_to_its_break(
     streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = "\n".join(f'{{"text": "page {number} {number**9:x}"}}' for number in range(3000))
-    path = write(tmp_path / "a.jsonl.gz", gzip.compress(source.encode())[:-4000])
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(source.encode(), mtime=0)[:-4000])
     stream = opened(path, streaming, r"Articles are missing: the file '.*a\.jsonl\.gz' breaks after line \d+: .*ended")
     num_of_epoch = Counter(item.position.epoch for item in stream)
     num_read = int(re.search(r"breaks after line (\d+)", caplog.text)[1])
