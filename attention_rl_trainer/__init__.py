@@ -11,70 +11,70 @@ from typing import TYPE_CHECKING
 from attention_rl_trainer._version import __version__
 
 if TYPE_CHECKING:
-    from attention_rl_trainer.adapters import AdapterSnapshot
-    from attention_rl_trainer.articles import Article, ArticleStream, iter_wikipedia_articles, load_articles
-    from attention_rl_trainer.attention import AttentionLayer, UnsupportedArchitectureError, extract_embeddings
-    from attention_rl_trainer.base_models import choose_base_model, load_base_model, load_tokenizer
     from attention_rl_trainer.config import AttentionGuidedRLConfig
-    from attention_rl_trainer.filtering import RewardStatistics
-    from attention_rl_trainer.finiteness import NonFiniteError
-    from attention_rl_trainer.key_index import KeyIndex
-    from attention_rl_trainer.ledger import LedgerRow, read_ledger
-    from attention_rl_trainer.memory import KVMemoryEnvironment, MemoryEnvironment, Selection
-    from attention_rl_trainer.pairs import (
-        add_embeddings,
-        chunk_tokens,
-        iter_key_value_pairs,
-        sample_chunks,
-        split_key_values,
-    )
-    from attention_rl_trainer.planning import ModelShape, RunShape, memory_warning, plan_memory, plan_time
-    from attention_rl_trainer.report.summary import write_report
-    from attention_rl_trainer.reward import calculate_reward
-    from attention_rl_trainer.selector import compute_similarity, sample_key_value
+    from attention_rl_trainer.errors import NonFiniteError
+    from attention_rl_trainer.memories.articles.sources import load_articles
+    from attention_rl_trainer.memories.loading import iter_key_value_pairs
+    from attention_rl_trainer.memories.pairs import add_embeddings, chunk_tokens, sample_chunks, split_key_values
+    from attention_rl_trainer.memories.stream import Article, ArticleStream, iter_wikipedia_articles
+    from attention_rl_trainer.models.attention import AttentionLayer, UnsupportedArchitectureError
+    from attention_rl_trainer.models.base import load_base_model, load_tokenizer
+    from attention_rl_trainer.models.choice import choose_base_model
+    from attention_rl_trainer.models.key_vectors import extract_embeddings
+    from attention_rl_trainer.planning.footprint import memory_warning, plan_memory
+    from attention_rl_trainer.planning.sizes import ModelShape, RunShape
+    from attention_rl_trainer.planning.timing import plan_time
+    from attention_rl_trainer.records.ledger import LedgerRow, read_ledger
+    from attention_rl_trainer.records.summary import write_report
+    from attention_rl_trainer.rollout.environment import KVMemoryEnvironment, MemoryEnvironment, Selection
+    from attention_rl_trainer.rollout.key_index import KeyIndex
+    from attention_rl_trainer.rollout.reward import calculate_reward
+    from attention_rl_trainer.rollout.selector import compute_similarity, sample_key_value
     from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
     from attention_rl_trainer.types import KeyValuePair, KeyValuePairs, Trajectory, TrajectoryStep
+    from attention_rl_trainer.update.filter import RewardStatistics
+    from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
 
 _MODULES = {
-    "AdapterSnapshot": "adapters",
-    "Article": "articles",
-    "ArticleStream": "articles",
+    "AdapterSnapshot": "update.previous_adapter",
+    "Article": "memories.stream",
+    "ArticleStream": "memories.stream",
     "AttentionGuidedRLConfig": "config",
     "AttentionGuidedRLTrainer": "trainer",
-    "AttentionLayer": "attention",
-    "KVMemoryEnvironment": "memory",
-    "KeyIndex": "key_index",
+    "AttentionLayer": "models.attention",
+    "KVMemoryEnvironment": "rollout.environment",
+    "KeyIndex": "rollout.key_index",
     "KeyValuePair": "types",
     "KeyValuePairs": "types",
-    "LedgerRow": "ledger",
-    "MemoryEnvironment": "memory",
-    "ModelShape": "planning",
-    "NonFiniteError": "finiteness",
-    "RewardStatistics": "filtering",
-    "RunShape": "planning",
-    "Selection": "memory",
+    "LedgerRow": "records.ledger",
+    "MemoryEnvironment": "rollout.environment",
+    "ModelShape": "planning.sizes",
+    "NonFiniteError": "errors",
+    "RewardStatistics": "update.filter",
+    "RunShape": "planning.sizes",
+    "Selection": "rollout.environment",
     "Trajectory": "types",
     "TrajectoryStep": "types",
-    "UnsupportedArchitectureError": "attention",
-    "add_embeddings": "pairs",
-    "calculate_reward": "reward",
-    "choose_base_model": "base_models",
-    "chunk_tokens": "pairs",
-    "compute_similarity": "selector",
-    "extract_embeddings": "attention",
-    "iter_key_value_pairs": "pairs",
-    "iter_wikipedia_articles": "articles",
-    "load_articles": "articles",
-    "load_base_model": "base_models",
-    "load_tokenizer": "base_models",
-    "memory_warning": "planning",
-    "plan_memory": "planning",
-    "plan_time": "planning",
-    "read_ledger": "ledger",
-    "sample_chunks": "pairs",
-    "sample_key_value": "selector",
-    "split_key_values": "pairs",
-    "write_report": "report.summary",
+    "UnsupportedArchitectureError": "models.attention",
+    "add_embeddings": "memories.pairs",
+    "calculate_reward": "rollout.reward",
+    "choose_base_model": "models.choice",
+    "chunk_tokens": "memories.pairs",
+    "compute_similarity": "rollout.selector",
+    "extract_embeddings": "models.key_vectors",
+    "iter_key_value_pairs": "memories.loading",
+    "iter_wikipedia_articles": "memories.stream",
+    "load_articles": "memories.articles.sources",
+    "load_base_model": "models.base",
+    "load_tokenizer": "models.base",
+    "memory_warning": "planning.footprint",
+    "plan_memory": "planning.footprint",
+    "plan_time": "planning.timing",
+    "read_ledger": "records.ledger",
+    "sample_chunks": "memories.pairs",
+    "sample_key_value": "rollout.selector",
+    "split_key_values": "memories.pairs",
+    "write_report": "records.summary",
 }
 
 __all__ = [

@@ -21,10 +21,10 @@ from peft import PeftConfig, PeftModel
 from transformers import TrainingArguments
 from trl import TrlParser  # type: ignore[attr-defined]  # trl's lazy names are not declared
 
-from attention_rl_trainer.articles import load_articles
-from attention_rl_trainer.assembly import load_named_model
 from attention_rl_trainer.config import AttentionGuidedRLConfig
-from attention_rl_trainer.selftest import judge
+from attention_rl_trainer.memories.articles.sources import load_articles
+from attention_rl_trainer.models.choice import load_named_model
+from attention_rl_trainer.selftest.verdict import judge
 from attention_rl_trainer.trainer import RUN_CONFIG_NAME, AttentionGuidedRLTrainer
 
 
@@ -130,11 +130,10 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, float]:
             "eval_tables": True,
             "use_cpu": arguments.use_cpu,
             "report_to": "none",
-            "model_init_kwargs": {"dtype": arguments.dtype},
         }
     )
     name = arguments.model_name_or_path or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    base, tokenizer = load_named_model(name, config, None)
+    base, tokenizer = load_named_model(name, config.device, {"dtype": arguments.dtype})
     model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
     articles: Any = load_articles(
         arguments.dataset,

@@ -20,7 +20,7 @@ where it arises. They know nothing about models, tokenizers or training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -259,3 +259,65 @@ class Trajectory:
             ``[B, T, ...]``.
         """
         return torch.stack([getattr(step, field_name) for step in self.steps], dim=1)
+
+
+@dataclass(frozen=True)
+class ArticleReference:
+    """Where a trajectory's pairs come from.
+
+    Attributes:
+        title: the article's title.
+        source: the data set or file.
+        epoch: the pass over the source, from 0.
+        article_index: the article's identity in the source.
+        next_position: the position in the source right after the article.
+    """
+
+    title: str
+    source: str
+    epoch: int
+    article_index: int
+    next_position: StreamPosition
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPosition:
+    """A place between two articles of a stream.
+
+    Args:
+        epoch: Passes over the source that are complete.
+        index: Rows of this epoch that are taken from the source, those of other processes and skipped ones included.
+
+    Raises:
+        ValueError: One of them is negative.
+    """
+
+    epoch: int = 0
+    index: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epoch < 0 or self.index < 0:
+            raise ValueError(f"epoch and index must be 0 or more, got epoch={self.epoch}, index={self.index}.")
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the position as a JSON object."""
+        return {"epoch": self.epoch, "index": self.index}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, int]) -> StreamPosition:
+        """Read a position from its JSON object.
+
+        Args:
+            state: What `to_dict` returned.
+
+        Returns:
+            The position.
+
+        Raises:
+            ValueError: The keys are not exactly "epoch" and "index", or a value is not an integer of 0 or more.
+        """
+        if set(state) != {"epoch", "index"}:
+            raise ValueError(f"A stream position has the keys 'epoch' and 'index', got {sorted(state)}.")
+        if not all(type(value) is int for value in state.values()):
+            raise ValueError(f"A stream position holds integers, got {dict(state)}.")
+        return cls(**state)

@@ -26,7 +26,7 @@ from pathlib import Path
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from attention_rl_trainer import AttentionGuidedRLConfig, AttentionGuidedRLTrainer, load_articles
-from attention_rl_trainer.durability import CheckpointError, find_checkpoint
+from attention_rl_trainer.durability.discovery import CheckpointError, find_checkpoint
 
 
 @dataclass

@@ -23,7 +23,7 @@ import safetensors.torch
 from datasets import Dataset
 from tiny import article_texts, byte_level_tokenizer, tiny_config, tiny_llama
 
-from attention_rl_trainer.ledger import Ledger
+from attention_rl_trainer.records.ledger import Ledger
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 
 _REMOVALS = {"os.remove", "os.rmdir"}

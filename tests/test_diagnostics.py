@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attention_rl_trainer.diagnostics import free_memory_gib, peak_memory_gib, phase, used_memory_gib
+from attention_rl_trainer.errors import free_memory_gib, peak_memory_gib, phase, used_memory_gib
 
 CPU = torch.device("cpu")
 NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")

@@ -14,7 +14,7 @@ from scipy import stats
 from test_example import OPTIONS
 from tiny import article_texts, save_tiny_llama, write_rows
 
-from attention_rl_trainer.ledger import read_ledger
+from attention_rl_trainer.records.ledger import read_ledger
 
 EVALUATION = {"eval_episodes": 6, "eval_order_episodes": 3, "eval_epochs": 2}
 

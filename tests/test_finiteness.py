@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import random_batch
 
-from attention_rl_trainer.finiteness import NonFiniteError, expect_finite, located, logit_sums
+from attention_rl_trainer.errors import NonFiniteError, expect_finite, located, logit_sums
 
 ARTICLES = random_batch(3).articles
 ADVICE = (

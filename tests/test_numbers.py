@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from attention_rl_trainer.config import AttentionGuidedRLConfig
-from attention_rl_trainer.finiteness import NonFiniteError
-from attention_rl_trainer.ledger import read_ledger
-from attention_rl_trainer.micro_batches import MicroBatchSize
+from attention_rl_trainer.errors import NonFiniteError
+from attention_rl_trainer.records.ledger import read_ledger
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
+from attention_rl_trainer.update.micro_batches import MicroBatchSize
 
 ALWAYS = -math.inf
 NAN, INF = math.nan, math.inf

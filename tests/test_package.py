@@ -83,7 +83,7 @@ class TestPublicNames:
         assert set(attention_rl_trainer.__all__) <= set(names)
 
     def test_a_submodule_is_still_reached_by_import(self) -> None:
-        from attention_rl_trainer import ledger
+        from attention_rl_trainer.records import ledger
 
         assert ledger.read_ledger is attention_rl_trainer.read_ledger
 

@@ -14,8 +14,8 @@ from peft import get_peft_model
 from tiny import article_texts, byte_level_tokenizer, save_tiny_llama, tiny_llama, tiny_trainer, write_rows
 
 import attention_rl_trainer
-from attention_rl_trainer.adapters import default_lora_config
-from attention_rl_trainer.evaluation import folder_name
+from attention_rl_trainer.evaluation.tables import folder_name
+from attention_rl_trainer.models.adapters import default_lora_config
 
 SOURCES = sorted(Path(attention_rl_trainer.__file__).parent.rglob("*.py"))
 SCRIPT = Path(__file__).parent.parent / "examples" / "train_wiki.py"

@@ -19,11 +19,11 @@ from tiny import adapted, article_texts, save_tiny_llama, tiny_config, tiny_gpt2
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from attention_rl_trainer.checkpointing import CheckpointError
 from attention_rl_trainer.config import AttentionGuidedRLConfig
-from attention_rl_trainer.finiteness import NonFiniteError
-from attention_rl_trainer.ledger import read_ledger
-from attention_rl_trainer.memory import Selection
+from attention_rl_trainer.errors import NonFiniteError
+from attention_rl_trainer.records.ledger import read_ledger
+from attention_rl_trainer.records.progress import CheckpointError
+from attention_rl_trainer.rollout.environment import Selection
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 from attention_rl_trainer.types import KeyValuePairs
 
@@ -812,7 +812,7 @@ def test_rows_without_the_text_column_are_refused(tmp_path: Path, tokenizer: Pre
 
 
 def test_several_processes_are_refused() -> None:
-    from attention_rl_trainer.preflight import expect_one_process
+    from attention_rl_trainer.planning.preflight import expect_one_process
 
     with pytest.raises(ValueError, match=r"4 processes.*--num_processes 1"):
         expect_one_process(4, 1)

@@ -20,17 +20,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from attention_rl_trainer.adapters import default_lora_config
-from attention_rl_trainer.articles import StreamPosition
+
 from attention_rl_trainer.config import AttentionGuidedRLConfig
-from attention_rl_trainer.memory import KVMemoryEnvironment
-from attention_rl_trainer.pairs import ArticleBatch, ArticleReference
-from attention_rl_trainer.policy import PolicyModel
-from attention_rl_trainer.rollout import RolloutSettings, TrajectorySampler
-from attention_rl_trainer.tokenization import PlainTextEncoder, Separators, allowed_token_ids
+from attention_rl_trainer.memories.pairs import MemoryBatch
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder, allowed_token_ids
+from attention_rl_trainer.models.adapters import default_lora_config
+from attention_rl_trainer.models.policy import PolicyModel, PolicyOptions
+from attention_rl_trainer.rollout.environment import KVMemoryEnvironment, MemoryEnvironment, SelectionOptions
+from attention_rl_trainer.rollout.layout import Separators
+from attention_rl_trainer.rollout.reward import RewardFunction
+from attention_rl_trainer.rollout.sampler import RolloutOptions, TrajectorySampler
+from attention_rl_trainer.rollout.selector import HeadAggregation
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
-from attention_rl_trainer.types import KeyValuePairs
-from attention_rl_trainer.update import KeptTrajectories
+from attention_rl_trainer.types import ArticleReference, KeyValuePairs, StreamPosition
+from attention_rl_trainer.update.kept import KeptTrajectories
 
 VOCABULARY_SIZE = 420  # larger than the tokenizer's, so that there are padding ids
 PROSE = """
@@ -122,39 +125,50 @@ def adapted(model: PreTrainedModel, scale: float = 0.1) -> PeftModel:
 
 def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **options: Any) -> PolicyModel:
     """An adapted policy over a tiny model."""
-    return PolicyModel(adapted(model), allowed_token_ids(tokenizer, VOCABULARY_SIZE), **options)
+    return PolicyModel(adapted(model), allowed_token_ids(tokenizer, VOCABULARY_SIZE), PolicyOptions(**options))
+
+
+def make_environment(temperature: float = 1.0, head_aggregation: HeadAggregation = "probabilities") -> KVMemoryEnvironment:
+    """An environment by its options' values."""
+    return KVMemoryEnvironment(SelectionOptions(temperature, head_aggregation))
 
 
 def make_sampler(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    environment: KVMemoryEnvironment | None = None,
+    environment: MemoryEnvironment | None = None,
     policy_options: dict[str, Any] | None = None,
     joint: bool | None = None,
-    **settings: Any,
+    compute_order_gain: bool | None = None,
+    reward_fn: RewardFunction | None = None,
+    **options: Any,
 ) -> TrajectorySampler:
     """A sampler of 3 steps with queries of 4 tokens."""
     policy = make_policy(model, tokenizer, **policy_options or {})
-    defaults: dict[str, Any] = {"num_steps": 3, "tokens_per_query": 4, "seed": 7}
+    defaults: dict[str, Any] = {"num_steps": 3, "tokens_per_query": 4, "subset_fraction": 1.0}
+    seed = options.pop("seed", 7)
     return TrajectorySampler(
         policy,
-        environment or KVMemoryEnvironment(temperature=0.2),
+        environment or make_environment(temperature=0.2),
         Separators.encode(PlainTextEncoder(tokenizer)),
-        RolloutSettings(**defaults | settings),
+        RolloutOptions(**defaults | options),
+        seed,
         joint=joint,
+        compute_order_gain=compute_order_gain,
+        reward_fn=reward_fn,
     )
 
 
 def random_batch(
     rows: int, num_pairs: int = 5, key_length: int = 6, value_length: int = 5, seed: int = 3
-) -> ArticleBatch:
+) -> MemoryBatch:
     """Articles of random ordinary tokens."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randint(1, 380, shape, generator=generator)
 
-    return ArticleBatch(
+    return MemoryBatch(
         example_keys=draw(rows, key_length),
         example_values=draw(rows, value_length),
         key_tokens=draw(rows, num_pairs, key_length),

@@ -4,9 +4,8 @@ Works with any `transformers.Trainer`; knows nothing about articles, queries or 
 `trainer`, so that what only writes files does not load transformers.
 """
 
-from attention_rl_trainer.durability.discovery import CheckpointError, find_checkpoint
-from attention_rl_trainer.durability.identity import Fact
-from attention_rl_trainer.durability.lock import RunLockedError
+from attention_rl_trainer.durability.discovery import CheckpointError, Fact, find_checkpoint
+from attention_rl_trainer.durability.guard import RunLockedError
 from attention_rl_trainer.durability.staging import (
     StagingError,
     adopt_checkpoint,

@@ -31,13 +31,10 @@ from transformers.trainer_callback import ExportableState, TrainerCallback, Trai
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 from transformers.utils.hub import PushInProgress
 
-from attention_rl_trainer.durability.discovery import CheckpointError
-from attention_rl_trainer.durability.identity import Fact, expect_same_identity, save_identity
-from attention_rl_trainer.durability.interruption import Interruption
-from attention_rl_trainer.durability.lock import run_lock
-from attention_rl_trainer.durability.random_states import capture_random_states, restore_random_states
+from attention_rl_trainer.durability.discovery import CheckpointError, Fact, expect_same_identity, save_identity
+from attention_rl_trainer.durability.guard import Interruption, run_lock
 from attention_rl_trainer.durability.staging import clear_leftovers, rotate_checkpoints, staged_files, staged_folder
-from attention_rl_trainer.durability.tensor_tree import load_tree, save_tree
+from attention_rl_trainer.durability.states import capture_random_states, load_tree, restore_random_states, save_tree
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +104,12 @@ class DurableTrainer(Trainer):
         self._loss_before, self._random_states_before = None, None
         output = Trainer.train(self, None if checkpoint is None else str(checkpoint))
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
+
+    def load_finished(self, checkpoint: Path) -> None:
+        """Go back to a checkpoint of a run that has nothing left to do."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.load_run_state(checkpoint)
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:
         # The Trainer skips the scheduler for ``eval_on_start`` alone, which means a run's start, not any that goes on.

@@ -7,7 +7,7 @@ puts intervals around means, and `tables` joins them. `reading_gain` is the gain
 from pathlib import Path
 
 from attention_rl_trainer.evaluation.estimates import Estimate
-from attention_rl_trainer.evaluation.rewards import evaluate_policy
+from attention_rl_trainer.evaluation.evaluate import evaluate_policy
 from attention_rl_trainer.evaluation.tables import EvaluationTables, TableBuilder, folder_name
 
 METRIC_PATH = str(Path(__file__).with_name("reading_gain.py"))

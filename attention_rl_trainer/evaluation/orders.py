@@ -18,7 +18,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import bm25s
 import numpy as np
@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from attention_rl_trainer.pairs import ArticleBatch, add_embeddings
-from attention_rl_trainer.policy import PolicyModel
-from attention_rl_trainer.reading import ContextReader
-from attention_rl_trainer.reward import value_logprob
-from attention_rl_trainer.rollout import TrajectorySampler, predicting
-from attention_rl_trainer.sampling import Purpose
-from attention_rl_trainer.tokenization import PlainTextEncoder
+from attention_rl_trainer.memories.pairs import MemoryBatch, add_embeddings
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder
+from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.models.readers import ContextReader
+from attention_rl_trainer.models.sampling import Purpose
+from attention_rl_trainer.rollout.layout import predicting
+from attention_rl_trainer.rollout.reward import value_logprob
+from attention_rl_trainer.rollout.sampler import TrajectorySampler
 
 Order = tuple[int, ...]
 """Columns of a memory, in the order of reading; possibly only the first few."""
@@ -110,7 +111,7 @@ def random_orders(num_pairs: int, count: int, seed: Sequence[int]) -> list[Order
 
 
 def attention_orders(
-    sampler: TrajectorySampler, batch: ArticleBatch, episodes: Sequence[int], *, untrained: bool
+    sampler: TrajectorySampler, batch: MemoryBatch, episodes: Sequence[int], *, untrained: bool
 ) -> list[Order]:
     """Let queries and attention choose: the whole memory is read as in a rollout, with the same random numbers.
 
@@ -125,19 +126,20 @@ def attention_orders(
         return _attention_orders(sampler, batch, episodes)
 
 
-def _attention_orders(sampler: TrajectorySampler, batch: ArticleBatch, episodes: Sequence[int]) -> list[Order]:
+def _attention_orders(sampler: TrajectorySampler, batch: MemoryBatch, episodes: Sequence[int]) -> list[Order]:
     policy, environment = sampler.policy, sampler.environment
     num_pairs = batch.pair_numbers.shape[1]
     noise = sampler.noise(episodes, num_pairs)
     environment.reset(add_embeddings(batch, policy.embed_keys))
-    reader = ContextReader(policy, sampler.prompt(batch), sampler.cache_capacity(batch, num_pairs))
+    layout = replace(sampler.layout.for_batch(batch), num_steps=num_pairs)
+    reader = ContextReader(policy, layout.prompt(batch, policy.device), layout.cached_tokens)
     chosen = []
     for step in range(num_pairs):
         with policy.attention.capture_queries() as capture:
             reader.decode(noise[Purpose.POLICY][:, step], read_last=True)
         selection = environment.step(capture.mean(), noise[Purpose.SELECTION][:, step])
         chosen.append(selection.index)
-        reader.read(sampler.response(selection.pairs, is_last=step == num_pairs - 1)[0])
+        reader.read(layout.response(selection.pairs, is_last=step == num_pairs - 1))
     return [tuple(row) for row in torch.stack(chosen, dim=1).tolist()]
 
 
@@ -162,7 +164,7 @@ class ScoredMemory:
     value_length: int
 
     @classmethod
-    def of_row(cls, sampler: TrajectorySampler, batch: ArticleBatch, row: int) -> ScoredMemory:
+    def of_row(cls, sampler: TrajectorySampler, batch: MemoryBatch, row: int) -> ScoredMemory:
         """Take one row of a batch.
 
         Args:
@@ -172,12 +174,11 @@ class ScoredMemory:
         """
         one = batch.select_rows([row])
         pairs = add_embeddings(one, sampler.policy.embed_keys)
-        laid_out = [
-            sampler.response(pairs.gather(torch.tensor([column], device=pairs.key_tokens.device)), is_last=False)
-            for column in range(pairs.pair_numbers.shape[1])
-        ]
-        blocks = torch.cat([block for block, _ in laid_out])
-        return cls(sampler.prompt(one), blocks, laid_out[0][1], one.value_tokens.shape[2])
+        layout = sampler.layout.for_batch(one)
+        columns = torch.arange(pairs.pair_numbers.shape[1], device=pairs.key_tokens.device)
+        blocks = torch.cat([layout.response(pairs.gather(column), is_last=False) for column in columns[:, None]])
+        prompt = layout.prompt(one, sampler.policy.device)
+        return cls(prompt, blocks, layout.value_offset, layout.tokens_per_value)
 
 
 class OrderScorer:
@@ -322,7 +323,7 @@ class MemoryOrders:
 
 def score_orders(
     sampler: TrajectorySampler,
-    batch: ArticleBatch,
+    batch: MemoryBatch,
     episodes: Sequence[int],
     encoder: PlainTextEncoder,
     *,
@@ -360,9 +361,9 @@ def score_orders(
             "BM25": bm25_order(keys, values, example),
             "embedding similarity": embedding_order(vectors[row], example_vectors[row]),
         }
-        scores = score_rules(scorer, rules, num_random, (sampler.settings.seed, episodes[row]))
+        scores = score_rules(scorer, rules, num_random, (sampler.seed, episodes[row]))
         alone = [scorer.score((column,)) for column in range(scorer.num_pairs)]
-        chosen = learned[row][: sampler.settings.num_steps]
+        chosen = learned[row][: sampler.layout.num_steps]
         ease = sum(alone[column] for column in chosen) / len(chosen) - sum(alone) / len(alone)
         records.append(MemoryOrders(f"{article.source}:{article.article_index}", scores, ease))
     return records

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention_rl_trainer.pairs import ArticleBatch, ArticleReference
-from attention_rl_trainer.reading import ContextReader
-from attention_rl_trainer.rollout import TrajectorySampler
-from attention_rl_trainer.sampling import Purpose, episode_noise
-from attention_rl_trainer.types import Trajectory
+from attention_rl_trainer.memories.pairs import MemoryBatch
+from attention_rl_trainer.models.readers import ContextReader
+from attention_rl_trainer.models.sampling import Purpose, episode_noise
+from attention_rl_trainer.rollout.sampler import TrajectorySampler
+from attention_rl_trainer.types import ArticleReference, Trajectory
 
 POLICY, EMPTY, OTHER_KEY, OWN_KEY, CONTROL = (
     "policy",
@@ -88,7 +88,7 @@ class ControlQueries:
 
 def score_queries(
     sampler: TrajectorySampler,
-    batch: ArticleBatch,
+    batch: MemoryBatch,
     trajectory: Trajectory,
     control_queries: Tensor,
     *,
@@ -119,16 +119,17 @@ class _Replay:
     """The base model following trajectories that were rolled out."""
 
     def __init__(
-        self, sampler: TrajectorySampler, batch: ArticleBatch, trajectory: Trajectory, control_queries: Tensor
+        self, sampler: TrajectorySampler, batch: MemoryBatch, trajectory: Trajectory, control_queries: Tensor
     ) -> None:
         self._sampler = sampler
         self._trajectory = trajectory
         self._control_queries = control_queries
-        self._other_columns = self._draw_other_columns(sampler.settings.seed)
+        self._other_columns = self._draw_other_columns(sampler.seed)
         keys = trajectory.memory.key_tokens.shape[2]
+        self._layout = sampler.layout.for_batch(batch)
         # A key in a query's place may be longer.
-        capacity = sampler.cache_capacity(batch) + max(0, keys - sampler.settings.tokens_per_query)
-        self._reader = ContextReader(sampler.policy, sampler.prompt(batch), capacity)
+        capacity = self._layout.cached_tokens + max(0, keys - self._layout.tokens_per_query)
+        self._reader = ContextReader(sampler.policy, self._layout.prompt(batch, sampler.policy.device), capacity)
 
     def _draw_other_columns(self, seed: int) -> Tensor:
         """Draw for each step a column of the memory other than the one read there, ``[B, T]``."""
@@ -142,20 +143,20 @@ class _Replay:
 
     def score(self, num_counterfactuals: int) -> QueryGains:
         """Follow the trajectories to their end."""
-        trajectory, settings = self._trajectory, self._sampler.settings
+        trajectory, layout = self._trajectory, self._layout
         noise = episode_noise(
-            settings.seed,
+            self._sampler.seed,
             trajectory.episodes.tolist(),
             Purpose.COUNTERFACTUAL,
-            (num_counterfactuals, settings.num_steps, settings.tokens_per_query),
+            (num_counterfactuals, layout.num_steps, layout.tokens_per_query),
         ).to(self._sampler.policy.device)
         scores: dict[str, list[Tensor]] = {}
         counterfactuals: list[Tensor] = []
         num_steps = len(trajectory.steps)
         for number, step in enumerate(trajectory.steps):
-            block, value_start = self._sampler.response(step.selected_pair, is_last=number == num_steps - 1)
+            block = layout.response(step.selected_pair, is_last=number == num_steps - 1)
             value = step.selected_pair.value_tokens
-            response = block[:, : value_start + value.shape[1]]
+            response = block[:, : layout.scored_tokens]
             for name, query in self._queries(number).items():
                 scores.setdefault(name, []).append(self._score_behind(query, response, value))
             drawn = [step.counterfactual_value_logprob]

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from attention_rl_trainer.durability import staged_files
+from attention_rl_trainer.durability.staging import staged_files
 from attention_rl_trainer.evaluation.estimates import Estimate, clustered_mean, clustered_ratio
 from attention_rl_trainer.evaluation.orders import BEST, ORACLE, RANDOM, WORST, score_orders
 from attention_rl_trainer.evaluation.queries import CONTROL, EMPTY, POLICY, ControlQueries, score_queries
-from attention_rl_trainer.pairs import ArticleBatch
-from attention_rl_trainer.rollout import TrajectorySampler
-from attention_rl_trainer.tokenization import PlainTextEncoder
+from attention_rl_trainer.memories.pairs import MemoryBatch
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder
+from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.types import Trajectory
 
 LEARNED = "learned"
@@ -161,7 +161,7 @@ class TableBuilder:
         self._parts: dict[str, list[float]] = {}
         self._chosen_ease: list[float] = []
 
-    def add(self, batch: ArticleBatch, trajectory: Trajectory) -> None:
+    def add(self, batch: MemoryBatch, trajectory: Trajectory) -> None:
         """Measure trajectories that the sampler rolled out.
 
         Args:
@@ -183,7 +183,7 @@ class TableBuilder:
         self._articles += [f"{article.source}:{article.article_index}" for article in batch.articles]
         self._add_orders(batch, trajectory.episodes.tolist())
 
-    def _add_orders(self, batch: ArticleBatch, episodes: Sequence[int]) -> None:
+    def _add_orders(self, batch: MemoryBatch, episodes: Sequence[int]) -> None:
         left = len(batch)
         if self._num_order_episodes is not None:
             left = min(left, self._num_order_episodes - len(self._chosen_ease))
@@ -230,9 +230,9 @@ class TableBuilder:
             ),
             parts=_estimates(self._parts, articles) | ease,
             settings={
-                "seed": self._sampler.settings.seed,
-                "T": self._sampler.settings.num_steps,
-                "L": self._sampler.settings.tokens_per_query,
+                "seed": self._sampler.seed,
+                "T": self._sampler.layout.num_steps,
+                "L": self._sampler.layout.tokens_per_query,
                 "counterfactuals": self._num_counterfactuals,
             },
         )

@@ -1,10 +1,10 @@
 """What a run will need, before it starts: memory by part, the largest batch that fits, tokens, FLOPs and time.
 
 `shapes` holds what is known beforehand (the model's and the run's sizes), `memory` and `timing` count from them, and
-``python -m attention_rl_trainer.planning`` prints both. Nothing here loads weights or runs a model.
+``attention-rl plan`` prints both. Nothing here loads weights or runs a model.
 """
 
-from attention_rl_trainer.planning.memory import (
+from attention_rl_trainer.planning.footprint import (
     MemoryPart,
     MemoryPlan,
     Phase,
@@ -13,7 +13,7 @@ from attention_rl_trainer.planning.memory import (
     memory_warning,
     plan_memory,
 )
-from attention_rl_trainer.planning.shapes import LLAMA_3_2_3B, ModelShape, RunShape
+from attention_rl_trainer.planning.sizes import LLAMA_3_2_3B, ModelShape, RunShape
 from attention_rl_trainer.planning.timing import Accelerator, TimePlan, plan_time
 
 __all__ = [

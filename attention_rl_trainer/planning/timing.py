@@ -18,8 +18,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from attention_rl_trainer.planning.memory import cache_bytes_per_token
-from attention_rl_trainer.planning.shapes import ModelShape, RunShape
+from attention_rl_trainer.planning.footprint import cache_bytes_per_token
+from attention_rl_trainer.planning.sizes import ModelShape, RunShape
 
 # Share of a normal distribution above mean + 1 SD, which is what the default filter keeps.
 KEPT_BY_DEFAULT_FILTER = 0.16
@@ -108,18 +108,18 @@ def rollout_forwards(run: RunShape) -> Iterator[Forward]:
     Args:
         run: the run.
     """
-    batch, prompt, query = run.generation_batch_size, run.prompt_tokens, run.tokens_per_query
-    num_keys = batch * run.num_pairs
+    batch, prompt, query = run.generation_batch_size, run.layout.prompt_tokens, run.tokens_per_query
+    num_keys = batch * run.memory_size
     for start in range(0, num_keys, run.embedding_batch_size):
         rows = min(run.embedding_batch_size, num_keys - start)
         yield Forward("keys", 1, rows * run.tokens_per_key, rows, 0, (run.tokens_per_key + 1) / 2)
     # Policy and reference in one batch, or one after the other.
     together, apart = (2 * batch, 1) if run.joint else (batch, 2)
     yield Forward("prefill", apart, together * prompt, together, 0, (prompt + 1) / 2)
-    if run.compute_order_gain and run.num_steps > 1:
+    if run.compute_order_gain and run.layout.num_steps > 1:
         yield Forward("order gain", 1, batch * prompt, batch, 0, (prompt + 1) / 2)
-    for step in range(run.num_steps):
-        context, block = run.context_tokens(step), run.block_tokens(step)
+    for step in range(run.layout.num_steps):
+        context, block = run.layout.context_tokens(step), run.layout.block_tokens(step)
         cached, attended = context + (query - 1) / 2, context + (query + 1) / 2
         yield Forward("decode", apart * query, together, together, cached, attended, together)
         behind_query = context + query
@@ -127,10 +127,10 @@ def rollout_forwards(run: RunShape) -> Iterator[Forward]:
             yield _reading("read", 2 * batch, block, behind_query, run)
         else:
             yield _reading("read", batch, block, behind_query, run)
-            yield _reading("read", batch, run.scored_tokens, behind_query, run)
+            yield _reading("read", batch, run.layout.scored_tokens, behind_query, run)
         yield _reading("follow", batch, query + block, context, run)
         if run.compute_order_gain and step > 0:
-            yield _reading("order gain", batch, query + run.scored_tokens, prompt, run)
+            yield _reading("order gain", batch, query + run.layout.scored_tokens, prompt, run)
 
 
 def _reading(kind: str, rows: int, num_tokens: int, cached: int, run: RunShape) -> Forward:
@@ -184,13 +184,13 @@ def update_flops(shape: ModelShape, run: RunShape) -> float:
         shape: the model.
         run: the run.
     """
-    tokens = run.trajectory_tokens
+    tokens = run.layout.trajectory_tokens
     linear = 2 * tokens * (shape.linear_parameters + shape.adapter_parameters(run.lora_rank))
     attention = 4 * shape.num_layers * shape.query_width * tokens * (tokens + 1) / 2
     forwards = 1 + run.has_kl + run.activation_checkpointing
     # Logits of one or both distributions, and the gradient of one.
     heads = 2 + run.has_kl
-    queries = run.num_steps * run.tokens_per_query
+    queries = run.layout.num_steps * run.tokens_per_query
     return (forwards + 1) * linear + (forwards + 2) * attention + heads * 2 * queries * shape.head_parameters
 
 

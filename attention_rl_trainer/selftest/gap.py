@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention_rl_trainer.policy import PolicyModel
+from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.selftest.language import (
     NAME_LENGTH,
     NUM_STEPS,

@@ -32,7 +32,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from attention_rl_trainer.tokenization import QUERY_SEPARATOR, RESPONSE_SEPARATOR
+from attention_rl_trainer.rollout.layout import QUERY_SEPARATOR, RESPONSE_SEPARATOR
 
 NUM_TOPICS, NUM_SYMBOLS = 8, 64
 EXAMPLE_TOPIC = NUM_TOPICS

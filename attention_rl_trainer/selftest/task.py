@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from attention_rl_trainer.articles import ArticleStream
 from attention_rl_trainer.config import AttentionGuidedRLConfig
-from attention_rl_trainer.pairs import ArticleBatch, collate_article_pairs, iter_article_pairs
+from attention_rl_trainer.memories.loading import iter_article_pairs
+from attention_rl_trainer.memories.pairs import MemoryBatch, collate_memories
+from attention_rl_trainer.memories.stream import ArticleStream
 from attention_rl_trainer.selftest.gap import BaseReader, KnownPolicies, Plan, enumerate_policies, trajectory_gains
 from attention_rl_trainer.selftest.language import (
     NAME_LENGTH,
@@ -189,12 +190,12 @@ def measure(trainer: AttentionGuidedRLTrainer, reader: BaseReader, seed: int) ->
     return torch.cat(gains).mean().item(), torch.cat(model_gains).mean().item(), shares
 
 
-def _fresh_batches(trainer: AttentionGuidedRLTrainer, seed: int) -> Iterator[tuple[int, ArticleBatch]]:
+def _fresh_batches(trainer: AttentionGuidedRLTrainer, seed: int) -> Iterator[tuple[int, MemoryBatch]]:
     stream = ArticleStream(
         write_articles(_NUM_FRESH, seed).rows, source="fresh articles", seed=seed, num_epochs=_READINGS
     )
-    pairs = iter_article_pairs(stream, trainer.encoder, trainer.args.pair_shape, seed, Counter())
+    pairs = iter_article_pairs(stream, trainer.encoder, trainer.args, seed, Counter())
     rows = list(pairs)
     for first in range(0, len(rows), 256):
         # Numbers that no episode of the training has.
-        yield _FRESH_SEED_OFFSET + first, collate_article_pairs(rows[first : first + 256], NAME_LENGTH)
+        yield _FRESH_SEED_OFFSET + first, collate_memories(rows[first : first + 256], NAME_LENGTH)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from attention_rl_trainer.attention import AttentionLayer
-from attention_rl_trainer.selector import compute_similarity, selection_log_probabilities
+from attention_rl_trainer.models.attention import AttentionLayer
+from attention_rl_trainer.rollout.selector import compute_similarity, selection_log_probabilities
 from attention_rl_trainer.selftest.language import (
     NAME_LENGTH,
     NUM_TOPICS,

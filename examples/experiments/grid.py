@@ -36,7 +36,7 @@ import yaml
 from scipy import stats
 from transformers.trainer_utils import get_last_checkpoint
 
-from attention_rl_trainer.ledger import read_ledger
+from attention_rl_trainer.records.ledger import read_ledger
 
 _TRAIN = Path(__file__).parent.parent / "train_wiki.py"
 _COLUMNS = {

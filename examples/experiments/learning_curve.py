@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy import stats
 
-from attention_rl_trainer.ledger import LedgerRow, read_ledger
+from attention_rl_trainer.records.ledger import LedgerRow, read_ledger
 
 _PARTS = {
     "query_gains": ("Query gain: better queries, judged by the frozen base model", "#0072B2"),

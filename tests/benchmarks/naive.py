@@ -20,10 +20,11 @@ from scene import contiguous_head, lay_out_prompt
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from attention_rl_trainer.pairs import ArticleBatch
-from attention_rl_trainer.policy import PolicyModel, deterministic_inference
-from attention_rl_trainer.selector import compute_similarity, sample_key_value, selection_log_probabilities
-from attention_rl_trainer.tokenization import Separators
+from attention_rl_trainer.memories.pairs import MemoryBatch
+from attention_rl_trainer.models.causal_lm import deterministic_inference
+from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.rollout.layout import Separators
+from attention_rl_trainer.rollout.selector import compute_similarity, sample_key_value, selection_log_probabilities
 from attention_rl_trainer.types import Trajectory, TrajectoryStep
 
 Select = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -143,7 +144,7 @@ class NaiveRollout:
                 base = self.value_logprob(context, counterfactual, value)
         return NaiveStep(query, counterfactual, logprobs, probabilities, logprob, base)
 
-    def sample(self, batch: ArticleBatch, steps: int, given: Trajectory | None = None) -> list[NaiveStep]:
+    def sample(self, batch: MemoryBatch, steps: int, given: Trajectory | None = None) -> list[NaiveStep]:
         """Roll a batch out.
 
         Args:

@@ -49,10 +49,12 @@ from tiny import adapted, article_texts, byte_level_tokenizer, random_batch, tin
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from attention_rl_trainer.pairs import ArticleBatch
-from attention_rl_trainer.policy import PolicyModel, deterministic_inference
-from attention_rl_trainer.sampling import Purpose, episode_noise
-from attention_rl_trainer.tokenization import PlainTextEncoder, Separators, allowed_token_ids
+from attention_rl_trainer.memories.pairs import MemoryBatch
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder, allowed_token_ids
+from attention_rl_trainer.models.causal_lm import deterministic_inference
+from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.models.sampling import Purpose, episode_noise
+from attention_rl_trainer.rollout.layout import Separators
 
 OURS, TRL, TRL_AS_IT_COMES = "ours", "TRL, contiguous head", "TRL as it comes"
 _GENERATION_METHOD = "_generate_single_turn"
@@ -98,7 +100,7 @@ class Contexts:
         return {OURS: rows * ours, TRL: rows * theirs, TRL_AS_IT_COMES: rows * theirs}
 
 
-def build_contexts(batch: ArticleBatch, separators: Separators, steps: int, tokens: int) -> Contexts:
+def build_contexts(batch: MemoryBatch, separators: Separators, steps: int, tokens: int) -> Contexts:
     """Lay a batch's example and its first T values out; the order is fixed, because selection is not measured."""
     rows = len(batch)
     query, response = (torch.tensor(ids).expand(rows, -1) for ids in (separators.query, separators.response))

@@ -23,14 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.harness import PeakMemory, run_in_process
 from tiny import adapted, made_up_kept, random_batch, tiny_llama
 
-from attention_rl_trainer.adapters import AdapterSnapshot
-from attention_rl_trainer.memory import KVMemoryEnvironment
-from attention_rl_trainer.planning import ModelShape, Phase, RunShape, plan_memory
-from attention_rl_trainer.planning.memory import ROLLOUT_PHASES, UPDATE_PHASES
-from attention_rl_trainer.policy import PolicyModel, dropout_disabled
-from attention_rl_trainer.rollout import RolloutSettings, TrajectorySampler
-from attention_rl_trainer.tokenization import Separators
-from attention_rl_trainer.update import KeptTrajectories, LossSettings, compute_loss_terms
+from attention_rl_trainer.models.causal_lm import dropout_disabled
+from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.planning.footprint import ROLLOUT_PHASES, UPDATE_PHASES, Phase, plan_memory
+from attention_rl_trainer.planning.sizes import ModelShape, RunShape
+from attention_rl_trainer.rollout.environment import KVMemoryEnvironment
+from attention_rl_trainer.rollout.layout import RolloutSettings, Separators
+from attention_rl_trainer.rollout.sampler import TrajectorySampler
+from attention_rl_trainer.update.kept import KeptTrajectories
+from attention_rl_trainer.update.objective import LossSettings, compute_loss_terms
+from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
 
 MIB = 2**20
 SEPARATORS = Separators((1, 2), (3, 2))

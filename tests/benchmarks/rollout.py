@@ -36,14 +36,16 @@ from scene import contiguous_head, lay_out_prompt, new_sampler, offline_batch, o
 from torch import Tensor
 from transformers import DynamicCache
 
-from attention_rl_trainer import grouped_attention
-from attention_rl_trainer.key_vectors import KeyVectorCache
-from attention_rl_trainer.kv_cache import PreallocatedCache, memory_bytes
-from attention_rl_trainer.pairs import ArticleBatch
-from attention_rl_trainer.policy import PolicyModel, deterministic_inference
-from attention_rl_trainer.reading import JointReaders
-from attention_rl_trainer.rollout import TrajectorySampler
-from attention_rl_trainer.tokenization import PlainTextEncoder, Separators
+from attention_rl_trainer.memories.pairs import MemoryBatch
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder
+from attention_rl_trainer.models import grouped_attention
+from attention_rl_trainer.models.causal_lm import deterministic_inference
+from attention_rl_trainer.models.key_vectors import KeyVectorCache
+from attention_rl_trainer.models.kv_cache import PreallocatedCache, memory_bytes
+from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.models.readers import JointReaders
+from attention_rl_trainer.rollout.layout import Separators
+from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.types import Trajectory
 
 TOKENS = 20
@@ -52,7 +54,7 @@ TOKENS = 20
 # --- ours -----------------------------------------------------------------------------------------------------------
 
 
-def sample(sampler: TrajectorySampler, batch: ArticleBatch) -> Any:
+def sample(sampler: TrajectorySampler, batch: MemoryBatch) -> Any:
     """Roll a batch of unseen articles out."""
     sampler.policy.key_cache = KeyVectorCache(sampler.policy.key_cache.max_bytes)
     return sampler.sample(batch, range(len(batch)))
@@ -104,7 +106,7 @@ class Floor:
         steps: T.
     """
 
-    def __init__(self, policy: PolicyModel, batch: ArticleBatch, separators: Separators, steps: int) -> None:
+    def __init__(self, policy: PolicyModel, batch: MemoryBatch, separators: Separators, steps: int) -> None:
         self.policy = policy
         self.steps = steps
         self.rows = len(batch)
@@ -174,7 +176,7 @@ class NaiveCost:
         steps: T of the longest rollout.
     """
 
-    def __init__(self, naive: NaiveRollout, batch: ArticleBatch, steps: int) -> None:
+    def __init__(self, naive: NaiveRollout, batch: MemoryBatch, steps: int) -> None:
         self.naive = naive
         self.batch = batch
         self.anchors = [1, (3 + steps) // 3, 1 + 2 * steps // 3]

@@ -14,13 +14,16 @@ from tiny import adapted
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from attention_rl_trainer.articles import ArticleStream, load_articles
-from attention_rl_trainer.base_models import load_base_model, load_tokenizer
-from attention_rl_trainer.memory import KVMemoryEnvironment
-from attention_rl_trainer.pairs import ArticleBatch, PairShape, collate_article_pairs, iter_article_pairs
-from attention_rl_trainer.policy import PolicyModel
-from attention_rl_trainer.rollout import RolloutSettings, TrajectorySampler
-from attention_rl_trainer.tokenization import PlainTextEncoder, Separators, allowed_token_ids
+from attention_rl_trainer.memories.articles.sources import load_articles
+from attention_rl_trainer.memories.loading import iter_article_pairs
+from attention_rl_trainer.memories.pairs import MemoryBatch, PairShape, collate_memories
+from attention_rl_trainer.memories.stream import ArticleStream
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder, allowed_token_ids
+from attention_rl_trainer.models.base import load_base_model, load_tokenizer
+from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.rollout.environment import KVMemoryEnvironment
+from attention_rl_trainer.rollout.layout import RolloutSettings, Separators
+from attention_rl_trainer.rollout.sampler import TrajectorySampler
 
 SEED = 0
 
@@ -43,13 +46,13 @@ def offline_policy(dtype: torch.dtype = torch.bfloat16) -> tuple[PolicyModel, Pr
     return PolicyModel(model, allowed_token_ids(tokenizer, model.config.vocab_size)), tokenizer
 
 
-def offline_batch(tokenizer: PreTrainedTokenizerFast, rows: int, steps: int, tokens: int = 20) -> ArticleBatch:
+def offline_batch(tokenizer: PreTrainedTokenizerFast, rows: int, steps: int, tokens: int = 20) -> MemoryBatch:
     """The first articles of the embedded dump, each with a memory of as many pairs as there are steps."""
     encoder = PlainTextEncoder(tokenizer)
     shape = PairShape(steps + 1, steps / (steps + 1), tokens, tokens)
     stream = ArticleStream(load_articles("offline"), source="offline", seed=SEED, shuffle=False)
     pairs = iter_article_pairs(stream, encoder, shape, SEED, stream.skipped)
-    return collate_article_pairs([next(pairs) for _ in range(rows)], tokens)
+    return collate_memories([next(pairs) for _ in range(rows)], tokens)
 
 
 def new_sampler(
@@ -60,7 +63,7 @@ def new_sampler(
     return TrajectorySampler(policy, KVMemoryEnvironment(), separators, RolloutSettings(steps, tokens, SEED))
 
 
-def lay_out_prompt(batch: ArticleBatch, separators: Separators) -> Tensor:
+def lay_out_prompt(batch: MemoryBatch, separators: Separators) -> Tensor:
     """The in-context example and the first query separator, ``[B, S]``."""
     query, response = (torch.tensor(ids).expand(len(batch), -1) for ids in (separators.query, separators.response))
     return torch.cat([query, batch.example_keys, response, batch.example_values, query], dim=1)

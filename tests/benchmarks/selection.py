@@ -15,8 +15,8 @@ import torch
 from harness import Report, time_in_turn
 from torch import Tensor
 
-from attention_rl_trainer.key_index import KeyIndex
-from attention_rl_trainer.selector import compute_similarity, sample_key_value, selection_log_probabilities
+from attention_rl_trainer.rollout.key_index import KeyIndex
+from attention_rl_trainer.rollout.selector import compute_similarity, sample_key_value, selection_log_probabilities
 
 GROUPS, HEADS, HEAD_DIM, DRAWS = 3, 9, 64, 16
 

@@ -25,10 +25,12 @@ from scene import new_sampler, offline_batch, offline_policy
 from tiny import adapted, made_up_kept, tiny_llama
 from torch import nn
 
-from attention_rl_trainer.adapters import AdapterSnapshot
-from attention_rl_trainer.memory import KVMemoryEnvironment
-from attention_rl_trainer.policy import PolicyModel, dropout_disabled
-from attention_rl_trainer.update import KeptTrajectories, LossSettings, compute_loss_terms
+from attention_rl_trainer.models.causal_lm import dropout_disabled
+from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.rollout.environment import KVMemoryEnvironment
+from attention_rl_trainer.update.kept import KeptTrajectories
+from attention_rl_trainer.update.objective import LossSettings, compute_loss_terms
+from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
 
 STEPS, KEPT = 8, 16
 VOCABULARIES = (49152, 131072, 262144)

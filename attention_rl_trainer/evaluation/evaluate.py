@@ -1,0 +1,107 @@
+"""A policy on held-out memories, without training: its rewards, and what its orders and queries are worth (design §11)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from attention_rl_trainer.evaluation.tables import TableBuilder
+from attention_rl_trainer.memories.pairs import MemoryBatch
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder
+from attention_rl_trainer.options import Count, CountOrZero, Options, option
+from attention_rl_trainer.records.metrics import trajectory_metrics
+from attention_rl_trainer.rollout.sampler import TrajectorySampler
+from attention_rl_trainer.types import Trajectory
+
+SEED_OFFSET = 2**32
+"""Evaluation episodes have streams of their own, far from any training seed."""
+
+
+@dataclass
+class EvaluationOptions(Options):
+    """How much is evaluated."""
+
+    eval_episodes: Count = option(64, "Trajectories rolled out by an evaluation.")
+    eval_tables: bool = option(
+        True,
+        "Measure orders and queries against baselines in evaluations too; takes several times as long as the "
+        "trajectories alone.",
+    )
+    eval_order_episodes: CountOrZero | None = option(
+        None,
+        "With eval_tables, score orders for so many of an evaluation's trajectories alone, the first ones; this takes "
+        "most of the time. 0 for none. Default: for all.",
+    )
+    eval_epochs: Count = option(
+        1,
+        "How often the evaluation articles are read, each time with another memory; above 1 where they are fewer than "
+        "eval_episodes.",
+    )
+
+
+def evaluate(
+    sampler: TrajectorySampler,
+    batches: Iterable[MemoryBatch],
+    encoder: PlainTextEncoder,
+    options: EvaluationOptions,
+    folder: Path,
+) -> dict[str, float]:
+    """Evaluate a policy, and with ``eval_tables`` write the two tables into a folder as Markdown and JSON.
+
+    Args:
+        sampler: policy, environment and layout; computes the order gain.
+        batches: held-out memories.
+        encoder: turns ids into the text that BM25 compares.
+        options: how much.
+        folder: for the tables; made if it is missing.
+
+    Returns:
+        Rewards, their parts and the tables' main figures, by name.
+    """
+    if not options.eval_tables:
+        return evaluate_policy(sampler, batches, options.eval_episodes)
+    builder = TableBuilder(sampler, encoder, num_order_episodes=options.eval_order_episodes)
+    results = evaluate_policy(sampler, batches, options.eval_episodes, builder.add)
+    tables = builder.build()
+    tables.write(folder)
+    return results | tables.metrics()
+
+
+def evaluate_policy(
+    sampler: TrajectorySampler,
+    batches: Iterable[MemoryBatch],
+    num_episodes: int,
+    observe: Callable[[MemoryBatch, Trajectory], None] | None = None,
+) -> dict[str, float]:
+    """Roll out one trajectory for each article and summarize them.
+
+    Args:
+        sampler: rolls the trajectories out; its episodes are numbered from 0.
+        batches: the articles.
+        num_episodes: trajectories at most.
+        observe: sees each batch and its trajectories.
+
+    Returns:
+        Means over trajectories and steps, by the names under which they are logged, and ``"episodes"``.
+    """
+    sums: dict[str, float] = {}
+    rewards = []
+    done = 0
+    for whole in batches:
+        batch = whole.select_rows(range(min(len(whole), num_episodes - done)))
+        trajectory = sampler.sample(batch, range(done, done + len(batch)))
+        if observe is not None:
+            observe(batch, trajectory)
+        done += len(batch)
+        rewards.append(trajectory.avg_reward.cpu())
+        for name, value in trajectory_metrics(trajectory).items():
+            sums[name] = sums.get(name, 0.0) + value * len(batch)
+        if done >= num_episodes:
+            break
+    joined = torch.cat(rewards)
+    means = {name: value / done for name, value in sums.items()}
+    spread = {"reward_std": joined.std(correction=0).item(), "reward_max": joined.max().item()}
+    return means | spread | {"episodes": float(done)}

@@ -1,0 +1,406 @@
+"""From the name of a source to a data set of articles: the embedded dump, the Hub, or files of this machine.
+
+The first stage of section 3 of the design. A source has a column of text, and a column `title` where it can; a
+MediaWiki dump also says in `skip_reason` which of its pages are no articles. What cannot be read of a damaged file is
+a row with a reason, is named in a warning, and leaves the rest to be used. The module knows nothing about the order
+in which articles are read, nor about tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import datasets
+import pyarrow as pa
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.naming import camelcase_to_snakecase
+from datasets.packaged_modules.cache.cache import Cache
+
+from attention_rl_trainer.hub import HubUnreachableError, hub_obstacle
+from attention_rl_trainer.memories.articles import dumps, files, markup
+
+ArticleTable: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+OFFLINE = "offline"
+"""Name of the embedded source: 96 articles of the English Wikipedia, from a dump in the wheel of gensim."""
+
+WIKIPEDIA = "wikimedia/wikipedia"
+WIKIPEDIA_CONFIG = "20231101.en"
+
+MAX_CACHED_DUMP_BYTES = 256 * 2**20
+"""A MediaWiki dump larger than this streams by default: to read all of it first would take hours."""
+
+_EMBEDDED_DUMP = Path("test", "test_data", "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2")
+_SCRIPT_WIKIPEDIA = "wikipedia"
+_DUMP_FORMAT = "MediaWiki dump"
+_DUMP_SPLIT = "train"
+_FORMATS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".xml": _DUMP_FORMAT,
+}
+_COMPRESSIONS = {"json": ".gz", _DUMP_FORMAT: ".bz2"}
+_KNOWN_FORMATS = (
+    "Parquet (.parquet), JSON Lines (.jsonl, .json, .ndjson, each also with .gz), text (.txt, one article a file) and "
+    "MediaWiki dumps (.xml, .xml.bz2)"
+)
+_LIBRARY_FILES = frozenset({"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"})
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?", re.ASCII)
+_BREAKS = frozenset({dumps.BROKEN_DUMP, files.BROKEN_ROW, files.BROKEN_FILE})
+_NUM_NAMED_BREAKS = 10
+_NO_SLICE_OF_A_STREAM = (
+    "The split {split!r} is a slice, which a streamed file cannot give; leave streaming out, or take {name!r} and use "
+    ".skip() and .take()."
+)
+_NO_SCRIPTS = "Dataset scripts are no longer supported"
+
+_logger = logging.getLogger(__name__)
+
+
+def load_articles(
+    name_or_path: str,
+    config_name: str | None = None,
+    split: str = "train",
+    streaming: bool | None = None,
+    text_column: str = "text",
+) -> ArticleTable:
+    """Open a source of articles.
+
+    Args:
+        name_or_path: `"offline"` for the articles that come with the `offline` extra, a data set of the Hub such as
+            `"wikimedia/wikipedia"`, or a file or folder (Parquet, JSON Lines, text, MediaWiki dump). A file or folder
+            that is called like one of these names is written with `./` before it.
+        config_name: Configuration of a data set of the Hub, or of a folder laid out as one; `"20231101.en"` for
+            Wikipedia where it is not given.
+        split: Split of the data set, or a slice of it such as `"train[:60]"` (of rows, those without an article
+            included). A single file is the split that is asked for.
+        streaming: Read while iterating instead of preparing the whole source first. None means yes for Wikipedia on
+            the Hub and for a dump of more than `MAX_CACHED_DUMP_BYTES`, else no.
+        text_column: Column that holds the text.
+
+    Returns:
+        A data set with `text_column`, and `title` where the source has titles; its `info.dataset_name` is
+        `name_or_path`. The rows of a MediaWiki dump also have `skip_reason`: "" for an article, else "redirect",
+        "disambiguation", "list", "not_an_article", "tangled_markup" (brackets without partners that would take the
+        parser hours), "empty" or "broken_dump", each with an empty text. So has what
+        stands for an unreadable part of another file: "broken_row" for each line or row, "broken_file" for the rest of
+        a file; of a damaged file, the columns `title` and `text_column` are read alone unless it streams.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder, nor a data set of that name on the Hub.
+        HubUnreachableError: The source is on the Hub, not in the local cache, and the Hub cannot be reached.
+        ImportError: `"offline"` is asked for, and gensim's wheel is not installed.
+        BrokenDumpError: A MediaWiki dump holds no page that can be read.
+        ValueError: The format is not known, or the data set is made by a script, or has no such column or split, or no
+            row of it can be read.
+
+    Warns:
+        UserWarning: Part of a file cannot be read; the message names the file, the place and what is wrong. Where the
+            source streams, this is logged instead, when the place is reached.
+    """
+    if name_or_path == OFFLINE:
+        _check_no_config(name_or_path, config_name)
+        table = _load_dumps([_embedded_dump()], split, streaming)
+    elif (path := Path(name_or_path).expanduser()).exists() and name_or_path not in (WIKIPEDIA, _SCRIPT_WIKIPEDIA):
+        table = _load_path(path, config_name, split, streaming, text_column)
+    else:
+        table = _load_from_hub(name_or_path, config_name, split, streaming)
+    _check_columns(table, name_or_path, text_column)
+    # A reader of files calls its data sets after itself ("generator", "json").
+    table.info.dataset_name = name_or_path
+    return table
+
+
+def _check_no_config(name: str, config_name: str | None) -> None:
+    if config_name is not None:
+        raise ValueError(f"{name!r} has no configurations; got config_name={config_name!r}, leave it out.")
+
+
+def _embedded_dump() -> Path:
+    """Find the dump inside gensim's wheel without importing gensim, whose own dependencies are not needed for it."""
+    spec = importlib.util.find_spec("gensim")
+    dump = None if spec is None or spec.origin is None else Path(spec.origin).parent / _EMBEDDED_DUMP
+    if dump is None or not dump.is_file():
+        raise ImportError(
+            f"The source {OFFLINE!r} is a file of gensim's wheel ({_EMBEDDED_DUMP.as_posix()}), which is not "
+            'installed; run pip install "attention-rl-trainer[offline]".'
+        )
+    return dump
+
+
+def _load_path(
+    path: Path, config_name: str | None, split: str, streaming: bool | None, text_column: str
+) -> ArticleTable:
+    if path.suffix == ".py" or (path / f"{path.name}.py").is_file():
+        raise _script_error(str(path))
+    paths, kind = _files_of_folder(path, split) if path.is_dir() else ([path], _format_of_file(path))
+    is_data_set = path.is_dir() and kind not in ("text", _DUMP_FORMAT)
+    if not is_data_set:
+        _check_no_config(str(path), config_name)
+    if kind == _DUMP_FORMAT:
+        return _load_dumps(paths, split, streaming)
+    if is_data_set:
+        name, options = str(path), {}
+    else:
+        name, options = kind, _options_of_files(paths, kind, split)
+    if streaming:
+        return _stream_files(_data_files(name, config_name, split, options), kind, split)
+    try:
+        return _load_dataset(name, config_name, split, False, options)
+    except HubUnreachableError:
+        raise
+    except (ValueError, OSError, EOFError, pa.ArrowException) as error:
+        readable = _data_files(name, config_name, split, options)
+        return _load_damaged_files(readable, kind, split, text_column, error)
+
+
+def _options_of_files(paths: Sequence[Path], kind: str, split: str) -> dict[str, object]:
+    options: dict[str, object] = {"data_files": {_split_name(split): [str(path) for path in paths]}}
+    if kind == "text":
+        options["sample_by"] = "document"
+    return options
+
+
+def _split_name(split: str) -> str:
+    return re.split(r"\W", split, maxsplit=1)[0]
+
+
+def _data_files(name: str, config_name: str | None, split: str, options: dict[str, object]) -> list[str]:
+    """Find the files of a split of local files, or of a folder laid out as a data set."""
+    by_split = datasets.load_dataset_builder(name, config_name, **options).config.data_files
+    if _split_name(split) not in by_split:
+        raise ValueError(f"Unknown split {split!r}; there are {', '.join(repr(str(name)) for name in by_split)}.")
+    return [str(file) for file in by_split[_split_name(split)]]
+
+
+def _stream_files(paths: list[str], kind: str, split: str) -> datasets.IterableDataset:
+    if split != _split_name(split):
+        raise ValueError(_NO_SLICE_OF_A_STREAM.format(split=split, name=_split_name(split)))
+    return datasets.IterableDataset.from_generator(files.file_rows, gen_kwargs={"paths": paths, "kind": kind})
+
+
+def _load_damaged_files(
+    paths: list[str], kind: str, split: str, text_column: str, error: Exception
+) -> datasets.Dataset:
+    """Read what can be read of files that `datasets` refuses."""
+    _logger.warning("%s is read row by row, because it cannot be read at once: %s", ", ".join(paths), error)
+    _check_columns(_stream_files(paths, kind, _split_name(split)), ", ".join(paths), text_column)
+    arguments = {"paths": tuple(paths), "kind": kind, "text_column": text_column}
+    columns = dict.fromkeys(("title", text_column, "skip_reason"), datasets.Value("string"))
+    return _generate(files.article_rows, columns, arguments, [Path(path) for path in paths], split)
+
+
+def _format(path: Path) -> str | None:
+    """Tell the format of a file from its name, or None."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in _FORMATS:
+        return _FORMATS[suffixes[-1]]
+    if len(suffixes) == 2 and suffixes[0] in _FORMATS:
+        kind = _FORMATS[suffixes[0]]
+        return kind if _COMPRESSIONS.get(kind) == suffixes[1] else None
+    return None
+
+
+def _format_of_file(path: Path) -> str:
+    kind = _format(path)
+    if kind is None:
+        raise ValueError(f"{str(path)!r} is of no known format; known are {_KNOWN_FORMATS}.")
+    return kind
+
+
+def _files_of_folder(folder: Path, split: str) -> tuple[list[Path], str]:
+    """Find the files of the one format a folder holds; of its sub-folder called like the split, if there is one."""
+    root = folder / split if (folder / split).is_dir() else folder
+    by_format: dict[str, list[Path]] = {}
+    for file in sorted(root.rglob("*")):
+        hidden = any(part.startswith((".", "_")) for part in file.relative_to(root).parts)
+        kind = _format(file)
+        if kind is not None and file.is_file() and not hidden and file.name not in _LIBRARY_FILES:
+            by_format.setdefault(kind, []).append(file)
+    if not by_format:
+        raise ValueError(f"The folder {str(folder)!r} holds no file of a known format; known are {_KNOWN_FORMATS}.")
+    if len(by_format) > 1:
+        counts = ", ".join(f"{len(files)} of {kind}" for kind, files in sorted(by_format.items()))
+        raise ValueError(f"The folder {str(folder)!r} mixes formats ({counts}); give a folder or file of one format.")
+    kind, files = by_format.popitem()
+    return files, kind
+
+
+def _load_dumps(paths: Sequence[Path], split: str, streaming: bool | None) -> ArticleTable:
+    if _split_name(split) != _DUMP_SPLIT or "+" in split:
+        raise ValueError(f"A MediaWiki dump has one split, 'train', of which a slice can be taken; got {split!r}.")
+    _parse_slice(split)
+    for path in paths:
+        dumps.check_wiki_dump(path)
+    arguments = {"paths": tuple(str(path.resolve()) for path in paths)}
+    columns = {name: datasets.Value("string") for name in dumps.ArticleRow.__annotations__}
+    if streaming is None:
+        streaming = sum(path.stat().st_size for path in paths) > MAX_CACHED_DUMP_BYTES
+    if streaming:
+        if split != _DUMP_SPLIT:
+            raise ValueError(_NO_SLICE_OF_A_STREAM.format(split=split, name=_DUMP_SPLIT))
+        return datasets.IterableDataset.from_generator(dumps.article_rows, datasets.Features(columns), arguments)
+    return _generate(dumps.article_rows, columns, arguments, paths, split)
+
+
+def _generate(
+    rows: Callable[..., Iterator[object]],
+    columns: dict[str, datasets.Value],
+    arguments: Mapping[str, object],
+    paths: Sequence[Path],
+    split: str,
+) -> datasets.Dataset:
+    """Read rows into the cache, or find them there; then warn of what is missing, and take the slice."""
+    part = _parse_slice(split)
+    table = datasets.Dataset.from_generator(
+        rows, datasets.Features(columns), gen_kwargs=dict(arguments), fingerprint=_state_of_files(paths, arguments)
+    )
+    _warn_of_breaks(table)
+    if part is None:
+        return table
+    (chosen,) = part.to_absolute({_split_name(split): len(table)})
+    numbers = range(len(table))[chosen.from_ : chosen.to]
+    if not numbers:
+        raise ValueError(f"The split {split!r} is empty: the source has {len(table)} rows.")
+    return table.select(numbers)
+
+
+def _parse_slice(split: str) -> datasets.ReadInstruction | None:
+    """Read a slice such as "train[:60]"; None stands for the whole split."""
+    try:
+        part = datasets.ReadInstruction.from_spec(split)
+        part.to_absolute({_split_name(split): 1})
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"The split {split!r} cannot be read: {error}") from error
+    return None if split == _split_name(split) else part
+
+
+def _state_of_files(paths: Sequence[Path], arguments: Mapping[str, object]) -> str:
+    """Name cached rows by the files, the options and the code they come from, so that a change of each counts."""
+    state = hashlib.sha256(repr(sorted(arguments.items())).encode())
+    for path in paths:
+        status = path.stat()
+        state.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    for module in (dumps, files, markup):
+        state.update(inspect.getsource(module).encode())
+    return state.hexdigest()[:32]
+
+
+def _warn_of_breaks(table: datasets.Dataset) -> None:
+    """Name the breaks of files in every run, not only in the one that read them into the cache."""
+    if not _BREAKS.intersection(table.unique("skip_reason")):
+        return
+    rows = table.select_columns(["title", "skip_reason"])
+    places = Counter(row["title"] for row in rows if row["skip_reason"] in _BREAKS)
+    for place in list(places)[:_NUM_NAMED_BREAKS]:
+        warnings.warn(f"Articles are missing: {place}", stacklevel=6)
+    if len(places) > _NUM_NAMED_BREAKS:
+        warnings.warn(f"Articles are missing: {places.total()} rows in all cannot be read.", stacklevel=6)
+
+
+def _load_from_hub(name: str, config_name: str | None, split: str, streaming: bool | None) -> ArticleTable:
+    _check_hub_name(name)
+    if name == _SCRIPT_WIKIPEDIA:
+        warnings.warn(
+            f"The data set {name!r} ({config_name or '20220301.en'}) is made by a script, and data set scripts can no "
+            f"longer be loaded; {WIKIPEDIA!r}, {WIKIPEDIA_CONFIG!r} is used instead.",
+            stacklevel=3,
+        )
+        name, config_name = WIKIPEDIA, WIKIPEDIA_CONFIG
+    if name == WIKIPEDIA:
+        config_name = config_name or WIKIPEDIA_CONFIG
+        streaming = True if streaming is None else streaming
+    obstacle = hub_obstacle()
+    if obstacle is None:
+        return _load_dataset(name, config_name, split, bool(streaming), {})
+    if not _is_prepared(name, config_name):
+        raise _unreachable(name, obstacle)
+    _logger.warning("The Hub cannot be reached (%s); %r is read from the local cache.", obstacle, name)
+    dataset_name = name.rpartition("/")[2]
+    prepared = Cache(dataset_name=dataset_name, repo_id=name, config_name=config_name, version="auto", hash="auto")
+    table: ArticleTable = prepared.as_streaming_dataset(split) if streaming else prepared.as_dataset(split)
+    return table
+
+
+def _check_hub_name(name: str) -> None:
+    """Tell a mistyped path from the name of a data set."""
+    if _HUB_NAME.fullmatch(name) is None or _format(Path(name)) is not None:
+        raise FileNotFoundError(
+            f"There is no file or folder {name!r}. A source is {OFFLINE!r}, an existing file or folder, or a data set "
+            f"of the Hub such as {WIKIPEDIA!r}."
+        )
+
+
+def _is_prepared(name: str, config_name: str | None) -> bool:
+    """Tell whether `datasets` has prepared a Hub data set in its cache before."""
+    *namespace, last = name.split("/")
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "___".join([*namespace, camelcase_to_snakecase(last)]))
+    return any(entry.is_dir() for entry in folder.glob(f"{config_name or '*'}/*/*"))
+
+
+def _unreachable(name: str, obstacle: str) -> HubUnreachableError:
+    return HubUnreachableError(
+        f"The data set {name!r} is neither a local path nor in the local cache, and the Hub cannot be reached: "
+        f"{obstacle}. Use --dataset_name {OFFLINE} or the path of a local file."
+    )
+
+
+def _load_dataset(
+    name: str, config_name: str | None, split: str, streaming: bool, options: dict[str, object]
+) -> ArticleTable:
+    """Call `datasets.load_dataset`, and put its errors into words that name the way out."""
+    shown = options.get("data_files", name)
+    try:
+        table: ArticleTable = datasets.load_dataset(name, config_name, split=split, streaming=streaming, **options)
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(f"There is no local file or folder {name!r}, and: {error}") from error
+    except DatasetGenerationError as error:
+        raise ValueError(f"{shown!r} cannot be read: {error.__cause__ or error}") from error
+    except ConnectionError as error:
+        raise _unreachable(name, str(error)) from error
+    except RuntimeError as error:
+        if _NO_SCRIPTS not in str(error):
+            raise
+        raise _script_error(name) from error
+    return table
+
+
+def _script_error(name: str) -> ValueError:
+    return ValueError(
+        f"The data set {name!r} is made by a Python script, and data set scripts can no longer be loaded. Use a data "
+        f"set of plain files, such as {WIKIPEDIA!r}, or its conversion to Parquet."
+    )
+
+
+def _check_columns(table: ArticleTable, name: str, text_column: str) -> None:
+    columns = table.column_names
+    if columns is None:
+        columns = _columns_of_rows(table, name)
+    if text_column not in columns:
+        raise ValueError(
+            f"{name!r} has no column {text_column!r}; its columns are {', '.join(map(repr, columns)) or 'none'}. "
+            "Choose the one that holds the text with the option dataset_text_column."
+        )
+
+
+def _columns_of_rows(table: datasets.IterableDataset, name: str) -> list[str]:
+    breaks: list[str] = []
+    for row in table:
+        if not files.is_break(row):
+            return list(row)
+        breaks.append(row["title"])
+    if breaks:
+        raise ValueError(f"{name!r} cannot be read: {breaks[0]}")
+    return []

@@ -1,0 +1,251 @@
+"""Token ids of an article into fixed-length key-value pairs, and a trajectory's random subset of them (design §3).
+
+Everything is index arithmetic on ids: no padding, no second tokenization, no decoding. The draw of a subset is seeded
+by (seed, epoch, article index), so it does not depend on which process or batch the article falls into.
+
+Knows nothing about models: the key vectors are added by a function that is passed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attention_rl_trainer.options import Count, Options, Share, option
+from attention_rl_trainer.types import ArticleReference, KeyValuePairs, StreamPosition
+
+Window = Literal["start", "random"]
+EmbedKeys = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class PairOptions(Options):
+    """The lengths and counts that cut an article into pairs."""
+
+    num_kv_pairs: int = option(32, "N: pairs of an article that take part, the in-context example counted.")
+    subset_fraction: Share = option(0.25, "Share of the N pairs that make a trajectory's memory of M pairs; in (0, 1].")
+    tokens_per_key: Count = option(20, "K: tokens of a key.")
+    tokens_per_value: Count = option(20, "V: tokens of a value.")
+    window: Window = option(
+        "start", "Which pairs of an article take part: its first N ('start') or a random run of as many ('random')."
+    )
+
+    def check_options(self) -> None:
+        """Check the ranges, and that there is a pair to read."""
+        super().check_options()
+        if self.num_kv_pairs < 2:
+            raise ValueError(f"num_kv_pairs must be at least 2 (the example and one to read), got {self.num_kv_pairs}")
+
+    @property
+    def tokens_per_pair(self) -> int:
+        """Tokens of a key and its value, K + V."""
+        return self.tokens_per_key + self.tokens_per_value
+
+    @property
+    def min_article_tokens(self) -> int:
+        """Tokens that an article must have, (K + V) · N."""
+        return self.tokens_per_pair * self.num_kv_pairs
+
+    @property
+    def memory_size(self) -> int:
+        """M, the pairs in a trajectory's memory: max(1, min(N - 1, ⌊fraction · N + ½⌋))."""
+        rounded = math.floor(self.subset_fraction * self.num_kv_pairs + 0.5)
+        return max(1, min(self.num_kv_pairs - 1, rounded))
+
+
+def chunk_tokens(token_ids: Tensor, chunk_length: int) -> Tensor:
+    """Cut a sequence into consecutive chunks of equal length; the incomplete rest is left out.
+
+    Args:
+        token_ids: ``[n]`` int64.
+        chunk_length: tokens in a chunk.
+
+    Returns:
+        ``[n // chunk_length, chunk_length]``, a view of ``token_ids``.
+    """
+    num_chunks = token_ids.shape[0] // chunk_length
+    return token_ids[: num_chunks * chunk_length].view(num_chunks, chunk_length)
+
+
+def sample_chunks(
+    chunks: Tensor, num_samples: int, candidates: NDArray[np.int64], generator: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw chunks without replacement, in random order.
+
+    Args:
+        chunks: ``[n, chunk_length]`` int64.
+        num_samples: how many to draw.
+        candidates: numbers of the chunks that may be drawn.
+        generator: source of randomness.
+
+    Returns:
+        The chunks ``[num_samples, chunk_length]`` and their numbers ``[num_samples]`` int64.
+
+    Raises:
+        ValueError: there are fewer candidates than samples.
+    """
+    if num_samples > len(candidates):
+        raise ValueError(f"cannot draw {num_samples} chunks from {len(candidates)} candidates; lower subset_fraction")
+    numbers = torch.from_numpy(generator.choice(candidates, size=num_samples, replace=False))
+    return chunks[numbers], numbers
+
+
+def split_key_values(chunks: Tensor, tokens_per_key: int) -> tuple[Tensor, Tensor]:
+    """Split chunks into their keys and values.
+
+    Args:
+        chunks: ``[..., K + V]`` int64.
+        tokens_per_key: K.
+
+    Returns:
+        Keys ``[..., K]`` and values ``[..., V]``.
+
+    Raises:
+        ValueError: a chunk is not longer than a key.
+    """
+    if not 0 < tokens_per_key < chunks.shape[-1]:
+        raise ValueError(f"tokens_per_key must lie in 1..{chunks.shape[-1] - 1} for these chunks, got {tokens_per_key}")
+    return chunks[..., :tokens_per_key], chunks[..., tokens_per_key:]
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryRow:
+    """The pairs of one article that one trajectory uses.
+
+    Attributes:
+        example: tokens of pair 0, the in-context example, ``[K + V]`` int64.
+        chunks: tokens of the memory's pairs, ``[M, K + V]`` int64.
+        pair_numbers: their numbers in the article, ``[M]`` int64.
+        article: where they come from.
+        skipped: articles passed over so far, by reason.
+    """
+
+    example: Tensor
+    chunks: Tensor
+    pair_numbers: Tensor
+    article: ArticleReference
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryBatch:
+    """B articles cut into pairs, ready to be rolled out.
+
+    Attributes:
+        example_keys: keys of the in-context examples, ``[B, K]`` int64.
+        example_values: their values, ``[B, V]`` int64.
+        key_tokens: keys of the memories, ``[B, M, K]`` int64.
+        value_tokens: values of the memories, ``[B, M, V]`` int64.
+        pair_numbers: numbers of the pairs in their articles, ``[B, M]`` int64.
+        articles: where each row comes from.
+        skipped: articles passed over so far, by reason.
+    """
+
+    example_keys: Tensor
+    example_values: Tensor
+    key_tokens: Tensor
+    value_tokens: Tensor
+    pair_numbers: Tensor
+    articles: Sequence[ArticleReference]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Return the number of rows, B."""
+        return len(self.articles)
+
+    @property
+    def position_after(self) -> StreamPosition:
+        """The position in the source right after the last row."""
+        return self.articles[-1].next_position
+
+    def head(self, num_rows: int) -> MemoryBatch:
+        """Keep at most so many rows, the first ones."""
+        return self if num_rows >= len(self) else self.select_rows(range(max(0, num_rows)))
+
+    def select_rows(self, rows: Sequence[int]) -> MemoryBatch:
+        """Keep some rows, in the given order.
+
+        Args:
+            rows: numbers of the rows to keep.
+        """
+        index = torch.as_tensor(list(rows), dtype=torch.int64)
+        return MemoryBatch(
+            example_keys=self.example_keys[index],
+            example_values=self.example_values[index],
+            key_tokens=self.key_tokens[index],
+            value_tokens=self.value_tokens[index],
+            pair_numbers=self.pair_numbers[index],
+            articles=[self.articles[row] for row in rows],
+            skipped=self.skipped,
+        )
+
+
+def draw_pairs(
+    token_ids: Sequence[int], shape: PairOptions, generator: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut an article and draw a trajectory's memory.
+
+    Args:
+        token_ids: the article's ids, at least `PairOptions.min_article_tokens` of them.
+        shape: lengths and counts.
+        generator: source of randomness for the draw.
+
+    Returns:
+        The example ``[K + V]``, the memory's chunks ``[M, K + V]`` and their numbers in the article ``[M]``.
+    """
+    num_candidates = shape.num_kv_pairs - 1
+    used = len(token_ids) if shape.window == "random" else shape.min_article_tokens
+    chunks = chunk_tokens(torch.tensor(token_ids[:used], dtype=torch.int64), shape.tokens_per_pair)
+    first = 1
+    if shape.window == "random":
+        first = int(generator.integers(1, chunks.shape[0] - num_candidates + 1))
+    candidates = np.arange(first, first + num_candidates)
+    memory, numbers = sample_chunks(chunks, shape.memory_size, candidates, generator)
+    return chunks[0], memory, numbers
+
+
+def collate_memories(rows: Sequence[MemoryRow], tokens_per_key: int) -> MemoryBatch:
+    """Stack the pairs of several articles into a batch.
+
+    Args:
+        rows: B articles' pairs.
+        tokens_per_key: K, where a chunk is split.
+    """
+    example_keys, example_values = split_key_values(torch.stack([row.example for row in rows]), tokens_per_key)
+    key_tokens, value_tokens = split_key_values(torch.stack([row.chunks for row in rows]), tokens_per_key)
+    return MemoryBatch(
+        example_keys=example_keys,
+        example_values=example_values,
+        key_tokens=key_tokens,
+        value_tokens=value_tokens,
+        pair_numbers=torch.stack([row.pair_numbers for row in rows]),
+        articles=[row.article for row in rows],
+        skipped=rows[-1].skipped,
+    )
+
+
+def add_embeddings(batch: MemoryBatch, embed_keys: EmbedKeys) -> KeyValuePairs:
+    """Add the keys' attention vectors to a batch of memories.
+
+    Args:
+        batch: the tokens.
+        embed_keys: token ids ``[n, K]`` to vectors ``[n, G, D]``.
+
+    Returns:
+        The memories, on the device of the vectors.
+    """
+    batch_size, num_pairs, _ = batch.key_tokens.shape
+    vectors = torch.unflatten(embed_keys(batch.key_tokens.flatten(0, 1)), 0, (batch_size, num_pairs))
+    return KeyValuePairs(
+        key_tokens=batch.key_tokens.to(vectors.device),
+        value_tokens=batch.value_tokens.to(vectors.device),
+        key_vectors=vectors,
+        pair_numbers=batch.pair_numbers.to(vectors.device),
+    )

@@ -1,0 +1,277 @@
+"""From a data set of articles to an endless stream of them, each with its place in the order.
+
+Section 3 of the design: no article twice before the source is exhausted, then the next epoch in another order; every
+article carries the position after it, so that a run that stops continues with the next one. The module knows nothing
+about where a data set comes from, nor about tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from attention_rl_trainer.memories.articles.files import BROKEN_ROW
+from attention_rl_trainer.memories.articles.sources import ArticleTable, load_articles
+from attention_rl_trainer.types import StreamPosition
+
+SKIP_REASON_COLUMN = "skip_reason"
+"""Column in which a source says why a row is no article; "" where it is one."""
+
+READING_ERRORS = (pa.ArrowException, UnicodeDecodeError, EOFError)
+"""What a streamed source raises where its files are damaged."""
+
+Row: TypeAlias = Mapping[str, object]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Article:
+    """The text of an article.
+
+    Args:
+        title: Its title, or "article {row}" where the source has none.
+        text: Plain text, never empty.
+        source: Name or path of the source.
+    """
+
+    title: str
+    text: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class PositionedArticle:
+    """An article and its place in the stream.
+
+    Args:
+        article: The article.
+        position: Place before it: its epoch, and its index in the order of that epoch.
+        next_position: Place after it, from which a resumed stream continues.
+        row: Identity of the article: its row in the source, or for a streamed source, which has no numbered rows, its
+            index in the order of the epoch.
+    """
+
+    article: Article
+    position: StreamPosition
+    next_position: StreamPosition
+    row: int
+
+
+class ArticleStream:
+    """An endless, shuffled, resumable stream of articles.
+
+    A source with a length is read in a permutation of its rows, and entering it anywhere costs nothing. A streamed
+    source is shuffled through a buffer, and entered by reading it again up to the position. Both orders depend on
+    `(seed, epoch)` alone. Of several processes, process p takes the rows whose index in the order is p modulo their
+    number; each continues from the position after its own last article. Iterating anew starts again at `position`.
+
+    Args:
+        dataset: A data set of rows, or a sequence of rows or of `Article`.
+        text_column: Column of the text.
+        title_column: Column of the title, used where a row has it.
+        source: Name under which the articles are known.
+        seed: Seed of the order.
+        shuffle: Read in another order in every epoch, the first one included; else in the order of the source.
+        shuffle_buffer_size: Rows of a streamed source from which the next one is drawn.
+        position: Where to start.
+        process_index: Number of this process.
+        num_processes: Number of processes that share the source.
+        num_epochs: Stop after the epoch of this number (counted from the very first); None never stops.
+
+    Attributes:
+        skipped: How many rows were passed over by this process since the stream was made, by reason: the reason the
+            source gives, "not_a_string" (also None, a number or bytes), "empty" (also white space alone), or
+            "broken_row" for a row of a table that is not valid UTF-8. The first of the latter is logged.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    def __init__(
+        self,
+        dataset: ArticleTable | Sequence[Row] | Sequence[Article],
+        *,
+        source: str,
+        seed: int,
+        text_column: str = "text",
+        title_column: str = "title",
+        shuffle: bool = True,
+        shuffle_buffer_size: int = 1000,
+        position: StreamPosition = StreamPosition(),
+        process_index: int = 0,
+        num_processes: int = 1,
+        num_epochs: int | None = None,
+    ) -> None:
+        if not 0 <= process_index < num_processes:
+            raise ValueError(
+                f"process_index must be in 0..num_processes - 1, got {process_index} of {num_processes} processes."
+            )
+        for name, value in (("shuffle_buffer_size", shuffle_buffer_size), ("num_epochs", num_epochs)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}.")
+        if seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {seed}.")
+        self.position = position
+        self.skipped: Counter[str] = Counter()
+        self._dataset = dataset
+        self._text_column = text_column
+        self._title_column = title_column
+        self._source = source
+        self._seed = seed
+        self._shuffle = shuffle
+        self._shuffle_buffer_size = shuffle_buffer_size
+        self._process_index = process_index
+        self._num_processes = num_processes
+        self._num_epochs = num_epochs
+
+    def __iter__(self) -> Iterator[PositionedArticle]:
+        """Yield the articles of this process from `position` on.
+
+        Raises:
+            ValueError: A whole epoch gives this process no article, or a row lacks the column of the text, or a
+                streamed source that is not read by `load_articles` from local files is damaged.
+        """
+        start = self.position.index
+        for epoch in itertools.count(self.position.epoch):
+            if self._num_epochs is not None and epoch >= self._num_epochs:
+                return
+            skipped_before = self.skipped.copy()
+            is_empty = True
+            for item in self._epoch(epoch, start):
+                is_empty = False
+                yield item
+            if is_empty and start == 0:
+                raise self._no_article(epoch, self.skipped - skipped_before)
+            start = 0
+
+    def _epoch(self, epoch: int, start: int) -> Iterator[PositionedArticle]:
+        for index, row, content in self._ordered_rows(epoch, start):
+            article = self._read(content, row)
+            if article is not None:
+                yield PositionedArticle(article, StreamPosition(epoch, index), StreamPosition(epoch, index + 1), row)
+
+    def _ordered_rows(self, epoch: int, start: int) -> Iterator[tuple[int, int, Row | Article]]:
+        """Yield (index in the order, row, content) of this process's share from an index on."""
+        first = start + (self._process_index - start) % self._num_processes
+        if isinstance(self._dataset, datasets.IterableDataset):
+            contents: Iterable[Row] = self._streamed_rows(self._dataset, epoch)
+            try:
+                for index, content in itertools.islice(enumerate(contents), first, None, self._num_processes):
+                    yield index, index, content
+            except READING_ERRORS as error:
+                raise ValueError(
+                    f"Epoch {epoch} of {self._source!r} breaks within {self._shuffle_buffer_size} rows of row {index}: "
+                    f"{error}. Get its files again, or give them as local files, of which what is intact is used."
+                ) from error
+        else:
+            order = self._order(epoch)
+            for index in range(first, len(order), self._num_processes):
+                row = int(order[index])
+                yield index, row, self._row(row)
+
+    def _row(self, row: int) -> Row | Article:
+        try:
+            return self._dataset[row]
+        except UnicodeDecodeError as error:
+            # Arrow takes any bytes for a string; only reading the row shows that they are none.
+            if not self.skipped[BROKEN_ROW]:
+                _logger.warning("Row %d of %r cannot be read, and is passed over: %s", row, self._source, error)
+            return {SKIP_REASON_COLUMN: BROKEN_ROW}
+
+    def _order(self, epoch: int) -> Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]]:
+        num_rows = len(self._dataset)
+        return np.random.default_rng((self._seed, epoch)).permutation(num_rows) if self._shuffle else range(num_rows)
+
+    def _streamed_rows(self, rows: datasets.IterableDataset, epoch: int) -> datasets.IterableDataset:
+        if self._shuffle:
+            rows = rows.shuffle(seed=self._seed, buffer_size=self._shuffle_buffer_size)
+            rows.set_epoch(epoch)
+        return rows
+
+    def _read(self, content: Row | Article, row: int) -> Article | None:
+        """Read a row as an article, or count it as skipped."""
+        if isinstance(content, Article):
+            article, reason = content, "" if content.text.strip() else "empty"
+        else:
+            article, reason = self._read_columns(content, row)
+        if reason:
+            self.skipped[reason] += 1
+            return None
+        return replace(article, title=_writable(article.title), source=_writable(article.source))
+
+    def _read_columns(self, content: Row, row: int) -> tuple[Article, str]:
+        reason = content.get(SKIP_REASON_COLUMN)
+        if isinstance(reason, str) and reason:
+            return Article("", "", self._source), reason
+        if self._text_column not in content:
+            raise ValueError(
+                f"Row {row} of {self._source!r} has no column {self._text_column!r}; its columns are "
+                f"{', '.join(map(repr, content)) or 'none'}."
+            )
+        text = content[self._text_column]
+        if not isinstance(text, str):
+            return Article("", "", self._source), "not_a_string"
+        title = content.get(self._title_column)
+        article = Article(title if isinstance(title, str) and title else f"article {row}", text, self._source)
+        return article, "" if text.strip() else "empty"
+
+    def _no_article(self, epoch: int, skipped: Counter[str]) -> ValueError:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items())) or "it has no row for it"
+        share = f" for process {self._process_index} of {self._num_processes}" if self._num_processes > 1 else ""
+        return ValueError(
+            f"Epoch {epoch} of {self._source!r} holds no article{share}; rows passed over: {counts}. "
+            "Give a source with at least one article a process."
+        )
+
+
+def _writable(name: str) -> str:
+    """Replace what no file could hold: half of a surrogate pair, which JSON can spell."""
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
+def iter_wikipedia_articles(
+    name_or_path: str = "wikimedia/wikipedia",
+    config_name: str | None = None,
+    *,
+    split: str = "train",
+    streaming: bool | None = None,
+    text_column: str = "text",
+    seed: int = 0,
+    shuffle: bool = False,
+    num_epochs: int | None = 1,
+) -> Iterator[Article]:
+    """Iterate over the articles of a source.
+
+    Args:
+        name_or_path: Source, as in `load_articles`.
+        config_name: Configuration of a Hub data set.
+        split: Split of the data set.
+        streaming: Read while iterating, as in `load_articles`.
+        text_column: Column of the text.
+        seed: Seed of the order, used where `shuffle` is set.
+        shuffle: Read in another order in every epoch.
+        num_epochs: Passes over the source; None never stops.
+
+    Returns:
+        The articles, without the pages that are none. The source is opened at once, and read while iterating.
+
+    Raises:
+        FileNotFoundError: As in `load_articles`, as the following ones.
+        HubUnreachableError: The Hub is needed and cannot be reached.
+        ImportError: The source needs the `offline` extra.
+        ValueError: The source cannot be read, or holds no article.
+    """
+    table = load_articles(name_or_path, config_name, split, streaming, text_column)
+    stream = ArticleStream(
+        table, source=name_or_path, seed=seed, text_column=text_column, shuffle=shuffle, num_epochs=num_epochs
+    )
+    return (item.article for item in stream)

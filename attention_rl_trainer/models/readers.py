@@ -1,0 +1,275 @@
+"""Policy and reference reading one context: what each step of a trajectory asks of the two (design §6).
+
+Both hold the context in a key-value cache. A step writes a query with each, lets both read the response, and brings the
+reference, which has read its own query, level with the policy. `JointReaders` does so with policy and reference in one
+batch: a forward of 2B rows of a few tokens costs little more than one of B. `SeparateReaders` does so one after the
+other, for adapters other than plain LoRA and for models whose layers forget tokens.
+
+Knows nothing about memories, separators or rewards.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attention_rl_trainer.models.kv_cache import PreallocatedCache
+from attention_rl_trainer.models.policy import DecodedQuery, PolicyModel
+
+
+@dataclass(frozen=True, eq=False)
+class StepQueries:
+    """What both readers write in the same context.
+
+    Attributes:
+        query: the policy's query.
+        vectors: its attention vectors, averaged over its tokens, ``[B, H, D]`` in float32.
+        counterfactual: the reference's query.
+    """
+
+    query: DecodedQuery
+    vectors: Tensor
+    counterfactual: DecodedQuery
+
+
+class Readers(ABC):
+    """Policy and reference with the same context behind them.
+
+    Args:
+        policy: the adapted model and its reference.
+        prompt: ``[B, S]`` int64.
+    """
+
+    def __init__(self, policy: PolicyModel, prompt: Tensor) -> None:
+        self._policy = policy
+        self._prompt = prompt
+        self._prompt_reader: ContextReader | None = None
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens that passed through either model so far."""
+        return self._context_tokens + (0 if self._prompt_reader is None else self._prompt_reader.forward_tokens)
+
+    @property
+    @abstractmethod
+    def _context_tokens(self) -> int:
+        """Those of them that were read in the common context."""
+
+    @abstractmethod
+    def write_queries(self, noise: Tensor, counterfactual_noise: Tensor) -> StepQueries:
+        """Let both write a query.
+
+        Args:
+            noise: uniform numbers for the policy's query, ``[B, L]``.
+            counterfactual_noise: the same for the reference's.
+        """
+
+    @abstractmethod
+    def read_response(self, block: Tensor, num_scored: int) -> tuple[Tensor, Tensor]:
+        """Let each read the response behind its own query.
+
+        Args:
+            block: ``[B, S]`` int64.
+            num_scored: how much of it the reference must read at least.
+
+        Returns:
+            Hidden states of the policy, ``[B, S, C]``, and of the reference, at least ``[B, num_scored, C]``.
+        """
+
+    @abstractmethod
+    def follow(self, token_ids: Tensor) -> Tensor:
+        """Let the reference forget its query and the response, and read the policy's instead.
+
+        Args:
+            token_ids: the policy's query and the response, ``[B, S]`` int64.
+
+        Returns:
+            The reference's hidden states, ``[B, S, C]``.
+        """
+
+    def read_after_prompt(self, token_ids: Tensor) -> Tensor:
+        """Let the reference read tokens right behind the prompt, and forget them.
+
+        Args:
+            token_ids: as many at each call, ``[B, S]`` int64.
+
+        Returns:
+            Hidden states, ``[B, S, C]``.
+        """
+        num_tokens = token_ids.shape[1]
+        with self._policy.reference():
+            if self._prompt_reader is None:
+                capacity = self._prompt.shape[1] + num_tokens
+                self._prompt_reader = ContextReader(self._policy, self._prompt, capacity)
+            self._prompt_reader.mark()
+            hidden = self._prompt_reader.read(token_ids)
+            self._prompt_reader.roll_back(num_tokens)
+        return hidden
+
+
+def open_readers(policy: PolicyModel, prompt: Tensor, capacity: int, *, joint: bool | None = None) -> Readers:
+    """Let policy and reference read a prompt.
+
+    Args:
+        policy: the adapted model and its reference.
+        prompt: ``[B, S]`` int64.
+        capacity: tokens of the longest context.
+        joint: whether both share a batch; by default wherever they can.
+
+    Raises:
+        ValueError: ``joint`` is asked of a model or an adapter that cannot.
+    """
+    if joint and not policy.can_read_jointly:
+        raise ValueError(
+            "policy and reference share a batch only with plain LoRA on linear layers and a model that keeps every "
+            "token in its cache; leave joint unset"
+        )
+    if joint is None:
+        joint = policy.can_read_jointly
+    return JointReaders(policy, prompt, capacity) if joint else SeparateReaders(policy, prompt, capacity)
+
+
+class ContextReader:
+    """One model reading a context: its cache, and the state that predicts the next token.
+
+    Args:
+        policy: the model; the caller sets whether it reads as policy or as reference.
+        prompt: ``[B, S]`` int64.
+        capacity: tokens of the longest context.
+    """
+
+    def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int) -> None:
+        self._policy = policy
+        self.cache = policy.new_cache(prompt.shape[0], capacity)
+        self.forward_tokens = 0
+        self.last_hidden = self.read(prompt)[:, -1]
+        self.mark()
+
+    def read(self, token_ids: Tensor) -> Tensor:
+        """Append tokens to the context; returns their hidden states ``[B, S, C]``."""
+        hidden = self._policy.forward(token_ids, self.cache)
+        self.last_hidden = hidden[:, -1]
+        self.forward_tokens += token_ids.numel()
+        return hidden
+
+    def decode(self, noise: Tensor, *, read_last: bool) -> DecodedQuery:
+        """Sample a query in the present context."""
+        self.forward_tokens += noise.shape[0] * (noise.shape[1] - (0 if read_last else 1))
+        return self._policy.decode_query(self.cache, self.last_hidden, noise, read_last=read_last)
+
+    def mark(self) -> None:
+        """Remember the present context for `roll_back`: a copy where a layer forgets old tokens or has a state."""
+        self._saved_hidden = self.last_hidden
+        # The policy preallocates wherever every layer keeps every token.
+        self._saved = self.cache if isinstance(self.cache, PreallocatedCache) else copy.deepcopy(self.cache)
+
+    def roll_back(self, num_tokens: int) -> None:
+        """Forget the tokens that were read since `mark`."""
+        self.last_hidden = self._saved_hidden
+        if self._saved is self.cache:
+            self.cache.crop(-num_tokens)
+        else:
+            self.cache = self._saved
+
+
+class SeparateReaders(Readers):
+    """Policy and reference one after the other, each with a cache of its own.
+
+    Args:
+        policy: the adapted model and its reference.
+        prompt: ``[B, S]`` int64.
+        capacity: tokens of the longest context.
+    """
+
+    def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int) -> None:
+        super().__init__(policy, prompt)
+        self._reader = ContextReader(policy, prompt, capacity)
+        with policy.reference():
+            self._reference = ContextReader(policy, prompt, capacity)
+        self._last_token = prompt[:, -1:]
+        self._ahead = 0
+
+    @property
+    def _context_tokens(self) -> int:
+        return self._reader.forward_tokens + self._reference.forward_tokens
+
+    def write_queries(self, noise: Tensor, counterfactual_noise: Tensor) -> StepQueries:
+        """See `Readers`."""
+        with self._policy.attention.capture_queries() as capture:
+            query = self._reader.decode(noise, read_last=True)
+        with self._policy.reference():
+            self._reference.mark()
+            counterfactual = self._reference.decode(counterfactual_noise, read_last=False)
+        self._last_token = counterfactual.token_ids[:, -1:]
+        self._ahead = counterfactual.token_ids.shape[1] - 1
+        return StepQueries(query, capture.mean(), counterfactual)
+
+    def read_response(self, block: Tensor, num_scored: int) -> tuple[Tensor, Tensor]:
+        """See `Readers`."""
+        hidden = self._reader.read(block)
+        with self._policy.reference():
+            behind_own = self._reference.read(torch.cat([self._last_token, block[:, :num_scored]], dim=1))
+        self._ahead += behind_own.shape[1]
+        return hidden, behind_own[:, 1:]
+
+    def follow(self, token_ids: Tensor) -> Tensor:
+        """See `Readers`."""
+        self._reference.roll_back(self._ahead)
+        with self._policy.reference():
+            return self._reference.read(token_ids)
+
+
+class JointReaders(Readers):
+    """Policy and reference in one batch of 2B rows: the policy's above, the reference's below.
+
+    Args:
+        policy: the adapted model and its reference.
+        prompt: ``[B, S]`` int64.
+        capacity: tokens of the longest context.
+    """
+
+    def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int) -> None:
+        super().__init__(policy, prompt)
+        self._rows = prompt.shape[0]
+        self._cache = policy.new_preallocated_cache(2 * self._rows, capacity)
+        self._own_tokens = 0
+        self._last_hidden = self._read(prompt)[:, -1]
+        self._reference_cache = self._cache.view(slice(self._rows, 2 * self._rows))
+
+    @property
+    def _context_tokens(self) -> int:
+        return self._own_tokens
+
+    def write_queries(self, noise: Tensor, counterfactual_noise: Tensor) -> StepQueries:
+        """See `Readers`."""
+        both = torch.cat([noise, counterfactual_noise])
+        with self._policy.jointly(self._rows), self._policy.attention.capture_queries() as capture:
+            decoded = self._policy.decode_query(self._cache, self._last_hidden, both, read_last=True)
+        self._own_tokens += both.numel()
+        vectors = capture.mean()[: self._rows]
+        return StepQueries(decoded.rows(slice(0, self._rows)), vectors, decoded.rows(slice(self._rows, None)))
+
+    def read_response(self, block: Tensor, num_scored: int) -> tuple[Tensor, Tensor]:
+        """See `Readers`; the reference reads the whole block too, because the batch is rectangular."""
+        hidden = self._read(block)
+        self._last_hidden = hidden[:, -1]
+        return hidden[: self._rows], hidden[self._rows :]
+
+    def follow(self, token_ids: Tensor) -> Tensor:
+        """See `Readers`."""
+        self._reference_cache.length = self._cache.length - token_ids.shape[1]
+        with self._policy.reference():
+            hidden = self._policy.forward(token_ids, self._reference_cache)
+        self._own_tokens += token_ids.numel()
+        self._last_hidden = torch.cat([self._last_hidden[: self._rows], hidden[:, -1]])
+        return hidden
+
+    def _read(self, token_ids: Tensor) -> Tensor:
+        """Let both read the same tokens, ``[2B, S, C]``."""
+        self._own_tokens += 2 * token_ids.numel()
+        with self._policy.jointly(self._rows):
+            return self._policy.forward(token_ids.repeat(2, 1), self._cache)

@@ -1,0 +1,299 @@
+"""What was found and what will run, printed before the first step; what cannot work is refused here (design §10).
+
+Knows nothing about training itself: facts come in, a table and errors come out.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+from transformers import PreTrainedModel
+
+from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.errors import free_memory_gib
+from attention_rl_trainer.models.causal_lm import base_language_model
+from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.planning.footprint import memory_warning, plan_memory
+from attention_rl_trainer.planning.sizes import ModelShape, RunShape, WeightBits, context_length_of
+from attention_rl_trainer.rollout.environment import DifferentiableEnvironment, MemoryEnvironment
+from attention_rl_trainer.rollout.layout import Layout, Separators
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+
+
+def expect_one_process(world_size: int, num_gpus: int) -> None:
+    """Refuse what would filter and normalize each process's trajectories by themselves.
+
+    Args:
+        world_size: processes that train together.
+        num_gpus: GPUs that this process would spread each forward over.
+
+    Raises:
+        ValueError: there is more than one of either.
+    """
+    if world_size > 1:
+        raise ValueError(
+            f"training runs in {world_size} processes, but the reward history and the filter are kept by one; "
+            "launch with CUDA_VISIBLE_DEVICES=0 accelerate launch --num_processes 1"
+        )
+    if num_gpus > 1:
+        raise ValueError(
+            f"the process sees {num_gpus} GPUs and would split every forward over them; "
+            "launch with CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def expect_double_precision(device: torch.device) -> None:
+    """Refuse a device without float64, in which draws and thresholds are computed.
+
+    Args:
+        device: where the model would run.
+
+    Raises:
+        ValueError: it is an Apple GPU.
+    """
+    if device.type == "mps":
+        raise ValueError("Apple GPUs have no float64, in which queries are drawn; set use_cpu=True")
+
+
+def expect_writable(folder: Path) -> None:
+    """Refuse an output folder that cannot be made or written, before anything is computed.
+
+    Args:
+        folder: the run's output_dir.
+
+    Raises:
+        ValueError: names the folder and what the system says, or that its name cannot be written down.
+    """
+    try:
+        str(folder).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"output_dir {str(folder)!r} is not valid UTF-8, so that no file could name it; rename it"
+        ) from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Without a name, so that nothing of it can be left behind.
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {str(folder)!r} cannot be written: {error.strerror}. Choose a folder that you own"
+        ) from error
+
+
+def context_length(model: PeftModel) -> int | None:
+    """Read how many positions the model was made for, or ``None`` where its config does not say.
+
+    Args:
+        model: the model.
+    """
+    return context_length_of(base_language_model(model).config)
+
+
+def expect_fitting_context(layout: Layout, available: int | None) -> None:
+    """Refuse trajectories that are longer than the model's context.
+
+    Args:
+        layout: where the tokens of a trajectory stand.
+        available: positions of the model, or ``None`` if unknown.
+
+    Raises:
+        ValueError: says the arithmetic.
+    """
+    needed, frame = layout.trajectory_tokens, layout.frame_tokens
+    if available is None or needed <= available:
+        return
+    response = layout.scored_tokens - len(layout.separators.response)
+    raise ValueError(
+        f"a trajectory has {needed} tokens, but the model's context holds {available}: example {frame} + "
+        f"{layout.tokens_per_key} + {layout.tokens_per_value}, and {layout.num_steps} steps of "
+        f"{frame} + {layout.tokens_per_query} + {response}. "
+        "Lower num_steps, subset_fraction, num_kv_pairs or the tokens per query, key or value"
+    )
+
+
+def expect_fitting_orders(layout: Layout, available: int | None, config: AttentionGuidedRLConfig) -> None:
+    """Refuse to score orders that are longer than the model's context: they read all M pairs, not T of them.
+
+    Args:
+        layout: where the tokens of a trajectory stand.
+        available: positions of the model, or ``None`` if unknown.
+        config: the run's options.
+
+    Raises:
+        ValueError: says the arithmetic.
+    """
+    if available is None or not config.eval_tables or config.eval_order_episodes == 0:
+        return
+    needed = replace(layout, num_steps=config.memory_size).trajectory_tokens
+    if needed > available:
+        raise ValueError(
+            f"an evaluation reads all {config.memory_size} pairs of a memory to score orders, which takes {needed} "
+            f"tokens, but the model's context holds {available}. Set eval_order_episodes to 0 (queries are measured all "
+            "the same) or eval_tables to false, or lower subset_fraction, num_kv_pairs or the tokens per query, key or "
+            "value"
+        )
+
+
+def expect_log_prob(environment: MemoryEnvironment, selector_coef: float) -> None:
+    """Refuse to train the draws of an environment that gives no probability for them.
+
+    Raises:
+        ValueError: ``selector_coef`` > 0 needs `DifferentiableEnvironment`.
+    """
+    if selector_coef > 0 and not isinstance(environment, DifferentiableEnvironment):
+        raise ValueError(
+            f"selector_coef is {selector_coef}, but the environment {type(environment).__name__} has no "
+            "log_prob(memory, query_vectors, index); give it one, or set selector_coef to 0"
+        )
+
+
+def expect_no_mixed_precision(mixed_precision: str) -> None:
+    """Refuse accelerate's mixed precision, which acts on the update alone.
+
+    Raises:
+        ValueError: it is on.
+    """
+    if mixed_precision != "no":
+        raise ValueError(
+            f"accelerate's mixed precision is {mixed_precision!r}, but the rollout and the update must compute alike; "
+            "launch with --mixed_precision no and set the precision of the weights "
+            "(model_init_kwargs={'dtype': 'bfloat16'})"
+        )
+
+
+def expect_fitting_vocabulary(max_token_id: int, embeddings: nn.Embedding) -> None:
+    """Refuse a tokenizer whose ids the model cannot embed.
+
+    Args:
+        max_token_id: the largest id that text can turn into.
+        embeddings: the model's input embeddings.
+
+    Raises:
+        ValueError: the id is beyond them.
+    """
+    if max_token_id >= embeddings.weight.shape[0]:
+        raise ValueError(
+            f"the tokenizer's ids go up to {max_token_id}, but the model embeds {embeddings.weight.shape[0]}; "
+            "give the model's own tokenizer as processing_class"
+        )
+
+
+def memory_shortage(config: AttentionGuidedRLConfig, policy: PolicyModel, separators: Separators) -> str | None:
+    """Plan the run's memory and say what to lower if the device has too little, or ``None``.
+
+    Args:
+        config: the run's options.
+        policy: the loaded model.
+        separators: the separators' ids.
+    """
+    free = free_memory_gib(policy.device)
+    base = policy.causal_lm
+    # Set on the model by the quantizer alone.
+    weight_bits: WeightBits = 32 if base.dtype.itemsize == 4 else 16
+    if getattr(base, "is_loaded_in_4bit", False):
+        weight_bits = 4
+    ranks = [int(getattr(item, "r", 0)) for item in policy.model.peft_config.values()]
+    try:
+        shape = ModelShape.from_config(base.config)
+        run = RunShape.from_config(
+            config,
+            weight_bits=weight_bits,
+            lora_rank=max(1, *ranks),
+            joint=policy.can_read_jointly,
+            on_cpu=policy.device.type == "cpu",
+            separators=separators,
+        )
+    except ValueError as error:
+        return f"the run's memory cannot be planned: {error}"
+    if free is None:
+        return None
+    return memory_warning(plan_memory(shape, run), int(free * 2**30), model_is_loaded=True)
+
+
+def run_facts(
+    config: AttentionGuidedRLConfig, policy: PolicyModel, layout: Layout, num_processes: int
+) -> dict[str, str | int | float | bool | None]:
+    """Collect what was found and what will run.
+
+    Args:
+        config: the run's options.
+        policy: the adapted model.
+        layout: where the tokens of a trajectory stand.
+        num_processes: that train together.
+    """
+    model, heads, device = policy.model, policy.attention.heads, policy.device
+    base = base_language_model(model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    free = free_memory_gib(device)
+    return {
+        "model": _model_name(base),
+        "architecture": f"{type(base).__name__}, {base.config.get_text_config().num_hidden_layers} layers",
+        "attention": f"layer {policy.attention.layer}: {heads.num_query_heads} query heads, {heads.num_key_value_groups} key-value "
+        f"groups of {heads.head_dim}",
+        "precision": f"weights {str(base.dtype).removeprefix('torch.')}, adapter "
+        f"{'/'.join(sorted({str(p.dtype).removeprefix('torch.') for p in model.parameters() if p.requires_grad}))}",
+        "device": f"{device} ({_device_name(device)}), {num_processes} process(es)",
+        "memory free": "unknown" if free is None else f"{free:.1f} GiB",
+        "parameters": f"{trainable:,} trainable of {total:,}",
+        "optimizer": f"{getattr(config.optim, 'value', config.optim)}, learning rate {config.learning_rate:g}",
+        "pairs": f"{config.num_kv_pairs} per article, each of {config.tokens_per_key} + {config.tokens_per_value} tokens, "
+        f"{config.memory_size} in a memory, {config.steps_per_trajectory} read",
+        "trajectory": f"{layout.trajectory_tokens} tokens of a context of {context_length(model) or 'unknown length'}",
+        "run": f"{config.num_episodes} episodes in {_num_steps(config)} steps of {config.episodes_per_step}",
+        "selection": f"temperature {config.selection_temperature:g}, heads averaged as {config.head_aggregation}",
+        "seed": config.seed,
+        "versions": f"python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in _versions().items()),
+    }
+
+
+def _num_steps(config: AttentionGuidedRLConfig) -> int:
+    """Read the steps of the present run, or, outside of one, count those of a run from the start."""
+    return config.max_steps if config.max_steps > 0 else math.ceil(config.num_episodes / config.episodes_per_step)
+
+
+def _model_name(model: PreTrainedModel) -> str:
+    """Name the model; a local folder by its last part, because a report is read elsewhere too."""
+    name = str(model.config.name_or_path)
+    return (Path(name).name if Path(name).is_dir() else name) or type(model).__name__
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _versions() -> dict[str, str]:
+    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in _PACKAGES if name in installed}
+
+
+def print_facts(facts: Mapping[str, str | int | float | bool | None], console: Console | None = None) -> None:
+    """Print the facts as a table.
+
+    Args:
+        facts: what `run_facts` collected.
+        console: where to; standard error by default.
+    """
+    table = Table(title="What will run", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        # Text, because a folder's name may hold brackets, which a plain string would give as markup.
+        table.add_row(name, Text(str(value)))
+    (console or Console(stderr=True)).print(table)

@@ -1,0 +1,216 @@
+"""What a run writes down as it goes: ledger rows, metrics between two logs, warnings, and the report at its end."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attention_rl_trainer.errors import RunContext, peak_memory_gib
+from attention_rl_trainer.memories.pairs import MemoryBatch
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder
+from attention_rl_trainer.options import CountOrZero, Options, option
+from attention_rl_trainer.records.health import HealthLimits, HealthMonitor
+from attention_rl_trainer.records.ledger import Ledger, LedgerRow, VerdictName
+from attention_rl_trainer.records.metrics import MetricsBuffer, trajectory_metrics
+from attention_rl_trainer.records.progress import Progress
+from attention_rl_trainer.records.summary import REPORT_FOLDER, SUMMARY_NAME, write_report
+from attention_rl_trainer.types import Trajectory
+from attention_rl_trainer.update.filter import Verdict
+
+logger = logging.getLogger(__name__)
+
+Fact = str | int | float | bool | None
+
+
+@dataclass
+class RecordOptions(Options):
+    """What a run shows and leaves behind."""
+
+    log_trajectory_steps: CountOrZero = option(10, "Print a table of one trajectory every so many steps; 0 for never.")
+    report_at_end: bool = option(True, "Write plots and a summary into output_dir/report when training ends.")
+
+
+class Recorder:
+    """Keeps what each step gives until it is written: rows to the ledger once the update is sure, metrics to the log.
+
+    Args:
+        folder: the run's output_dir.
+        encoder: turns ids into text.
+        progress: how far the run has come.
+        limits: what is out of the ordinary.
+        context: the present step, the device, and how long each phase took.
+
+    Attributes:
+        ledger: the run's ledger.
+        latest_row: of the last rollout batch, the trajectory with the highest reward.
+    """
+
+    def __init__(
+        self, folder: Path, encoder: PlainTextEncoder, progress: Progress, limits: HealthLimits, context: RunContext
+    ) -> None:
+        self.ledger = Ledger(folder)
+        self.latest_row: LedgerRow | None = None
+        self._folder = folder
+        self._encoder = encoder
+        self._progress = progress
+        self._context = context
+        self._metrics = MetricsBuffer()
+        self._health = HealthMonitor(limits)
+        self._pending: list[LedgerRow] = []
+
+    # ---- A step ----
+
+    def add(self, batch: MemoryBatch, trajectories: Trajectory, verdict: Verdict) -> None:
+        """Note a rollout batch that was judged and counted; its rows wait for `commit`."""
+        rows = ledger_rows(trajectories, batch, self._encoder, verdict, self._context.step)
+        self._pending += rows
+        self.latest_row = max(rows, key=lambda row: row.reward)
+        self._metrics.add(trajectory_metrics(trajectories))
+        self._metrics.add(
+            {
+                "history_mean": verdict.history_after.mean,
+                "history_std": verdict.history_after.std,
+                "threshold": verdict.threshold,
+                "kept_fraction": verdict.keep.float().mean().item(),
+                "kept_trajectories": int(verdict.keep.sum()),
+                "episodes": self._progress.num_episodes,
+                "skipped_articles": sum(self._progress.skipped.values()),
+            }
+        )
+
+    def add_metrics(self, values: Mapping[str, float | None]) -> None:
+        """Collect numbers for the next log; ``None`` stands for one that does not exist this time."""
+        self._metrics.add(values)
+
+    def add_times(self, trajectories: Trajectory) -> None:
+        """Collect how long the phases of the step took."""
+        seconds = self._context.seconds
+        self._metrics.add(
+            {
+                "tokens_per_second": trajectories.forward_tokens / seconds["rollout"],
+                "rollout_seconds": seconds["rollout"],
+                "update_seconds": seconds["filter"] + seconds["update"],
+                "peak_memory_gib": peak_memory_gib(self._context.device),
+            }
+        )
+
+    def commit(self) -> None:
+        """Write the rows of an update to the ledger: nothing stands in the way of its last optimizer step."""
+        self.ledger.append(self._pending)
+        self._pending = []
+
+    def log(self, logs: Mapping[str, float], num_updates: int) -> dict[str, float]:
+        """Join the Trainer's numbers with what was collected since the last log, and warn of what goes wrong."""
+        self._metrics.add({"updates": num_updates})
+        joined = {**logs, **self._metrics.drain()}
+        for warning in self._health.observe(joined):
+            logger.warning("Step %d: %s", self._context.step - 1, warning)
+        return joined
+
+    # ---- A run ----
+
+    def forget_report(self) -> None:
+        """Remove the summary of an earlier end: a report is of a run's end."""
+        (self._folder / REPORT_FOLDER / SUMMARY_NAME).unlink(missing_ok=True)
+
+    @property
+    def has_report(self) -> bool:
+        """Whether the run's report is there."""
+        return (self._folder / REPORT_FOLDER / SUMMARY_NAME).is_file()
+
+    def write_report(self, log_history: Sequence[Mapping[str, float]], facts: Mapping[str, Fact]) -> None:
+        """Write summary and plots of the ledger.
+
+        Args:
+            log_history: metrics as logged.
+            facts: what ran.
+        """
+        if not self.ledger.path.is_file():
+            logger.warning("No report: %s is missing", self.ledger.path)
+            return
+        with_plots = importlib.util.find_spec("matplotlib") is not None
+        if not with_plots:
+            logger.warning(
+                'No plots: matplotlib is missing. Install it with: pip install "attention-rl-trainer[report]"'
+            )
+        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(self._progress.skipped.items())) or "none"
+        files = write_report(self._folder, log_history, {**facts, "articles skipped": skipped}, with_plots=with_plots)
+        logger.warning("Report: %s", files[0])
+
+    def cut_ledger(self) -> None:
+        """Remove the rows past a checkpoint that a run resumes from, and say which are missing."""
+        gaps = self.ledger.cut(self._progress.num_episodes)
+        if gaps.missing or gaps.copy is not None:
+            logger.warning(
+                "%s lacks %d of the %d trajectories before the checkpoint%s; the report lacks them, the run does not",
+                self.ledger.path,
+                gaps.missing,
+                self._progress.num_episodes,
+                "" if gaps.copy is None else f", and had damaged lines or repeated ones (as it was: {gaps.copy})",
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the metrics that are not logged yet, and what the health monitor remembers."""
+        return {"metrics": self._metrics.state_dict(), "health": self._health.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to what `state_dict` returned; rows that wait for `commit` are dropped."""
+        self._metrics.load_state_dict(state["metrics"])
+        self._health.load_state_dict(state["health"])
+        self._pending = []
+
+
+def ledger_rows(
+    trajectory: Trajectory, batch: MemoryBatch, encoder: PlainTextEncoder, verdict: Verdict, step: int
+) -> list[LedgerRow]:
+    """Write a rollout batch down, one row per trajectory.
+
+    Args:
+        trajectory: the batch as it was rolled out.
+        batch: the articles' pairs that it read.
+        encoder: turns ids into text.
+        verdict: how it was judged.
+        step: the trainer's step, from 1.
+    """
+    columns = {
+        "step_rewards": trajectory.stack("reward").tolist(),
+        "query_gains": trajectory.stack("query_gain").tolist(),
+        "model_gains": trajectory.stack("model_gain").tolist(),
+        # Rounding may lift a certain draw above 1 in the last digit.
+        "selection_probabilities": trajectory.stack("selection_probabilities").clamp(max=1.0).tolist(),
+        "pair_numbers": trajectory.memory.pair_numbers.tolist(),
+    }
+    orders = trajectory.memory.pair_numbers.gather(1, trajectory.stack("selected_index")).tolist()
+    order_gains = None if trajectory.steps[0].order_gain is None else trajectory.stack("order_gain").tolist()
+    rewards, episodes, kept = trajectory.avg_reward.tolist(), trajectory.episodes.tolist(), verdict.keep.tolist()
+    names: list[VerdictName] = [
+        "warmup" if verdict.is_warmup else "kept" if is_kept else "below_threshold" for is_kept in kept
+    ]
+    rows = []
+    for row, article in enumerate(batch.articles):
+        texts = {
+            "queries": [encoder.decode(item.query_tokens[row]) for item in trajectory.steps],
+            "keys": [encoder.decode(item.selected_pair.key_tokens[row]) for item in trajectory.steps],
+            "values": [encoder.decode(item.selected_pair.value_tokens[row]) for item in trajectory.steps],
+        }
+        record = {
+            "episode": episodes[row],
+            "step": step,
+            "epoch": article.epoch,
+            "article_index": article.article_index,
+            "title": article.title,
+            "source": article.source,
+            "order": orders[row],
+            "reward": rewards[row],
+            "order_gains": None if order_gains is None else order_gains[row],
+            "history_mean": verdict.history.mean if verdict.history.count else None,
+            "history_std": verdict.history.std if verdict.history.count else None,
+            "threshold": verdict.threshold,
+            "verdict": names[row],
+        }
+        rows.append(LedgerRow.from_json(record | texts | {name: values[row] for name, values in columns.items()}))
+    return rows

@@ -1,0 +1,408 @@
+"""Turn a run's ledger and logged metrics into a Markdown summary and a folder of plots.
+
+Reads back `trajectories.jsonl`, the ledger of the design's section 8, as typed rows; compares the first third of the
+episodes with the last third (reward, query gain, model gain: section 7) and says in plain words what changed and what
+did not; writes `report/` with the summary and the plots.
+
+Knows nothing about trainers, models or tokenizers: everything comes from the files of a run.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from attention_rl_trainer.durability.staging import staged_files
+from attention_rl_trainer.records.ledger import LEDGER_NAME, LedgerRow, read_ledger
+from attention_rl_trainer.records.plots import plot_gains, plot_kl, plot_rewards, plot_selection
+
+__all__ = ["Change", "Mean", "compare_thirds", "escape_control_characters", "summarize_run", "write_report"]
+
+REPORT_FOLDER = "report"
+SUMMARY_NAME = "summary.md"
+
+_MIN_EPISODES_PER_THIRD = 4
+_CONFIDENCE = 0.95
+_NOT_LOGGED = "not logged"
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A sample mean with its standard error.
+
+    Attributes:
+        value: the mean.
+        standard_error: sample standard deviation (ddof 1) over the square root of `count`.
+        count: number of values.
+    """
+
+    value: float
+    standard_error: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Take the mean of at least two values."""
+        return cls(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)), len(values))
+
+    def __str__(self) -> str:
+        """Show the mean with its sign and its standard error."""
+        return f"{self.value:+.4f} ± {self.standard_error:.4f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The first third of a run's episodes against the last third.
+
+    Attributes:
+        first: mean over the first third.
+        last: mean over the last third.
+    """
+
+    first: Mean
+    last: Mean
+
+    @property
+    def difference(self) -> float:
+        """Last minus first."""
+        return self.last.value - self.first.value
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of the difference of two independent means."""
+        return math.hypot(self.first.standard_error, self.last.standard_error)
+
+    @property
+    def half_width(self) -> float:
+        """Half the width of the 95% interval around the difference (Welch's t)."""
+        if self.standard_error == 0.0:
+            return 0.0
+        return self.standard_error * _student_quantile(_welch_degrees(self.first, self.last))
+
+    @property
+    def direction(self) -> int:
+        """+1 or -1 where the 95% interval of the difference excludes 0, else 0."""
+        if abs(self.difference) <= self.half_width:
+            return 0
+        return 1 if self.difference > 0.0 else -1
+
+
+def compare_thirds(values: Sequence[float]) -> Change | None:
+    """Compare the first third of a series with its last third.
+
+    Args:
+        values: one value for each episode, in episode order; taken as independent draws.
+
+    Returns:
+        The comparison, or None where a third would hold fewer than four values.
+    """
+    third = len(values) // 3
+    if third < _MIN_EPISODES_PER_THIRD:
+        return None
+    return Change(Mean.of(values[:third]), Mean.of(values[-third:]))
+
+
+def summarize_run(
+    rows: Sequence[LedgerRow],
+    log_history: Sequence[Mapping[str, float]],
+    run: Mapping[str, str | int | float | bool | None],
+) -> str:
+    """Say in Markdown what a run changed, with the uncertainty of each figure.
+
+    Args:
+        rows: the run's ledger.
+        log_history: metrics as logged, one mapping a step; a metric absent everywhere is reported as not logged.
+        run: names and values to list beside the figures (model, data set, commit, seed, settings).
+
+    Returns:
+        A Markdown document that ends in a newline. Rewards and gains are in nats per value token.
+    """
+    ordered = sorted(rows, key=lambda row: row.episode)
+    parts = ["# What this run changed", ""]
+    if not ordered:
+        parts += ["The ledger holds no trajectories: nothing was rolled out, so there is nothing to compare.", ""]
+        parts += [*_settings_section(run)]
+        return "\n".join(parts)
+    changes = _measure_changes(ordered)
+    parts += [" ".join(_verdict_section(ordered, changes, _num_updates(log_history))), ""]
+    if changes:
+        parts += [*_changes_section(ordered, changes), ""]
+    parts += [*_run_section(ordered, log_history), ""]
+    parts += [*_best_section(ordered), ""]
+    parts += [*_settings_section(run)]
+    return "\n".join(parts)
+
+
+def write_report(
+    output_dir: Path,
+    log_history: Sequence[Mapping[str, float]],
+    run: Mapping[str, str | int | float | bool | None] | None = None,
+    *,
+    with_plots: bool = True,
+) -> list[Path]:
+    """Write `summary.md` and plots of a run into `output_dir/report/`.
+
+    Args:
+        output_dir: folder of the run, which holds its ledger.
+        log_history: metrics as logged, one mapping a step.
+        run: names and values for the summary's list of settings.
+        with_plots: whether to draw, which needs matplotlib.
+
+    Returns:
+        The files written, `summary.md` first.
+
+    Raises:
+        FileNotFoundError: the run has no ledger.
+        LedgerError: a line of the ledger is not a trajectory.
+        ImportError: matplotlib is not installed.
+    """
+    rows = read_ledger(output_dir / LEDGER_NAME)
+    folder = output_dir / REPORT_FOLDER
+    text = summarize_run(rows, log_history, run or {})
+    with staged_files(folder) as staging:
+        plots = _draw(rows, log_history, staging) if with_plots else []
+        if plots:
+            text = "\n".join([text, "## Plots\n", *(f"![{plot.stem}]({plot.name})\n" for plot in plots)])
+        (staging / SUMMARY_NAME).write_text(text, encoding="utf-8")
+    return [folder / name for name in (SUMMARY_NAME, *(plot.name for plot in plots))]
+
+
+def _draw(rows: Sequence[LedgerRow], log_history: Sequence[Mapping[str, float]], folder: Path) -> list[Path]:
+    return [
+        plot_rewards(log_history, folder / "rewards.png"),
+        plot_gains(log_history, folder / "gains.png"),
+        plot_kl(log_history, folder / "kl.png"),
+        plot_selection(rows, folder / "selection.png"),
+    ]
+
+
+def escape_control_characters(text: str) -> str:
+    r"""Show control, formatting and unpaired characters as escapes, so that text cannot act on a terminal or page.
+
+    Args:
+        text: any text, such as a decoded query.
+
+    Returns:
+        The text with every unprintable character as `\n`, `\x1b` or `\u202e`; a no-break space becomes a space.
+    """
+    spaced = text.replace("\N{NO-BREAK SPACE}", " ")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in spaced)
+
+
+def _welch_degrees(first: Mean, last: Mean) -> float:
+    a, b = first.standard_error**2, last.standard_error**2
+    return (a + b) ** 2 / (a**2 / (first.count - 1) + b**2 / (last.count - 1))
+
+
+def _student_quantile(degrees: float) -> float:
+    """Two-sided 95% quantile of Student's t by its expansion around the normal one (within 1% from 3 degrees up)."""
+    z = statistics.NormalDist().inv_cdf(0.5 + _CONFIDENCE / 2.0)
+    first = (z**3 + z) / 4.0
+    second = (5.0 * z**5 + 16.0 * z**3 + 3.0 * z) / 96.0
+    third = (3.0 * z**7 + 19.0 * z**5 + 17.0 * z**3 - 15.0 * z) / 384.0
+    return z + first / degrees + second / degrees**2 + third / degrees**3
+
+
+def _measure_changes(ordered: Sequence[LedgerRow]) -> dict[str, Change]:
+    """Compare thirds for each reward term; empty where the run is too short."""
+    series = {
+        "reward": [row.reward for row in ordered],
+        "query gain": [row.query_gain for row in ordered],
+        "model gain": [row.model_gain for row in ordered],
+    }
+    gains = [row.order_gains for row in ordered]
+    order_gains = [statistics.fmean(values) for values in gains if values is not None]
+    if len(order_gains) == len(ordered):
+        series["order gain"] = order_gains
+    compared = {name: compare_thirds(values) for name, values in series.items()}
+    return {name: change for name, change in compared.items() if change is not None}
+
+
+def _num_updates(log_history: Sequence[Mapping[str, float]]) -> int | None:
+    """Optimizer updates so far at the last step that logged them."""
+    logged = [entry["updates"] for entry in log_history if "updates" in entry]
+    return int(logged[-1]) if logged else None
+
+
+def _verdict_section(rows: Sequence[LedgerRow], changes: Mapping[str, Change], updates: int | None) -> list[str]:
+    sentences = []
+    if updates == 0 or not any(row.verdict == "kept" for row in rows):
+        sentences.append(
+            "**No optimizer update was made**: the weights are the ones the run started with, and any difference "
+            "below is chance or a difference between articles."
+        )
+    if not changes:
+        sentences.append(
+            f"**Too short to tell**: {len(rows)} episodes; a comparison of the first with the last third needs at "
+            f"least {3 * _MIN_EPISODES_PER_THIRD}."
+        )
+        return sentences
+    sentences += [_reward_sentence(changes["reward"]), _parts_sentence(changes["query gain"], changes["model gain"])]
+    sentences.append(_level_sentence(changes["query gain"].last))
+    return sentences
+
+
+def _reward_sentence(change: Change) -> str:
+    amount = f"{change.difference:+.4f} ± {change.standard_error:.4f} nats per token"
+    outcome = {1: "rose", 0: "did not change distinguishably", -1: "**fell**"}[change.direction]
+    return f"From the first to the last third of the episodes the reward {outcome} ({amount})."
+
+
+def _parts_sentence(query: Change, model: Change) -> str:
+    judged = "the queries got better by the frozen base model's judgement"
+    match query.direction, model.direction:
+        case 1, 1:
+            return f"Both of its parts rose: {judged}, and so did the reader."
+        case 1, _:
+            return f"**Only the query gain rose**: {judged}; the model gain {_moved(model)}."
+        case _, 1:
+            return (
+                "**Only the model gain rose**: the model predicts the values better after the same queries, and "
+                f"nothing here shows that it asks better ones (the query gain {_moved(query)})."
+            )
+        case _:
+            return f"Neither part rose: the query gain {_moved(query)}, the model gain {_moved(model)}."
+
+
+def _moved(change: Change) -> str:
+    return {1: "rose", 0: "did not change distinguishably", -1: "fell"}[change.direction]
+
+
+def _level_sentence(query_gain: Mean) -> str:
+    half_width = query_gain.standard_error * _student_quantile(query_gain.count - 1)
+    if abs(query_gain.value) <= half_width:
+        standing = "not distinguishable from those the base model samples for itself"
+    else:
+        standing = f"{'better' if query_gain.value > 0.0 else 'worse'} than those the base model samples for itself"
+    return (
+        f"In the last third the policy's queries are {standing} (query gain {query_gain}); whether they beat an empty "
+        "query is for the evaluation to say."
+    )
+
+
+def _changes_section(rows: Sequence[LedgerRow], changes: Mapping[str, Change]) -> list[str]:
+    third = len(rows) // 3
+    lines = [
+        "## First third against last third",
+        "",
+        f"Episodes {rows[0].episode} to {rows[third - 1].episode} against {rows[-third].episode} to "
+        f"{rows[-1].episode}, every trajectory counted, kept or not; nats per value token, mean ± standard error, "
+        "episodes taken as independent.",
+        "",
+        "| | first third | last third | difference | 95% interval of the difference | distinguishable from 0 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, change in changes.items():
+        low, high = change.difference - change.half_width, change.difference + change.half_width
+        lines.append(
+            f"| {name} | {change.first} | {change.last} | {change.difference:+.4f} ± {change.standard_error:.4f} "
+            f"| {low:+.4f} to {high:+.4f} | {'yes' if change.direction else 'no'} |"
+        )
+    return lines
+
+
+def _run_section(rows: Sequence[LedgerRow], log_history: Sequence[Mapping[str, float]]) -> list[str]:
+    kept_by_step: dict[int, int] = {}
+    for row in rows:
+        kept_by_step[row.step] = kept_by_step.get(row.step, 0) + (row.verdict == "kept")
+    updates = _num_updates(log_history)
+    num_kept, num_warmup = sum(kept_by_step.values()), sum(row.verdict == "warmup" for row in rows)
+    judged = len(rows) - num_warmup
+    figures = {
+        "episodes": f"{len(rows)}, of which {num_warmup} in warm-up",
+        "optimizer updates": _NOT_LOGGED if updates is None else str(updates),
+        "steps skipped because nothing was kept": f"{list(kept_by_step.values()).count(0)} of {len(kept_by_step)}",
+        "kept after warm-up": f"{num_kept} of {judged} ({num_kept / judged:.1%})" if judged else "nothing was judged",
+        "selector entropy": _selector_figure(rows),
+        "time": _time_figure(log_history),
+        "tokens per second, mean of the logged steps": _logged_mean(log_history, "tokens_per_second"),
+        "peak memory": _logged_peak(log_history, "peak_memory_gib"),
+    }
+    return ["## The run", "", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in figures.items())]
+
+
+def _selector_figure(rows: Sequence[LedgerRow]) -> str:
+    """Entropy of the selections of a trajectory, beside that of uniform choices among the pairs left."""
+    third = max(1, len(rows) // 3)
+    parts = []
+    for name, part in (("first", rows[:third]), ("last", rows[-third:])):
+        entropies, largest = zip(*(_selector_entropies(row) for row in part), strict=True)
+        total, limit = math.fsum(entropies), math.fsum(largest)
+        if limit == 0.0:
+            return "nothing to choose: every step had a single pair left"
+        parts.append(
+            f"{total / len(part):.3f} of at most {limit / len(part):.3f} nats a trajectory ({total / limit:.1%}) "
+            f"in the {name} third"
+        )
+    return ", ".join(parts)
+
+
+def _selector_entropies(row: LedgerRow) -> tuple[float, float]:
+    """Sum over steps of the selection's entropy, and of the largest it could have, in nats."""
+    entropy = -math.fsum(p * math.log(p) for step in row.selection_probabilities for p in step if p > 0.0)
+    largest = math.fsum(math.log(len(row.pair_numbers) - used) for used in range(len(row.order)))
+    return entropy, largest
+
+
+def _logged(log_history: Sequence[Mapping[str, float]], name: str) -> list[float]:
+    return [entry[name] for entry in log_history if name in entry]
+
+
+def _time_figure(log_history: Sequence[Mapping[str, float]]) -> str:
+    rollout = math.fsum(_logged(log_history, "rollout_seconds"))
+    update = math.fsum(_logged(log_history, "update_seconds"))
+    if rollout + update <= 0.0:
+        return _NOT_LOGGED
+    share = rollout / (rollout + update)
+    return f"rollout {share:.0%} ({rollout:.1f} s), update {1.0 - share:.0%} ({update:.1f} s), over the logged steps"
+
+
+def _logged_mean(log_history: Sequence[Mapping[str, float]], name: str) -> str:
+    values = _logged(log_history, name)
+    return f"{statistics.fmean(values):.1f}" if values else _NOT_LOGGED
+
+
+def _logged_peak(log_history: Sequence[Mapping[str, float]], name: str) -> str:
+    values = _logged(log_history, name)
+    return f"{max(values):.2f} GiB" if values else _NOT_LOGGED
+
+
+def _best_section(rows: Sequence[LedgerRow]) -> list[str]:
+    best = max(rows, key=lambda row: row.reward)
+    steps = zip(best.order, best.chosen_probabilities, best.step_rewards, best.queries, best.values, strict=True)
+    lines = [
+        f"{escape_control_characters(best.title)} (episode {best.episode}, {best.verdict.replace('_', ' ')}): "
+        f"reward {best.reward:+.4f} = query gain {best.query_gain:+.4f} + model gain {best.model_gain:+.4f}"
+    ]
+    for number, (pair, probability, reward, query, value) in enumerate(steps, start=1):
+        lines += [
+            "",
+            f"step {number}: pair {pair}, probability {probability:.3f}, reward {reward:+.4f}",
+            f"  query: {escape_control_characters(query)}",
+            f"  value: {escape_control_characters(value)}",
+        ]
+    return ["## Best trajectory", "", "The highest reward of all: one draw, not a typical one.", "", *_fenced(lines)]
+
+
+def _fenced(lines: Sequence[str]) -> list[str]:
+    # A fence ends at the first run of backticks as long as itself, and model text may hold any run.
+    runs = [len(run) for line in lines for run in re.findall("`+", line)]
+    fence = "`" * max(3, max(runs, default=0) + 1)
+    return [f"{fence}text", *lines, fence]
+
+
+def _settings_section(run: Mapping[str, str | int | float | bool | None]) -> list[str]:
+    if not run:
+        return []
+    rows = [f"| {_table_cell(name)} | {_table_cell(str(value))} |" for name, value in run.items()]
+    return ["## Settings", "", "| | |", "| --- | --- |", *rows, ""]
+
+
+def _table_cell(text: str) -> str:
+    """Keep a text from being read as Markdown or HTML inside a table."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$])", r"\\\1", escape_control_characters(text))

@@ -1,0 +1,209 @@
+"""Where each token of a trajectory stands (design §4).
+
+A trajectory is ``[" Query:"] key_0 [" Response:"] value_0``, the in-context example, and then for each step
+``[" Query:"] query [" Response:"] (key) value``. The separators are encoded alone and once. Whoever needs a position, a
+length or a piece of a trajectory asks here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attention_rl_trainer.memories.pairs import MemoryBatch, PairOptions
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder
+from attention_rl_trainer.options import Count, option
+from attention_rl_trainer.types import KeyValuePair
+
+QUERY_SEPARATOR = " Query:"
+RESPONSE_SEPARATOR = " Response:"
+
+
+@dataclass
+class LayoutOptions(PairOptions):
+    """What a trajectory consists of."""
+
+    num_steps: int | None = option(None, "T: pairs read in a trajectory, at most M. Default: all M.")
+    tokens_per_query: Count = option(20, "L: tokens of a query.")
+    include_key_in_context: bool = option(
+        False, "Put the drawn key before its value in the context: ' Response:' key value."
+    )
+
+    @property
+    def steps_per_trajectory(self) -> int:
+        """T, with the default resolved."""
+        return self.memory_size if self.num_steps is None else self.num_steps
+
+    def check_options(self) -> None:
+        """Check the ranges, and that a memory holds a pair for every step."""
+        super().check_options()
+        if self.num_steps is not None and not 1 <= self.num_steps <= self.memory_size:
+            raise ValueError(
+                f"num_steps must be in 1..{self.memory_size}, the pairs of a memory "
+                f"(subset_fraction {self.subset_fraction} of num_kv_pairs {self.num_kv_pairs}), got {self.num_steps}; "
+                "raise subset_fraction or num_kv_pairs, or lower num_steps"
+            )
+
+
+@dataclass(frozen=True)
+class Separators:
+    """Token ids of the two separators, each encoded alone and once.
+
+    Attributes:
+        query: ids of ``" Query:"``.
+        response: ids of ``" Response:"``.
+    """
+
+    query: tuple[int, ...]
+    response: tuple[int, ...]
+
+    @classmethod
+    def encode(cls, encoder: PlainTextEncoder) -> Separators:
+        """Encode the separators with the base model's tokenizer."""
+        return cls(tuple(encoder.encode(QUERY_SEPARATOR)), tuple(encoder.encode(RESPONSE_SEPARATOR)))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The lengths that fix the place of every token.
+
+    Attributes:
+        separators: ids of the separators.
+        num_steps: T.
+        tokens_per_query: L.
+        tokens_per_key: K.
+        tokens_per_value: V.
+        include_key_in_context: whether a drawn key stands before its value.
+    """
+
+    separators: Separators
+    num_steps: int
+    tokens_per_query: int
+    tokens_per_key: int
+    tokens_per_value: int
+    include_key_in_context: bool = False
+
+    @classmethod
+    def of(cls, options: LayoutOptions, separators: Separators) -> Layout:
+        """Lay out the trajectories that the options ask for."""
+        return cls(
+            separators,
+            options.steps_per_trajectory,
+            options.tokens_per_query,
+            options.tokens_per_key,
+            options.tokens_per_value,
+            options.include_key_in_context,
+        )
+
+    def for_batch(self, batch: MemoryBatch) -> Layout:
+        """Take the lengths of keys and values from a batch."""
+        return replace(self, tokens_per_key=batch.key_tokens.shape[2], tokens_per_value=batch.value_tokens.shape[2])
+
+    # ---- Lengths, in tokens ----
+
+    @property
+    def frame_tokens(self) -> int:
+        """Both separators."""
+        return len(self.separators.query) + len(self.separators.response)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """``[" Query:"] key_0 [" Response:"] value_0 [" Query:"]``."""
+        return self.frame_tokens + self.tokens_per_key + self.tokens_per_value + len(self.separators.query)
+
+    @property
+    def value_offset(self) -> int:
+        """``[" Response:"] (key)``: the place of a value's first token after a query."""
+        return len(self.separators.response) + (self.tokens_per_key if self.include_key_in_context else 0)
+
+    @property
+    def scored_tokens(self) -> int:
+        """``[" Response:"] (key) value``."""
+        return self.value_offset + self.tokens_per_value
+
+    @property
+    def step_tokens(self) -> int:
+        """What a step adds to the context: query, response and the separator after it."""
+        return self.tokens_per_query + self.scored_tokens + len(self.separators.query)
+
+    @property
+    def trajectory_tokens(self) -> int:
+        """S, which must fit into the model's context: the last response is not followed by a separator."""
+        return self.cached_tokens - len(self.separators.query)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of a row that the caches have room for: S and a separator after the last response."""
+        return self.prompt_tokens + self.num_steps * self.step_tokens
+
+    def block_tokens(self, step: int) -> int:
+        """Tokens that follow the query of a step, counted from 0: the response, and a separator unless it is the last."""
+        return self.scored_tokens + (0 if step == self.num_steps - 1 else len(self.separators.query))
+
+    # ---- Positions ----
+
+    def context_tokens(self, step: int) -> int:
+        """Tokens before the query of a step, counted from 0: the position of its first token."""
+        return self.prompt_tokens + step * self.step_tokens
+
+    @property
+    def query_starts(self) -> tuple[int, ...]:
+        """Position of each step's first query token, T integers."""
+        return tuple(map(self.context_tokens, range(self.num_steps)))
+
+    @property
+    def value_starts(self) -> tuple[int, ...]:
+        """Position of each step's first value token, T integers."""
+        return tuple(start + self.tokens_per_query + self.value_offset for start in self.query_starts)
+
+    # ---- Tokens ----
+
+    def prompt(self, batch: MemoryBatch, device: torch.device) -> Tensor:
+        """Build ``[" Query:"] key_0 [" Response:"] value_0 [" Query:"]``, ``[B, S0]`` int64."""
+        rows = len(batch)
+        query = _repeated(self.separators.query, rows, device)
+        response = _repeated(self.separators.response, rows, device)
+        return torch.cat(
+            [query, batch.example_keys.to(device), response, batch.example_values.to(device), query], dim=1
+        )
+
+    def response(self, pair: KeyValuePair, *, is_last: bool) -> Tensor:
+        """Build what follows a query: ``[" Response:"] (key) value``, and ``[" Query:"]`` unless it is the last."""
+        rows, device = pair.value_tokens.shape[0], pair.value_tokens.device
+        parts = [_repeated(self.separators.response, rows, device)]
+        if self.include_key_in_context:
+            parts.append(pair.key_tokens)
+        parts.append(pair.value_tokens)
+        if not is_last:
+            parts.append(_repeated(self.separators.query, rows, device))
+        return torch.cat(parts, dim=1)
+
+
+@functools.cache
+def _on(device: torch.device, token_ids: tuple[int, ...]) -> Tensor:
+    """A separator on a device, sent there once."""
+    return torch.tensor(token_ids, device=device)
+
+
+def _repeated(token_ids: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
+    return _on(device, token_ids).expand(rows, -1)
+
+
+def positions(starts: Sequence[int], length: int, device: torch.device) -> Tensor:
+    """List the positions of runs of tokens that begin at T starts, ``[T · length]``."""
+    return (torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)).flatten()
+
+
+def predicting(hidden: Tensor, start: int, count: int) -> Tensor:
+    """Take the states that predict the tokens ``start .. start + count - 1``: those one position earlier.
+
+    Args:
+        hidden: ``[B, S, C]``.
+        start: position of the first predicted token, at least 1.
+        count: number of tokens.
+    """
+    return hidden[:, start - 1 : start - 1 + count]

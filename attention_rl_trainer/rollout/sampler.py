@@ -1,0 +1,235 @@
+"""Articles' pairs into trajectories: the one place that joins policy, environment and reward (design §6).
+
+Policy and reference each keep a key-value cache over the whole trajectory, so every token of the context passes through
+each of them once (`reading`). Where a step's cost goes:
+
+1. L single tokens decode the policy's query, whose attention vectors draw a pair, and the reference's counterfactual;
+2. one forward of ``[" Response:"] value [" Query:"]`` scores the value behind either query and opens the next step;
+3. the reference, rolled back, reads ``query [" Response:"] value [" Query:"]``, which brings it level with the context
+   and scores the value behind the policy's query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attention_rl_trainer.errors import expect_finite
+from attention_rl_trainer.memories.pairs import MemoryBatch, add_embeddings
+from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.models.readers import open_readers
+from attention_rl_trainer.models.sampling import Purpose, episode_noise
+from attention_rl_trainer.options import Count, option
+from attention_rl_trainer.rollout.environment import MemoryEnvironment
+from attention_rl_trainer.rollout.layout import Layout, LayoutOptions, Separators, predicting
+from attention_rl_trainer.rollout.reward import (
+    RewardFunction,
+    RewardOptions,
+    calculate_reward,
+    trajectory_reward,
+    value_logprob,
+)
+from attention_rl_trainer.types import Trajectory, TrajectoryStep
+
+
+@dataclass
+class RolloutOptions(LayoutOptions, RewardOptions):
+    """What is rolled out."""
+
+    generation_batch_size: Count = option(
+        64, "B: trajectories rolled out per process and step.", aliases=["--batch-size"]
+    )
+
+
+class TrajectorySampler:
+    """Rolls batches of trajectories out.
+
+    Args:
+        policy: the adapted model and its reference.
+        environment: where queries draw pairs from.
+        separators: the separators' ids.
+        options: steps, lengths and what is paid for.
+        seed: seed of the episodes' streams.
+        reward_fn: a reward in place of the default one.
+        compute_order_gain: whether `TrajectoryStep.order_gain` is wanted, which costs T more forwards of the reference;
+            by default where it is paid for.
+        joint: whether policy and reference share a batch; by default wherever they can.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyModel,
+        environment: MemoryEnvironment,
+        separators: Separators,
+        options: RolloutOptions,
+        seed: int,
+        *,
+        reward_fn: RewardFunction | None = None,
+        compute_order_gain: bool | None = None,
+        joint: bool | None = None,
+    ) -> None:
+        self.policy = policy
+        self.environment = environment
+        self.layout = Layout.of(options, separators)
+        self.seed = seed
+        self.reward_fn = reward_fn
+        self.order_coef = options.order_coef
+        self.compute_order_gain = options.order_coef > 0 if compute_order_gain is None else compute_order_gain
+        self.joint = joint
+
+    def sample(self, batch: MemoryBatch, episodes: Sequence[int]) -> Trajectory:
+        """Roll one batch out, in evaluation mode and without gradients.
+
+        Args:
+            batch: the pairs of B articles.
+            episodes: the running number of each row's episode, which seeds its streams.
+
+        Raises:
+            NonFiniteError: a logit, vector, probability or reward is not finite; names which, the step of the
+                trajectory and the article.
+            ValueError: the memory holds fewer pairs than steps.
+        """
+        if self.layout.num_steps > batch.pair_numbers.shape[1]:
+            raise ValueError(
+                f"num_steps is {self.layout.num_steps}, but a memory holds {batch.pair_numbers.shape[1]} pairs"
+            )
+        with self.policy.inference():
+            return self._sample(batch, episodes)
+
+    def _sample(self, batch: MemoryBatch, episodes: Sequence[int]) -> Trajectory:
+        embedded_before = self.policy.embedded_tokens
+        memory = add_embeddings(batch, self.policy.embed_keys)
+        embedded_tokens = self.policy.embedded_tokens - embedded_before
+        expect_finite({"key vector": memory.key_vectors}, batch.articles, trajectory_step=0)
+        self.environment.reset(memory)
+        layout = self.layout.for_batch(batch)
+        run = _Run(self, layout, batch, self.noise(episodes, layout.num_steps))
+        steps = [run.step(number) for number in range(layout.num_steps)]
+        rewards = torch.stack([step.reward for step in steps], dim=1)
+        total_reward = rewards.sum(dim=1)
+        expect_finite({"total reward": total_reward}, batch.articles, trajectory_step=layout.num_steps)
+        return Trajectory(
+            steps=steps,
+            avg_reward=trajectory_reward(rewards),
+            total_reward=total_reward,
+            token_ids=torch.cat(run.blocks, dim=1),
+            query_starts=layout.query_starts,
+            value_starts=layout.value_starts,
+            memory=memory,
+            episodes=torch.tensor(list(episodes), dtype=torch.int64),
+            forward_tokens=run.readers.forward_tokens + embedded_tokens,
+        )
+
+    def noise(self, episodes: Sequence[int], num_steps: int) -> dict[Purpose, Tensor]:
+        """Draw the uniform numbers of episodes; more steps leave those of the first ones as they are.
+
+        Args:
+            episodes: running numbers of the episodes.
+            num_steps: T.
+
+        Returns:
+            ``[B, T, L]`` for the queries, ``[B, T]`` for the draws of pairs.
+        """
+        tokens = self.layout.tokens_per_query
+        shapes = {
+            Purpose.POLICY: (num_steps, tokens),
+            Purpose.COUNTERFACTUAL: (num_steps, tokens),
+            Purpose.SELECTION: (num_steps,),
+        }
+        return {
+            purpose: episode_noise(self.seed, episodes, purpose, shape).to(self.policy.device)
+            for purpose, shape in shapes.items()
+        }
+
+    def score(self, hidden: Tensor, start: int, value_tokens: Tensor) -> Tensor:
+        """Mean log-probability of a value whose first token stands at ``start``, ``[B]``."""
+        states = predicting(hidden, start, value_tokens.shape[1])
+        return value_logprob(self.policy.token_logprobs(states, value_tokens))
+
+
+class _Run:
+    """The state of one batch while it is rolled out."""
+
+    def __init__(
+        self, sampler: TrajectorySampler, layout: Layout, batch: MemoryBatch, noise: dict[Purpose, Tensor]
+    ) -> None:
+        self.sampler = sampler
+        self.layout = layout
+        self.articles = batch.articles
+        self.noise = noise
+        prompt = layout.prompt(batch, sampler.policy.device)
+        self.blocks = [prompt]
+        self.readers = open_readers(sampler.policy, prompt, layout.cached_tokens, joint=sampler.joint)
+
+    def step(self, number: int) -> TrajectoryStep:
+        sampler, layout = self.sampler, self.layout
+        context = torch.cat(self.blocks, dim=1)
+        queries = self.readers.write_queries(
+            self.noise[Purpose.POLICY][:, number], self.noise[Purpose.COUNTERFACTUAL][:, number]
+        )
+        query, counterfactual = queries.query, queries.counterfactual
+        # The entropy is finite only where the logit of every token is.
+        quantities = {
+            "policy logit": query.logprobs + query.entropy,
+            "base model logit": counterfactual.logprobs + counterfactual.entropy,
+            "query vector": queries.vectors,
+        }
+        expect_finite(quantities, self.articles, trajectory_step=number + 1)
+        selection = sampler.environment.step(queries.vectors, self.noise[Purpose.SELECTION][:, number])
+        value = selection.pairs.value_tokens
+        block = layout.response(selection.pairs, is_last=number == layout.num_steps - 1)
+        scored, offset = layout.scored_tokens, layout.value_offset
+        policy_hidden, counterfactual_hidden = self.readers.read_response(block, scored)
+        policy_logprob = sampler.score(policy_hidden, offset, value)
+        counterfactual_logprob = sampler.score(counterfactual_hidden, offset, value)
+        base_hidden = self.readers.follow(torch.cat([query.token_ids, block], dim=1))
+        base_logprob = sampler.score(base_hidden, layout.tokens_per_query + offset, value)
+        order_gain = self._order_gain(
+            number, counterfactual.token_ids, block[:, :scored], value, counterfactual_logprob
+        )
+        reward = calculate_reward(policy_logprob, counterfactual_logprob)
+        if order_gain is not None:
+            reward = reward + sampler.order_coef * order_gain
+        step = TrajectoryStep(
+            context_tokens=context,
+            query_tokens=query.token_ids,
+            selected_pair=selection.pairs,
+            reward=reward,
+            similarity_score=selection.probabilities.gather(1, selection.index[:, None]).squeeze(1),
+            selected_index=selection.index,
+            selection_probabilities=selection.probabilities,
+            query_logprobs=query.logprobs,
+            query_entropy=query.entropy,
+            counterfactual_tokens=counterfactual.token_ids,
+            policy_value_logprob=policy_logprob,
+            base_value_logprob=base_logprob,
+            counterfactual_value_logprob=counterfactual_logprob,
+            order_gain=order_gain,
+        )
+        if sampler.reward_fn is not None:
+            step = replace(step, reward=sampler.reward_fn(step))
+        quantities = {
+            "selection probability": selection.probabilities,
+            "policy logit or log-probability of a value": policy_logprob,
+            "base model logit or log-probability of a value": base_logprob,
+            "base model logit or log-probability of a value after its own query": counterfactual_logprob,
+            "reward": step.reward,
+        }
+        expect_finite(quantities, self.articles, trajectory_step=number + 1)
+        self.blocks += [query.token_ids, block]
+        return step
+
+    def _order_gain(
+        self, number: int, counterfactual: Tensor, block: Tensor, value: Tensor, in_context: Tensor
+    ) -> Tensor | None:
+        """What the pairs read so far brought to the reference, under the same counterfactual query."""
+        if not self.sampler.compute_order_gain:
+            return None
+        if number == 0:
+            return torch.zeros_like(in_context)
+        hidden = self.readers.read_after_prompt(torch.cat([counterfactual, block], dim=1))
+        start = hidden.shape[1] - value.shape[1]
+        return in_context - self.sampler.score(hidden, start, value)

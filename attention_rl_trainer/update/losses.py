@@ -1,0 +1,323 @@
+"""Kept trajectories into a loss: REINFORCE on query tokens, KL to the previous adapter, and the extensions (design §9).
+
+    policy_τ = - Σ_t A_t Σ_i log π(query_{t,i} | s_{t,i})
+    kl_τ     =   Σ_t Σ_i KL(π_previous(·|s_{t,i}) || π(·|s_{t,i}))
+    loss     = Σ_τ w_τ (policy_τ + β kl_τ - entropy_coef · H_τ
+                        - selector_coef Σ_t A_t log p(selected_t) - reward_gradient_coef · (1/T) Σ_t log p_θ(value_t))
+
+with w_τ = 1 / B_all, B_all the trajectories of the rollout batch over all processes. Vocabulary logits exist only at
+the query (and, for the last term, value) positions, in chunks. A chunk's gradient with respect to its hidden states is
+computed together with the chunk, so that nothing of the vocabulary's size outlives it and nothing is computed twice.
+
+Pure functions. Knows nothing about filters, optimizers or where the previous adapter is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attention_rl_trainer.errors import logit_sums
+from attention_rl_trainer.options import Coefficient, Count, Options, Positive, option
+from attention_rl_trainer.update.chunks import Chunk, chunked_sum
+
+Advantage = Literal["reward", "centered", "whitened"]
+Credit = Literal["trajectory", "return_to_go", "step"]
+KLReference = Literal["previous", "base"]
+Logits = Callable[[Tensor], Tensor]
+TokenScores = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class LossOptions(Options):
+    """What weighs a query token, and the terms beside it."""
+
+    advantage: Advantage = option(
+        "centered",
+        "What weighs a query: its 'reward', the reward less the historical mean ('centered'), or that divided by the "
+        "historical SD ('whitened').",
+    )
+    credit: Credit = option(
+        "trajectory",
+        "Which rewards weigh a step's query: the 'trajectory' mean, this and later steps ('return_to_go'), or its own "
+        "('step').",
+    )
+    beta: Coefficient = option(0.1, "Weight of the KL penalty.")
+    kl_reference: KLReference = option(
+        "previous", "KL to the adapter before the last update ('previous') or to the base model ('base')."
+    )
+    selector_coef: Coefficient = option(0.0, "Weight of REINFORCE on the draws of pairs.")
+    reward_gradient_coef: Coefficient = option(
+        0.0, "Weight of the gradient through log p_θ(value): the model also learns to read."
+    )
+    entropy_coef: Coefficient = option(0.0, "Weight of an entropy bonus on query tokens.")
+    num_iterations: Count = option(1, "Optimizer steps on each rollout batch; above 1 with clipped importance ratios.")
+    epsilon: Positive = option(0.2, "Clip of the importance ratio when num_iterations > 1.")
+    disable_dropout: bool = option(True, "Switch dropout off in the update too; it is always off in the rollout.")
+
+
+def step_advantages(
+    step_rewards: Tensor, history_mean: float, history_std: float, *, advantage: Advantage, credit: Credit
+) -> Tensor:
+    """Turn the rewards of trajectories into the weights of their steps' log-probabilities.
+
+    Args:
+        step_rewards: ``[b, T]``, nats per token.
+        history_mean: mean of the history before the batch.
+        history_std: its standard deviation; 0 leaves ``"whitened"`` unscaled.
+        advantage: ``"reward"`` r, ``"centered"`` r - mean, or ``"whitened"`` (r - mean) / SD.
+        credit: ``"trajectory"``, every step the mean over all steps; ``"return_to_go"``, the sum over this and later
+            steps divided by T; ``"step"``, its own (myopic).
+
+    Returns:
+        ``[b, T]``.
+    """
+    rewards = step_rewards
+    if advantage != "reward":
+        rewards = rewards - history_mean
+    if advantage == "whitened" and history_std > 0:
+        rewards = rewards / history_std
+    if credit == "trajectory":
+        return rewards.mean(dim=1, keepdim=True).expand_as(rewards)
+    if credit == "return_to_go":
+        return rewards.flip(1).cumsum(1).flip(1) / rewards.shape[1]
+    return rewards
+
+
+def policy_gradient_terms(
+    logprobs: Tensor, advantages: Tensor, rollout_logprobs: Tensor | None = None, epsilon: float = 0.2
+) -> Tensor:
+    """REINFORCE, or its clipped importance-weighted form when a rollout is used more than once.
+
+    Args:
+        logprobs: log π(token), with gradient, ``[n]``.
+        advantages: weight of each token, ``[n]``.
+        rollout_logprobs: log-probabilities at the time of the rollout, ``[n]``; ``None`` for plain REINFORCE.
+        epsilon: the ratio is clipped to 1 ± epsilon.
+
+    Returns:
+        Terms to minimize, ``[n]``.
+    """
+    if rollout_logprobs is None:
+        return -advantages * logprobs
+    ratio = torch.exp(logprobs - rollout_logprobs)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+
+
+def kl_divergence(previous_log_probabilities: Tensor, log_probabilities: Tensor) -> Tensor:
+    """KL(previous || current) over the last axis, summed, in nats.
+
+    Args:
+        previous_log_probabilities: ``[..., A]``.
+        log_probabilities: ``[..., A]``.
+
+    Returns:
+        ``[...]``.
+    """
+    pointwise = F.kl_div(log_probabilities, previous_log_probabilities, reduction="none", log_target=True)
+    return pointwise.sum(dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTerms:
+    """Numbers of single query tokens, ``[n]`` each, without graph.
+
+    Attributes:
+        logit_sum: sum of the logits, finite only where all are.
+        previous_logit_sum: the same under the previous adapter; 0 without one.
+        policy: policy gradient term.
+        kl: KL to the previous adapter, nats.
+        entropy: nats.
+    """
+
+    logit_sum: Tensor
+    previous_logit_sum: Tensor
+    policy: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class QueryTerms:
+    """Weighted sums over query tokens; each is a scalar tensor.
+
+    Attributes:
+        loss: policy + β · kl - entropy_coef · entropy, with gradient.
+        policy: Σ w · policy gradient terms, detached like the following.
+        kl: Σ w · KL to the previous adapter, nats.
+        entropy: Σ w · entropy, nats.
+        per_token: what to look at where a sum is not finite.
+    """
+
+    loss: Tensor
+    policy: Tensor
+    kl: Tensor
+    entropy: Tensor
+    per_token: TokenTerms
+
+
+@dataclass(frozen=True, eq=False)
+class QueryTokens:
+    """The query tokens of kept trajectories, flattened.
+
+    Attributes:
+        hidden: states that predict them, with gradient, ``[n, C]``.
+        previous_hidden: the same states under the previous adapter, ``[n, C]``; ``None`` leaves the KL out.
+        index: the tokens' places on the axis of allowed ids, ``[n]`` int64.
+        advantages: ``[n]``.
+        weights: weight w of each token's trajectory, ``[n]``.
+        rollout_logprobs: ``[n]``, or ``None`` for plain REINFORCE.
+    """
+
+    hidden: Tensor
+    previous_hidden: Tensor | None
+    index: Tensor
+    advantages: Tensor
+    weights: Tensor
+    rollout_logprobs: Tensor | None = None
+
+    def chunk(self, rows: slice) -> QueryTokens:
+        """Take some of the tokens.
+
+        Args:
+            rows: which.
+        """
+        return QueryTokens(
+            self.hidden[rows],
+            None if self.previous_hidden is None else self.previous_hidden[rows],
+            self.index[rows],
+            self.advantages[rows],
+            self.weights[rows],
+            None if self.rollout_logprobs is None else self.rollout_logprobs[rows],
+        )
+
+
+def _chunk_terms(tokens: QueryTokens, logits_of: Logits, beta: float, entropy_coef: float, epsilon: float) -> Chunk:
+    """Compute a chunk's loss, its policy, KL and entropy parts, and the gradient with respect to its logits.
+
+    With c = d policy / d log π(token), p the present probabilities, q' = - d KL / d log π as `kl_divergence` gives it
+    (which is the previous probabilities) and H the entropy:
+
+        d loss / d logits = w · [c · onehot + (β - c) · p - β · q' + entropy_coef · p · (log p + H)]
+
+    Computed in place: autograd through the softmax would hold three times as many tensors of the vocabulary's size, and
+    most of the time would go into allocating them.
+    """
+    with torch.enable_grad():
+        logits = logits_of(tokens.hidden)
+    place = tokens.index[:, None]
+    present = torch.log_softmax(logits.detach(), dim=-1)
+    policy, slope = _policy_terms_and_slope(present.gather(1, place).squeeze(1), tokens, epsilon)
+    kl, entropy, previous_sums = torch.zeros_like(policy), torch.zeros_like(policy), torch.zeros_like(policy)
+    kl_slope = None
+    if tokens.previous_hidden is not None:
+        with torch.no_grad():
+            previous_logits = logits_of(tokens.previous_hidden)
+            previous_sums = logit_sums(previous_logits)
+            previous = torch.log_softmax(previous_logits, dim=-1)
+            del previous_logits
+        kl, kl_slope = _kl_and_slope(previous, present)
+        del previous
+    slope_of_all = (beta - slope)[:, None]
+    if entropy_coef == 0:
+        gradient = present.exp_().mul_(slope_of_all)
+    else:
+        probabilities = present.exp()
+        entropy = -torch.linalg.vecdot(probabilities, present)
+        gradient = probabilities.mul_(present.add_(entropy[:, None]).mul_(entropy_coef).add_(slope_of_all))
+    if kl_slope is not None:
+        gradient.add_(kl_slope, alpha=beta)
+    gradient.scatter_add_(1, place, slope[:, None]).mul_(tokens.weights[:, None])
+    parts = torch.stack([policy, kl, entropy]) @ tokens.weights
+    per_token = torch.stack([logit_sums(logits), previous_sums, policy, kl, entropy])
+    return Chunk(parts[0] + beta * parts[1] - entropy_coef * parts[2], parts, per_token, logits, gradient)
+
+
+def _kl_and_slope(previous: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `kl_divergence` of log-probabilities ``[n, A]``, ``[n]``, and its derivative by the present ones."""
+    with torch.enable_grad():
+        variable = present.detach().requires_grad_()
+        kl = kl_divergence(previous, variable)
+        (slope,) = torch.autograd.grad(kl.sum(), variable)
+    return kl.detach(), slope
+
+
+def _policy_terms_and_slope(logprobs: Tensor, tokens: QueryTokens, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Compute the policy gradient terms and their derivative with respect to the log-probabilities, ``[n]`` each."""
+    with torch.enable_grad():
+        variable = logprobs.requires_grad_()
+        terms = policy_gradient_terms(variable, tokens.advantages, tokens.rollout_logprobs, epsilon)
+        (slope,) = torch.autograd.grad(terms.sum(), variable)
+    return terms.detach(), slope
+
+
+def query_terms(
+    tokens: QueryTokens,
+    logits_of: Logits,
+    *,
+    beta: float,
+    entropy_coef: float = 0.0,
+    epsilon: float = 0.2,
+    chunk_size: int = 256,
+) -> QueryTerms:
+    """Sum the loss terms of query tokens, holding the logits of one chunk at a time.
+
+    Args:
+        tokens: the tokens and what belongs to each.
+        logits_of: hidden states ``[n, C]`` to logits of the allowed ids ``[n, A]`` in float32.
+        beta: weight of the KL.
+        entropy_coef: weight of the entropy; at 0 it is not computed.
+        epsilon: clip of the importance ratio.
+        chunk_size: tokens in a chunk.
+    """
+    # Without a previous adapter there is no KL, whatever its weight.
+    weight = beta if tokens.previous_hidden is not None else 0.0
+
+    def terms(states: Tensor, rows: slice) -> Chunk:
+        return _chunk_terms(replace(tokens.chunk(rows), hidden=states), logits_of, weight, entropy_coef, epsilon)
+
+    loss, parts, per_token = chunked_sum(tokens.hidden, terms, chunk_size)
+    policy, kl, entropy = parts
+    return QueryTerms(loss, policy, kl, entropy, TokenTerms(*per_token))
+
+
+def selector_term(log_probabilities: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
+    """REINFORCE on the draws of pairs: - Σ_τ w_τ Σ_t A_t log p(selected_t).
+
+    Args:
+        log_probabilities: of the drawn pairs, with gradient, ``[b, T]``.
+        advantages: ``[b, T]``.
+        weights: ``[b]``.
+    """
+    return -((advantages * log_probabilities).sum(dim=1) * weights).sum()
+
+
+def reward_gradient_term(
+    hidden: Tensor, token_ids: Tensor, weights: Tensor, score_tokens: TokenScores, *, chunk_size: int = 256
+) -> tuple[Tensor, Tensor]:
+    """The reward's direct dependence on the reader: - Σ_τ w_τ (1/T) Σ_t mean_V log p_θ(value_t).
+
+    Args:
+        hidden: states that predict the value tokens, with gradient, ``[n, C]``, n = b · T · V.
+        token_ids: the value tokens, ``[n]`` int64.
+        weights: weight w / (T · V) of each token, ``[n]``.
+        score_tokens: hidden states ``[m, C]`` and token ids ``[m]`` to log-probabilities ``[m]``.
+        chunk_size: tokens in a chunk.
+
+    Returns:
+        The term, a scalar with gradient, and the log-probabilities, ``[n]``, without.
+    """
+
+    def terms(states: Tensor, rows: slice) -> Chunk:
+        with torch.enable_grad():
+            logprobs = score_tokens(states, token_ids[rows])
+            loss = -(logprobs * weights[rows]).sum()
+        return Chunk(loss.detach(), loss.detach()[None], logprobs.detach()[None], loss)
+
+    loss, _, logprobs = chunked_sum(hidden, terms, chunk_size)
+    return loss, logprobs.squeeze(0)

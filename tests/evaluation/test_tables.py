@@ -1,0 +1,119 @@
+"""The two tables of an evaluation: what stands in them, how they are written, and that they repeat themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import make_sampler, random_batch, tiny_llama
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from attention_rl_trainer.evaluation.evaluate import evaluate_policy
+from attention_rl_trainer.evaluation.orders import BEST, ORACLE, RANDOM, WORST
+from attention_rl_trainer.evaluation.queries import CONTROL, EMPTY, POLICY
+from attention_rl_trainer.evaluation.tables import EvaluationTables, TableBuilder
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder
+
+
+def build_tables(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, num_pairs: int = 4) -> EvaluationTables:
+    sampler = make_sampler(model, tokenizer)
+    builder = TableBuilder(sampler, PlainTextEncoder(tokenizer), num_counterfactuals=2, num_random=3)
+    batches = [random_batch(4, num_pairs=num_pairs), random_batch(3, num_pairs=num_pairs, seed=4)]
+    results = evaluate_policy(sampler, batches, 6, builder.add)
+    assert results["episodes"] == 6
+    tables = builder.build()
+    # The same trajectories, measured by the rollout itself.
+    for name in ("reward", "query_gain", "model_gain"):
+        assert tables.parts[name].mean == pytest.approx(results[name], abs=1e-6)
+    return tables
+
+
+def test_tables_are_paired_and_consistent(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    tables = build_tables(model, tokenizer)
+    # Titles repeat in the second batch: six trajectories on four articles.
+    assert {(estimate.num_values, estimate.num_clusters) for estimate in tables.orders.values()} == {(6, 4)}
+    for name, gain in tables.order_gains.items():
+        assert gain.mean == pytest.approx(tables.orders[name].mean - tables.orders[RANDOM].mean, abs=1e-9)
+    assert set(tables.order_gains) == set(tables.orders) - {RANDOM}
+    gap = tables.orders[BEST].mean - tables.orders[RANDOM].mean
+    for name, share in tables.share_closed.items():
+        assert share.mean == pytest.approx(tables.order_gains[name].mean / gap, abs=1e-9)
+    assert set(tables.share_closed) == set(tables.orders) - {RANDOM, BEST, WORST}
+    assert tables.share_closed[ORACLE].mean <= 1
+    for name in (EMPTY, CONTROL):
+        assert tables.policy_less[name].mean == pytest.approx(
+            tables.queries[POLICY].mean - tables.queries[name].mean, abs=1e-9
+        )
+    assert tables.metrics() == {
+        "order_over_random": tables.order_gains["learned"].mean,
+        "order_share_closed": tables.share_closed["learned"].mean,
+        "query_over_counterfactuals": tables.queries[POLICY].mean,
+        "query_over_empty": tables.policy_less[EMPTY].mean,
+        "query_over_control": tables.policy_less[CONTROL].mean,
+    }
+
+
+def test_the_greedy_oracle_is_the_yardstick_of_large_memories(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tables = build_tables(llama, tokenizer, num_pairs=7)
+    assert BEST not in tables.orders
+    assert tables.share_closed[ORACLE].mean == pytest.approx(1.0)
+
+
+def test_an_evaluation_repeats_itself_to_the_last_digit(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    first, again = (build_tables(tiny_llama(), tokenizer) for _ in range(2))
+    assert first == again
+    for name, tables in {"a": first, "b": again}.items():
+        files = tables.write(tmp_path / name / "deeper")
+        assert [file.name for file in files] == ["evaluation.json", "evaluation.md"]
+    for name in ("evaluation.json", "evaluation.md"):
+        texts = [(tmp_path / folder / "deeper" / name).read_bytes() for folder in ("a", "b")]
+        assert texts[0] == texts[1]
+
+
+def test_what_is_written(tmp_path: Path, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    tables = build_tables(llama, tokenizer)
+    tables.write(tmp_path)
+    stored = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    assert stored["orders"][RANDOM]["mean"] == tables.orders[RANDOM].mean
+    assert stored["settings"] == {"seed": 7, "T": 3, "L": 4, "counterfactuals": 2}
+    page = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
+    assert page.count(": 6 memories of 4 articles") == 2
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    # Best first; the random order has neither a difference from itself nor a share.
+    assert rows[2] == [BEST, str(tables.orders[BEST]), str(tables.order_gains[BEST]), ""]
+    assert [RANDOM, str(tables.orders[RANDOM]), "", ""] in rows
+    assert ["policy less empty query", str(tables.policy_less[EMPTY])] in rows
+
+
+@pytest.mark.parametrize("num_scored", [0, 1, 5])
+def test_orders_of_a_few_trajectories_alone(
+    num_scored: int, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    sampler = make_sampler(llama, tokenizer)
+    builders = [
+        TableBuilder(sampler, PlainTextEncoder(tokenizer), num_counterfactuals=2, num_order_episodes=count)
+        for count in (None, num_scored)
+    ]
+    # 3 and 3 trajectories, so that one batch is measured in part.
+    for builder in builders:
+        evaluate_policy(sampler, [random_batch(3), random_batch(3, seed=4)], 6, builder.add)
+    whole, part = (builder.build() for builder in builders)
+    assert part.queries == whole.queries
+    assert {name: part.parts[name] for name in ("reward", "query_gain", "model_gain")} == {
+        name: estimate for name, estimate in whole.parts.items() if name != "chosen_ease"
+    }
+    assert {estimate.num_values for estimate in part.orders.values()} == ({num_scored} if num_scored else set())
+    assert ("order_over_random" in part.metrics()) == ("chosen_ease" in part.parts) == (num_scored > 0)
+    assert ("not measured" in part.to_markdown()) == (num_scored == 0)
+    if num_scored == 1:
+        scores = builders[0]._orders
+        assert {name: part.orders[name].mean for name in scores} == {name: column[0] for name, column in scores.items()}
+
+
+def test_nothing_measured_is_an_error(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    builder = TableBuilder(make_sampler(llama, tokenizer), PlainTextEncoder(tokenizer))
+    with pytest.raises(ValueError, match="nothing was measured"):
+        builder.build()

