@@ -22,7 +22,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 demo: setup
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		examples/train_wiki.py --config examples/configs/demo.yaml $(ARGS)
+		examples/train_wiki.py --config demo $(ARGS)
 
 # One thread for each of two workers: two models on two threads each would wait for one another.
 test: setup

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from attention_rl_trainer.errors import NonFiniteError
     from attention_rl_trainer.memories.articles.sources import load_articles
     from attention_rl_trainer.memories.loading import iter_key_value_pairs
-    from attention_rl_trainer.memories.pairs import add_embeddings, chunk_tokens, sample_chunks, split_key_values
-    from attention_rl_trainer.memories.stream import Article, ArticleStream, iter_wikipedia_articles
+    from attention_rl_trainer.memories.pairs import (
+        MemoryBatch,
+        add_embeddings,
+        chunk_tokens,
+        sample_chunks,
+        split_key_values,
+    )
+    from attention_rl_trainer.memories.stream import Article, ArticleSource, ArticleStream, iter_wikipedia_articles
     from attention_rl_trainer.models.attention import AttentionLayer, UnsupportedArchitectureError
     from attention_rl_trainer.models.base import load_base_model, load_tokenizer
     from attention_rl_trainer.models.choice import choose_base_model
@@ -26,36 +32,52 @@ if TYPE_CHECKING:
     from attention_rl_trainer.planning.timing import plan_time
     from attention_rl_trainer.records.ledger import LedgerRow, read_ledger
     from attention_rl_trainer.records.summary import write_report
-    from attention_rl_trainer.rollout.environment import KVMemoryEnvironment, MemoryEnvironment, Selection
+    from attention_rl_trainer.rollout.environment import (
+        DifferentiableEnvironment,
+        KVMemoryEnvironment,
+        MemoryEnvironment,
+        Selection,
+        SelectionOptions,
+    )
     from attention_rl_trainer.rollout.key_index import KeyIndex
-    from attention_rl_trainer.rollout.reward import calculate_reward
+    from attention_rl_trainer.rollout.reward import RewardFunction, calculate_reward
     from attention_rl_trainer.rollout.selector import compute_similarity, sample_key_value
     from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
     from attention_rl_trainer.types import KeyValuePair, KeyValuePairs, Trajectory, TrajectoryStep
-    from attention_rl_trainer.update.filter import RewardStatistics
+    from attention_rl_trainer.update.filter import RewardFilter, RewardStatistics, TrajectoryFilter, Verdict
+    from attention_rl_trainer.update.kept import KeptTrajectories
     from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
 
 _MODULES = {
     "AdapterSnapshot": "update.previous_adapter",
     "Article": "memories.stream",
+    "ArticleSource": "memories.stream",
     "ArticleStream": "memories.stream",
     "AttentionGuidedRLConfig": "config",
     "AttentionGuidedRLTrainer": "trainer",
     "AttentionLayer": "models.attention",
+    "DifferentiableEnvironment": "rollout.environment",
     "KVMemoryEnvironment": "rollout.environment",
+    "KeptTrajectories": "update.kept",
     "KeyIndex": "rollout.key_index",
     "KeyValuePair": "types",
     "KeyValuePairs": "types",
     "LedgerRow": "records.ledger",
+    "MemoryBatch": "memories.pairs",
     "MemoryEnvironment": "rollout.environment",
     "ModelShape": "planning.sizes",
     "NonFiniteError": "errors",
+    "RewardFilter": "update.filter",
+    "RewardFunction": "rollout.reward",
     "RewardStatistics": "update.filter",
     "RunShape": "planning.sizes",
     "Selection": "rollout.environment",
+    "SelectionOptions": "rollout.environment",
     "Trajectory": "types",
+    "TrajectoryFilter": "update.filter",
     "TrajectoryStep": "types",
     "UnsupportedArchitectureError": "models.attention",
+    "Verdict": "update.filter",
     "add_embeddings": "memories.pairs",
     "calculate_reward": "rollout.reward",
     "choose_base_model": "models.choice",
@@ -80,24 +102,33 @@ _MODULES = {
 __all__ = [
     "AdapterSnapshot",
     "Article",
+    "ArticleSource",
     "ArticleStream",
     "AttentionGuidedRLConfig",
     "AttentionGuidedRLTrainer",
     "AttentionLayer",
+    "DifferentiableEnvironment",
     "KVMemoryEnvironment",
+    "KeptTrajectories",
     "KeyIndex",
     "KeyValuePair",
     "KeyValuePairs",
     "LedgerRow",
+    "MemoryBatch",
     "MemoryEnvironment",
     "ModelShape",
     "NonFiniteError",
+    "RewardFilter",
+    "RewardFunction",
     "RewardStatistics",
     "RunShape",
     "Selection",
+    "SelectionOptions",
     "Trajectory",
+    "TrajectoryFilter",
     "TrajectoryStep",
     "UnsupportedArchitectureError",
+    "Verdict",
     "__version__",
     "add_embeddings",
     "calculate_reward",

@@ -1,190 +1,47 @@
-"""The command ``attention-rl``: prove that training works here, and evaluate an adapter.
+"""The command ``attention-rl``.
 
-    attention-rl selftest
+    attention-rl train --config demo
     attention-rl evaluate out/demo --dataset offline
 
-Each command takes its options as flags or from a YAML file (``--config``), as TRL's commands do; ``--help`` explains
-them. An adapter's own options, those that it was trained with, are read from its ``attention_rl_config.json``.
+Each command takes its options as flags or from a YAML file (``--config``, a path or the name of one that comes with the
+package), as TRL's commands do; ``--help`` explains them. A command is loaded when it is called.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
-
-from peft import PeftConfig, PeftModel
-from transformers import TrainingArguments
-from trl import TrlParser  # type: ignore[attr-defined]  # trl's lazy names are not declared
-
-from attention_rl_trainer.config import AttentionGuidedRLConfig
-from attention_rl_trainer.memories.articles.sources import load_articles
-from attention_rl_trainer.models.choice import load_named_model
-from attention_rl_trainer.selftest.verdict import judge
-from attention_rl_trainer.trainer import RUN_CONFIG_NAME, AttentionGuidedRLTrainer
 
 
-@dataclass
-class EvaluateArguments:
-    """What is evaluated, and on what."""
+def _train(flags: Sequence[str]) -> int:
+    from attention_rl_trainer.commands.train import main as train
 
-    adapter: str = field(metadata={"help": "Folder of the adapter, as a run leaves it in its output_dir."})
-    dataset: str = field(
-        default="wikimedia/wikipedia",
-        metadata={
-            "help": "Held-out articles: Hub data set, folder or file (Parquet, JSON Lines, text, MediaWiki dump), "
-            "or 'offline'."
-        },
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to evaluate on."})
-    skip_articles: int = field(
-        default=0, metadata={"help": "Leave out this many articles at the beginning, such as those trained on."}
-    )
-    episodes: int = field(default=64, metadata={"help": "Trajectories to evaluate."})
-    epochs: int | None = field(
-        default=None,
-        metadata={"help": "Readings of each article, each with another memory. Default: as in training, mostly 1."},
-    )
-    order_episodes: int | None = field(
-        default=None,
-        metadata={"help": "Trajectories whose orders are scored too, the slow part. Default: as in training, or all."},
-    )
-    batch_size: int | None = field(default=None, metadata={"help": "Trajectories at once. Default: as in training."})
-    num_steps: int | None = field(default=None, metadata={"help": "T. Default: as in training."})
-    seed: int | None = field(default=None, metadata={"help": "Seed of queries and draws. Default: as in training."})
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Base model. Default: the one that the adapter was trained on."}
-    )
-    dtype: str = field(
-        default="auto", metadata={"help": "Precision of the weights; 'auto' takes bfloat16 where it is native."}
-    )
-    use_cpu: bool = field(default=False, metadata={"help": "Compute on the CPU even if there is a GPU."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where the tables are written. Default: the adapter's folder."}
-    )
+    return train(flags)
 
 
-def trained_options(adapter: Path) -> dict[str, Any]:
-    """Read the options of this method that an adapter was trained with.
+def _evaluate(flags: Sequence[str]) -> int:
+    from attention_rl_trainer.commands.evaluate import main as evaluate
 
-    Args:
-        adapter: its folder.
-
-    Returns:
-        The fields that `AttentionGuidedRLConfig` adds to the Trainer's, and the seed.
-
-    Raises:
-        ValueError: the folder holds no options, or they are not readable.
-    """
-    path = adapter / RUN_CONFIG_NAME
-    if not path.is_file():
-        raise ValueError(
-            f"{adapter} holds no {RUN_CONFIG_NAME}, the options that the adapter was trained with; give the output_dir "
-            "of a run or one of its checkpoints"
-        )
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    inherited = {item.name for item in fields(TrainingArguments)}
-    own = {item.name for item in fields(AttentionGuidedRLConfig)} - inherited - {"model_init_kwargs"}
-    options = {name: stored[name] for name in sorted(own | {"seed"}) if name in stored}
-    if isinstance(options.get("filter_threshold"), str):
-        options["filter_threshold"] = float(options["filter_threshold"])
-    return options
+    return evaluate(flags)
 
 
-def evaluate(arguments: EvaluateArguments) -> dict[str, float]:
-    """Evaluate an adapter on held-out articles, and write and print the two tables.
+def _plan(flags: Sequence[str]) -> int:
+    from attention_rl_trainer.commands.plan import main as plan
 
-    Args:
-        arguments: what is evaluated, and on what.
-
-    Returns:
-        The metrics.
-
-    Raises:
-        ValueError: the adapter's folder lacks something, or an option is out of range.
-    """
-    adapter = Path(arguments.adapter)
-    options = trained_options(adapter)
-    changes = {
-        "generation_batch_size": arguments.batch_size,
-        "num_steps": arguments.num_steps,
-        "seed": arguments.seed,
-        "eval_epochs": arguments.epochs,
-        "eval_order_episodes": arguments.order_episodes,
-    }
-    options |= {name: value for name, value in changes.items() if value is not None}
-    output_dir = Path(arguments.output_dir or arguments.adapter)
-    config = AttentionGuidedRLConfig(
-        **options
-        | {
-            "output_dir": str(output_dir),
-            "eval_episodes": arguments.episodes,
-            "eval_tables": True,
-            "use_cpu": arguments.use_cpu,
-            "report_to": "none",
-        }
-    )
-    name = arguments.model_name_or_path or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    base, tokenizer = load_named_model(name, config.device, {"dtype": arguments.dtype})
-    model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
-    articles: Any = load_articles(
-        arguments.dataset,
-        arguments.dataset_config,
-        split=arguments.dataset_split,
-        text_column=config.dataset_text_column,
-    )
-    if arguments.skip_articles:
-        articles = articles.skip(arguments.skip_articles)
-    trainer = AttentionGuidedRLTrainer(model=model, args=config, eval_dataset=articles, processing_class=tokenizer)
-    metrics = trainer.evaluate()
-    print((output_dir / "evaluation" / "eval" / "evaluation.md").read_text(encoding="utf-8"))
-    for metric, value in metrics.items():
-        print(f"{metric}: {value:.4f}")
-    return metrics
+    return plan(flags)
 
 
-def _evaluate(arguments: Sequence[str]) -> int:
-    flags = list(arguments)
-    # The adapter may stand first without its flag.
-    if flags and not flags[0].startswith("-"):
-        flags = ["--adapter", *flags]
-    parser = TrlParser((EvaluateArguments,), prog="attention-rl evaluate")  # type: ignore[arg-type]
-    (parsed,) = parser.parse_args_and_config(flags)
-    evaluate(parsed)
-    return 0
+def _selftest(flags: Sequence[str]) -> int:
+    from attention_rl_trainer.commands.selftest import main as selftest
 
-
-@dataclass
-class SelfTestArguments:
-    """How often, and what beside the shipped settings."""
-
-    seeds: int = field(default=5, metadata={"help": "Seeds 0, 1, ..., one run each."})
-    ablate: bool = field(
-        default=False, metadata={"help": "Also run with one option changed at a time, and say what each is worth."}
-    )
-    output_dir: str | None = field(default=None, metadata={"help": "Where runs write. Default: a temporary folder."})
-
-
-def _selftest(arguments: Sequence[str]) -> int:
-    parser = TrlParser((SelfTestArguments,), prog="attention-rl selftest")  # type: ignore[arg-type]
-    (parsed,) = parser.parse_args_and_config(list(arguments))
-    if parsed.output_dir is not None:
-        return 0 if judge(parsed.seeds, Path(parsed.output_dir), ablate=parsed.ablate) else 1
-    with tempfile.TemporaryDirectory() as folder:
-        return 0 if judge(parsed.seeds, Path(folder), ablate=parsed.ablate) else 1
+    return selftest(flags)
 
 
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "selftest": (_selftest, "train on a task whose best policy is known, and say how close training gets"),
+    "train": (_train, "train an adapter on articles"),
     "evaluate": (_evaluate, "what an adapter's orders and queries are worth on held-out articles"),
+    "plan": (_plan, "what a run will need: memory, time, cost"),
+    "selftest": (_selftest, "train on a task whose best policy is known, and say how close training gets"),
 }
 
 
@@ -195,16 +52,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line; by default the process's own.
 
     Returns:
-        The exit code.
+        The exit code; 2 where the command line cannot be understood.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in _COMMANDS:
+        command, _ = _COMMANDS[given[0]]
         try:
-            return _COMMANDS[given[0]][0](given[1:])
+            return command(given[1:])
         except ValueError as error:
             print(f"attention-rl {given[0]}: {error}", file=sys.stderr)
             return 2
+    is_help = given in (["-h"], ["--help"])
+    if given and not is_help:
+        print(
+            f"attention-rl: there is no command {given[0]!r}; the commands are {', '.join(_COMMANDS)}", file=sys.stderr
+        )
     print("usage: attention-rl COMMAND [--help]\n")
     for name, (_, meaning) in _COMMANDS.items():
         print(f"  {name:10} {meaning}")
-    return 0 if given in (["-h"], ["--help"]) else 2
+    return 0 if is_help else 2

@@ -1,8 +1,7 @@
 """Every option of a run, checked when it is made, in the order in which the pipeline uses them.
 
 Extends `transformers.TrainingArguments`, so that the Trainer's own options (``report_to``, ``seed``,
-``push_to_hub``, ...) work as everywhere. Where a default differs from the Trainer's, the field says so here. Knows
-nothing about models.
+``push_to_hub``, ...) work as everywhere.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from transformers import TrainingArguments
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from attention_rl_trainer.evaluation.evaluate import EvaluationOptions
@@ -107,22 +107,24 @@ class AttentionGuidedRLConfig(
         self._parse_model_init_kwargs()
         TrainingArguments.__post_init__(self)  # type: ignore[no-untyped-call]  # transformers does not annotate it
 
+    @classmethod
+    def for_model(cls, model: str | PreTrainedModel | PeftModel) -> Self:
+        """Make the default options, with a folder named after the model."""
+        name = model if isinstance(model, str) else model.config.name_or_path
+        return cls(output_dir=f"{Path(name or 'model').name}-attention-rl")
+
     @property
     def train_batch_size(self) -> int:
-        """Trajectories of a rollout batch; what the Trainer calls the training batch."""
+        """Trajectories per rollout batch; what the Trainer calls the training batch."""
         return self.generation_batch_size
 
     @property
     def episodes_per_step(self) -> int:
-        """Trajectories of one Trainer step."""
+        """Trajectories per Trainer step."""
         return self.generation_batch_size * self.gradient_accumulation_steps
 
     def save_json(self, path: Path) -> None:
-        """Write the options as `to_jsonable` gives them.
-
-        Args:
-            path: the file.
-        """
+        """Write the options as `to_jsonable` gives them."""
         path.write_text(json.dumps(self.to_jsonable(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def to_jsonable(self) -> dict[str, Any]:
@@ -143,7 +145,7 @@ class AttentionGuidedRLConfig(
         return {name: _masked(value) for name, value in options.items()}
 
     def __str__(self) -> str:
-        """Show the options one a line, with secrets masked."""
+        """Show one option per line, with secrets masked."""
         lines = (f"{name}={value},\n" for name, value in sorted(self.to_dict().items()))
         return f"{type(self).__name__}(\n{''.join(lines)})"
 
@@ -172,7 +174,8 @@ class AttentionGuidedRLConfig(
         fixed = {"save_strategy": "no", "logging_nan_inf_filter": False, "remove_unused_columns": False}
         for name, value in {**fixed, "ignore_data_skip": True}.items():
             if getattr(self, name) != value:
-                raise ValueError(f"{name} must stay {value!r}, got {getattr(self, name)!r}: {self._help_of(name)}")
+                reason = self.__dataclass_fields__[name].metadata["help"]
+                raise ValueError(f"{name} must stay {value!r}, got {getattr(self, name)!r}: {reason}")
 
     def _refuse_unsupported_options(self) -> None:
         own_precision = (
@@ -185,7 +188,7 @@ class AttentionGuidedRLConfig(
             "bf16_full_eval": own_precision,
             "fp16_full_eval": own_precision,
             "auto_find_batch_size": "a retried step would count its episodes twice; lower generation_batch_size",
-            "enable_jit_checkpoint": "SIGTERM writes a checkpoint as it is",
+            "enable_jit_checkpoint": "SIGTERM writes a checkpoint anyway",
             "load_best_model_at_end": "a checkpoint is written by save_episodes, not at evaluations",
             "torch_compile": "the cache's growing length makes it compile again and again, for no gain where it was "
             "measured (docs/benchmarks.md)",
@@ -195,18 +198,14 @@ class AttentionGuidedRLConfig(
                 raise ValueError(f"{name} is not supported: {reason}")
         if self.metric_for_best_model is not None and self.save_total_limit is not None:
             raise ValueError(
-                f"save_total_limit is {self.save_total_limit} beside metric_for_best_model, but checkpoints come "
-                "by save_episodes, not at the best evaluation, and removed by age; leave save_total_limit out"
+                f"save_total_limit is {self.save_total_limit} beside metric_for_best_model, but checkpoints are "
+                "written by save_episodes, not at the best evaluation, and removed by age; leave save_total_limit out"
             )
         if self.dataloader_num_workers not in (0, 1):
             raise ValueError(
                 f"dataloader_num_workers must be 0 or 1, got {self.dataloader_num_workers}: the articles are one "
                 "stream in a fixed order"
             )
-
-    @classmethod
-    def _help_of(cls, name: str) -> str:
-        return str(cls.__dataclass_fields__[name].metadata["help"])
 
     def _resolve_optimizer(self) -> None:
         if ("bnb" in self.optim or "8bit" in self.optim) and importlib.util.find_spec("bitsandbytes") is None:

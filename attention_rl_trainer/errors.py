@@ -1,7 +1,7 @@
-"""Numbers that must be finite, and the error that says which of them is not, where, and on which article (design §8).
+"""What stops a run: numbers that are not finite, a base model that cannot be used; and where the run stood then.
 
 Whoever computes a number knows what it is and at which step of which trajectory; whoever calls adds where that was.
-Knows nothing about how a number came about.
+`RunContext` names the phase of the run in every error raised inside, and times the phases.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from torch import Tensor
 from attention_rl_trainer.types import ArticleReference
 
 
+class BaseModelError(RuntimeError):
+    """A base model or its tokenizer cannot be used; the message says why, and what to do."""
+
+
+# ---- Numbers that are not finite ----
+
+
 class NonFiniteError(ArithmeticError):
     """A logit, vector, reward, statistic, loss or gradient is NaN or infinite; the optimizer step was not taken.
 
     Args:
         quantity: what is not finite.
-        place: where in the trajectory, for instance ``"at step 2 of the trajectory"``.
-        articles: the articles of the trajectories concerned.
-        rows: their rows in the batch.
-
-    Attributes:
-        quantity: what is not finite.
-        articles: the articles of the trajectories concerned, in the order of their rows.
-        step: the trainer's step, from 1; ``None`` outside of a trainer.
+        place: where in the trajectory, such as ``"at step 2 of the trajectory"``.
+        articles: those of the trajectories concerned, in the order of their ``rows`` in the batch.
     """
 
     def __init__(
@@ -41,17 +42,17 @@ class NonFiniteError(ArithmeticError):
         self.quantity = quantity
         self.articles = tuple(articles)
         self.step: int | None = None
+        """The trainer's step, from 1; ``None`` outside of a trainer."""
         self._place = place
         self._rows = tuple(rows)
         self._surroundings: list[str] = []
 
     def add_place(self, place: str, articles: Sequence[ArticleReference] = (), step: int | None = None) -> None:
-        """Say where that was, from the inside out; nothing is added once the trainer's step is known.
+        """Say where that was, from the inside out, until the trainer's step is known.
 
         Args:
-            place: what follows "in", for instance ``"the update of step 3"``.
-            articles: the articles concerned, unless they are known.
-            step: the trainer's step, where ``place`` names it.
+            place: what follows "in", such as ``"the update of step 3"``, which names ``step``.
+            articles: used only if the error does not know them.
         """
         if self.step is not None:
             return
@@ -60,19 +61,18 @@ class NonFiniteError(ArithmeticError):
         self.step = step
 
     def __str__(self) -> str:
-        """Name quantity, place, articles and the way out."""
         words = [self.quantity, "is not finite"]
         words += [self._place] if self._place else []
         words += [self._named_articles()] if self.articles else []
         where = ", ".join([" ".join(words), *(f"in {place}" for place in self._surroundings)])
         return (
-            f"{where}. The optimizer step was not taken, and nothing of it was recorded. Check the model's weights and "
-            "precision; a lower learning_rate or float32 weights may help"
+            f"{where}. The optimizer step was not taken, and nothing of this step was recorded. Check the model's "
+            "weights and their precision; a lower learning_rate or float32 weights may help."
         )
 
     def _named_articles(self) -> str:
         names = list(dict.fromkeys(f"{article.title!r} ({article.source})" for article in self.articles))
-        text = f"on article{'s' if len(names) > 1 else ''} {', '.join(names)}"
+        text = f"for article{'s' if len(names) > 1 else ''} {', '.join(names)}"
         if self._rows:
             text += f", row{'s' if len(self._rows) > 1 else ''} {', '.join(map(str, self._rows))}"
         return text
@@ -80,12 +80,7 @@ class NonFiniteError(ArithmeticError):
 
 @contextmanager
 def located(place: str, articles: Sequence[ArticleReference] = ()) -> Iterator[None]:
-    """Add a place to a `NonFiniteError` raised inside.
-
-    Args:
-        place: what follows "in", for instance ``"micro-batch 2"``.
-        articles: the articles concerned, unless the error knows them.
-    """
+    """Add a place to a `NonFiniteError` raised inside; see `NonFiniteError.add_place`."""
     try:
         yield
     except NonFiniteError as error:
@@ -99,9 +94,8 @@ def expect_finite(
     """Refuse numbers that are NaN or infinite, with one transfer from the device for all of them.
 
     Args:
-        quantities: numbers by name, ``[B, ...]``, or ``[B, T, ...]`` where ``trajectory_step`` is not given. The first
-            that is not finite is named, so what the others are computed from goes first.
-        articles: of the B trajectories; may be empty.
+        quantities: ``[B, ...]`` by name, or ``[B, T, ...]`` without ``trajectory_step``. The first that is not finite
+            is named, so what the others are computed from comes first.
         trajectory_step: the step that all numbers belong to, from 1; 0 for what comes before the first.
 
     Raises:
@@ -123,26 +117,17 @@ def expect_finite(
 
 
 def logit_sums(logits: Tensor) -> Tensor:
-    """Sum logits: finite where every one of them is, at a tenth of the cost of looking at each.
-
-    Args:
-        logits: ``[..., A]`` in float32. A sum beyond float32's range needs logits of 1e33 and more.
-
-    Returns:
-        ``[...]``, without graph.
-    """
+    """Sum over the last axis: finite where all logits are and none reaches 1e33; costs a tenth of looking at each."""
     return logits.detach().sum(dim=-1)
 
+
+# ---- Memory ----
 
 _GIB = 2**30
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of the process so far: allocated on a CUDA device, else resident in main memory.
-
-    Args:
-        device: where the model lies.
-    """
+    """Peak memory of the process so far: allocated on a CUDA device, else resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _GIB
     # Linux reports KiB, macOS bytes.
@@ -151,11 +136,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def used_memory_gib(device: torch.device) -> float:
-    """Memory in use now: allocated on a CUDA device, else resident in main memory where the system tells.
-
-    Args:
-        device: where the model lies.
-    """
+    """Memory in use now: allocated on a CUDA device, else resident in main memory; the peak where there is no /proc."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / _GIB
     status = Path("/proc/self/statm")
@@ -165,11 +146,7 @@ def used_memory_gib(device: torch.device) -> float:
 
 
 def free_memory_gib(device: torch.device) -> float | None:
-    """Memory that is free for the model's device, or ``None`` where the system does not tell.
-
-    Args:
-        device: where the model lies.
-    """
+    """Memory that is free for a model on the device; ``None`` where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / _GIB
     table = Path("/proc/meminfo")
@@ -179,6 +156,8 @@ def free_memory_gib(device: torch.device) -> float | None:
     return int(lines["MemAvailable"].split()[0]) * 1024 / _GIB
 
 
+# ---- Where a run stands ----
+
 _OPTIONS_TO_LOWER = {
     "rollout": "generation_batch_size, num_steps, tokens_per_query or tokens_per_value",
     "filter": "generation_batch_size",
@@ -187,24 +166,19 @@ _OPTIONS_TO_LOWER = {
     "evaluation": "generation_batch_size",
     "run": "generation_batch_size",
 }
-"""What takes less memory in each phase of a run."""
+"""The phases of a run, and what takes less memory in each."""
 
 
 class RunContext:
-    """Where a run stands: for the errors of its phases, and for their times.
+    """Where a run stands, for the errors of its phases, and how long each phase takes.
 
-    Args:
-        device: where the model is.
-        sizes: what matters for memory, by name.
-        step: returns the trainer's present step, from 1.
-
-    Attributes:
-        seconds: how long each phase took the last time it ended.
+    ``sizes`` are those that matter for memory, by name; ``step`` returns the trainer's present step, from 1.
     """
 
     def __init__(self, device: torch.device, sizes: Mapping[str, int], step: Callable[[], int]) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
+        """How long each phase took the last time."""
         self._sizes = dict(sizes)
         self._step = step
 
@@ -217,57 +191,28 @@ class RunContext:
     def phase(
         self, name: str, rows: int, articles: Sequence[ArticleReference] = (), micro_batch_size: int | None = None
     ) -> Iterator[None]:
-        """Name a phase in the errors raised inside, and time it.
+        """Time a phase; add where the run stands to a `NonFiniteError`, a runtime or a memory error raised inside.
 
-        Args:
-            name: one of those whose options to lower are known.
-            rows: trajectories.
-            articles: what is read, for an error that does not know it.
-            micro_batch_size: trajectories of a micro-batch.
+        ``rows`` is the number of trajectories; ``articles`` are named if a `NonFiniteError` does not know its own.
         """
-        sizes = {} if micro_batch_size is None else {"trajectories per micro-batch": micro_batch_size}
-        sizes |= {"trajectories": rows} | self._sizes
         started = time.perf_counter()
-        with phase(name, self.step, self.device, sizes, _OPTIONS_TO_LOWER[name], articles):
+        try:
             yield
+        except NonFiniteError as error:
+            error.add_place(f"the {name} of step {self.step}", articles, self.step)
+            raise
+        except (RuntimeError, MemoryError) as error:
+            # An inner phase knows better.
+            if not hasattr(error, "__notes__"):
+                sizes = {} if micro_batch_size is None else {"trajectories per micro-batch": micro_batch_size}
+                error.add_note(self._note(name, sizes | {"trajectories": rows} | self._sizes))
+            raise
         self.seconds[name] = time.perf_counter() - started
 
-
-@contextmanager
-def phase(
-    name: str,
-    step: int,
-    device: torch.device,
-    shapes: Mapping[str, int],
-    options: str,
-    articles: Sequence[ArticleReference] = (),
-) -> Iterator[None]:
-    """Add the state of the run to a runtime or memory error raised inside, and the step to a `NonFiniteError`.
-
-    Args:
-        name: what is being done.
-        step: the trainer's step, from 1.
-        device: where the model lies.
-        shapes: sizes that matter for memory, by name.
-        options: which options to lower when memory runs out.
-        articles: what is read, for an error that does not know it.
-    """
-    try:
-        yield
-    except NonFiniteError as error:
-        error.add_place(f"the {name} of step {step}", articles, step)
-        raise
-    except (RuntimeError, MemoryError) as error:
-        # An inner phase knows better.
-        if hasattr(error, "__notes__"):
-            raise
-        sizes = ", ".join(f"{key} {value}" for key, value in shapes.items())
-        error.add_note(
-            f"In the {name} of step {step} ({sizes}); memory in use {used_memory_gib(device):.2f} GiB, "
-            f"peak {peak_memory_gib(device):.2f} GiB on {device}. If memory ran out, lower {options}."
+    def _note(self, phase: str, sizes: Mapping[str, int]) -> str:
+        named = ", ".join(f"{key} {value}" for key, value in sizes.items())
+        return (
+            f"In the {phase} of step {self.step} ({named}); memory in use {used_memory_gib(self.device):.2f} GiB, "
+            f"peak {peak_memory_gib(self.device):.2f} GiB on {self.device}. "
+            f"If memory ran out, lower {_OPTIONS_TO_LOWER[phase]}."
         )
-        raise
-
-
-class BaseModelError(RuntimeError):
-    """A base model or its tokenizer cannot be used; the message names the way out."""

@@ -7,22 +7,23 @@ inherits them all. What a field's annotation says is checked when the object is 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from dataclasses import dataclass, field, fields
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class AtLeast:
-    """A number that is finite and at least ``minimum``."""
+    """A finite number of at least ``minimum``."""
 
     minimum: float
+    maximum: ClassVar[float] = math.inf
 
     def __str__(self) -> str:
-        """Say what is expected."""
         return f"at least {self.minimum:g}"
 
     def admits(self, value: float) -> bool:
@@ -32,16 +33,13 @@ class AtLeast:
 
 @dataclass(frozen=True)
 class Above:
-    """A number that is finite, above ``minimum``, and at most ``maximum``."""
+    """A finite number above ``minimum`` and at most ``maximum``."""
 
     minimum: float
     maximum: float = math.inf
 
     def __str__(self) -> str:
-        """Say what is expected."""
-        if math.isinf(self.maximum):
-            return f"above {self.minimum:g} and finite"
-        return f"in ({self.minimum:g}, {self.maximum:g}]"
+        return f"above {self.minimum:g}" if math.isinf(self.maximum) else f"in ({self.minimum:g}, {self.maximum:g}]"
 
     def admits(self, value: float) -> bool:
         """Whether a value is in the range."""
@@ -84,45 +82,52 @@ class Options:
             _check(name, getattr(self, name), hint)
 
 
-O = TypeVar("O", bound=Options)
+OptionsT = TypeVar("OptionsT", bound=Options)
 
 
-def take_options(kind: type[O], source: object, **changes: Any) -> O:
-    """Make a room's options from an object that has them among others, such as the whole run's config."""
-    own = {item.name: getattr(source, item.name) for item in fields(kind) if hasattr(source, item.name)}
-    return kind(**own | changes)
+def take_options(kind: type[OptionsT], source: Options, **changes: Any) -> OptionsT:
+    """Make a room's options from others that have them among theirs; what these lack has its default."""
+    shared = {item.name for item in fields(kind)} & {item.name for item in fields(source)}
+    return kind(**{name: getattr(source, name) for name in shared} | changes)
 
 
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
+    """The annotations of options alone: the config inherits the Trainer's fields too, which the Trainer checks."""
     hints = get_type_hints(kind, include_extras=True)
-    own = [base for base in kind.__mro__ if issubclass(base, Options)]
-    return {
-        name: hint for name, hint in hints.items() if any(name in vars(base).get("__annotations__", ()) for base in own)
-    }
+    own = {name for base in kind.__mro__ if issubclass(base, Options) for name in inspect.get_annotations(base)}
+    return {name: hint for name, hint in hints.items() if name in own}
+
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
-    is_optional = get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint)
-    if is_optional:
-        if value is None:
+    or_none, ranges = "", []
+    if get_origin(hint) in (Union, UnionType):
+        arms = [arm for arm in get_args(hint) if arm is not NoneType]
+        # What may be of several types is checked by whoever reads it.
+        if len(arms) > 1 or value is None:
             return
-        remaining = [arm for arm in get_args(hint) if arm is not NoneType]
-        if len(remaining) > 1:
-            return
-        (hint,) = remaining
-    ranges: tuple[Any, ...] = ()
+        (hint,), or_none = arms, " or none"
     if get_origin(hint) is Annotated:
-        hint, *found = get_args(hint)
-        ranges = tuple(found)
-    or_none = " or none" if is_optional else ""
-    if get_origin(hint) is Literal and value not in get_args(hint):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
-    if hint is int and type(value) is not int:
-        raise ValueError(f"{name} must be an integer{or_none}, got {value!r}")
-    if hint is float and (isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value)):
-        raise ValueError(f"{name} must be a number{or_none}, got {value!r}")
+        hint, *ranges = get_args(hint)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(hint)))}{or_none}, got {value!r}")
+    elif not _is_of(hint, value):
+        raise ValueError(f"{name} must be {_KINDS[hint]}{or_none}, got {value!r}")
     for allowed in ranges:
         if not allowed.admits(value):
-            finite = " and finite" if hint is float and isinstance(allowed, AtLeast) else ""
-            raise ValueError(f"{name} must be {allowed}{finite}{or_none}, got {value!r}")
+            finite = " and finite" if hint is float and math.isinf(allowed.maximum) else ""
+            raise ValueError(f"{name} must be {allowed}{finite}, got {value!r}")
+    if hint is float and math.isnan(value):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    if kind is int:
+        return type(value) is int  # a bool is an int to Python
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return kind not in _KINDS or isinstance(value, kind)

@@ -6,38 +6,33 @@ Shape legend, the one place where it is written down:
 letter meaning
 ====== =====================================================================================
 B      trajectories rolled out together (rows of a batch); one trajectory is one *episode*
-N      key-value pairs of an article that take part, the in-context example (pair 0) counted
+N      key-value pairs of an article that take part, the in-context example (pair 0) included
 M      pairs in a trajectory's memory, drawn from the N - 1 pairs after the example
 T      steps of a trajectory, T <= M
 K V L  tokens of a key, of a value, of a query
 H G D  query heads, key-value groups, head dimension of the attention layer that selects
-S      tokens of a whole trajectory; C tokens of the context before a step
+S P    tokens of a sequence, such as a whole trajectory; of the context before a query
+A C    tokens that a query may consist of; components of a hidden state
 ====== =====================================================================================
 
-The records here check the shapes and dtypes of their tensors when they are made, so that a wrong shape is reported
-where it arises. They know nothing about models, tokenizers or training.
+The records check the shapes and dtypes of their tensors when they are made, so that a wrong shape is reported where it
+arises.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
 def expect_tensor(name: str, tensor: Tensor, shape: Sequence[int | None], *, floating: bool) -> None:
-    """Check a tensor's shape and kind of dtype.
-
-    Args:
-        name: what to call the tensor in the error.
-        tensor: the tensor.
-        shape: the expected sizes; ``None`` accepts any size.
-        floating: whether the dtype must be a floating one; otherwise it must be ``torch.int64``.
+    """Check a tensor's shape, in which ``None`` is any size, and that its dtype is a floating one or else int64.
 
     Raises:
-        ValueError: the shape or the dtype differs; the message gives both, expected and got.
+        ValueError: the shape or the dtype differs; gives both, expected and got.
     """
     fits = tensor.dim() == len(shape) and all(
         want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
@@ -57,19 +52,14 @@ def _expect_texts(name: str, texts: Sequence[str], batch_size: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class KeyValuePair:
-    """One key-value pair for each row of a batch.
-
-    Attributes:
-        key_tokens: token ids of the keys, ``[B, K]`` int64.
-        value_tokens: token ids of the values, ``[B, V]`` int64.
-        key_embedding: the keys' vectors, heads side by side, ``[B, G * D]``.
-        key_text: the keys as text, for logs only; empty when nobody asked for it.
-        value_text: the values as text, for logs only.
-    """
+    """One key-value pair for each row of a batch; the texts are for logs only and may be empty."""
 
     key_tokens: Tensor
+    """``[B, K]`` int64."""
     value_tokens: Tensor
+    """``[B, V]`` int64."""
     key_embedding: Tensor
+    """The keys' vectors, groups side by side, ``[B, G * D]``."""
     key_text: Sequence[str] = ()
     value_text: Sequence[str] = ()
 
@@ -84,19 +74,16 @@ class KeyValuePair:
 
 @dataclass(frozen=True, eq=False)
 class KeyValuePairs:
-    """The memories of a batch: M key-value pairs for each of B trajectories.
-
-    Attributes:
-        key_tokens: ``[B, M, K]`` int64.
-        value_tokens: ``[B, M, V]`` int64.
-        key_vectors: the keys' attention vectors, ``[B, M, G, D]``.
-        pair_numbers: each pair's number in its article, ``[B, M]`` int64.
-    """
+    """The memories of a batch: M key-value pairs for each of B trajectories."""
 
     key_tokens: Tensor
+    """``[B, M, K]`` int64."""
     value_tokens: Tensor
+    """``[B, M, V]`` int64."""
     key_vectors: Tensor
+    """The keys' attention vectors, ``[B, M, G, D]``."""
     pair_numbers: Tensor
+    """Each pair's number in its article, ``[B, M]`` int64."""
 
     def __post_init__(self) -> None:
         expect_tensor("key_tokens", self.key_tokens, (None, None, None), floating=False)
@@ -106,14 +93,7 @@ class KeyValuePairs:
         expect_tensor("pair_numbers", self.pair_numbers, (batch_size, num_pairs), floating=False)
 
     def gather(self, index: Tensor) -> KeyValuePair:
-        """Take one pair out of each row's memory.
-
-        Args:
-            index: the column of the pair to take, ``[B]`` int64.
-
-        Returns:
-            The pairs, as a batch.
-        """
+        """Take one pair of each row's memory, by its column, ``[B]`` int64."""
         rows = torch.arange(index.shape[0], device=index.device)
         return KeyValuePair(
             key_tokens=self.key_tokens[rows, index],
@@ -122,11 +102,7 @@ class KeyValuePairs:
         )
 
     def select_rows(self, rows: Tensor) -> KeyValuePairs:
-        """Keep some of the trajectories.
-
-        Args:
-            rows: the rows to keep, ``[b]`` int64.
-        """
+        """Keep some of the trajectories, by their rows, ``[b]`` int64."""
         return KeyValuePairs(
             key_tokens=self.key_tokens[rows],
             value_tokens=self.value_tokens[rows],
@@ -137,42 +113,35 @@ class KeyValuePairs:
 
 @dataclass(frozen=True, eq=False)
 class TrajectoryStep:
-    """One step of B trajectories: the query, what it drew, and what that was worth.
-
-    Attributes:
-        context_tokens: everything before the query, ending in the query separator, ``[B, C]`` int64.
-        query_tokens: the policy's query, ``[B, L]`` int64.
-        selected_pair: the pair that was drawn and read.
-        reward: the step's reward in nats per value token, ``[B]``.
-        similarity_score: the probability with which the selector drew the pair, ``[B]``.
-        selected_index: the pair's column in the memory, ``[B]`` int64.
-        selection_probabilities: the selector's distribution over the memory, ``[B, M]``.
-        query_logprobs: log-probability of each query token under the policy, nats, ``[B, L]``.
-        query_entropy: entropy of the policy at each query token, nats, ``[B, L]``.
-        counterfactual_tokens: the base model's own query in the same context, ``[B, L]`` int64.
-        policy_value_logprob: log p_θ(value | context, policy's query), nats per token, ``[B]``.
-        base_value_logprob: log p_base(value | context, policy's query), nats per token, ``[B]``.
-        counterfactual_value_logprob: log p_base(value | context, counterfactual query), nats per token, ``[B]``.
-        order_gain: what the pairs read before brought to the base model, nats per token, ``[B]``; ``None`` when not
-            computed.
-        context_text: the context as text, for logs only.
-        query_text: the query as text, for logs only.
-    """
+    """One step of B trajectories: the query, what it drew, and what that was worth; the texts are for logs only."""
 
     context_tokens: Tensor
+    """Everything before the query, ending in the query separator, ``[B, P]`` int64."""
     query_tokens: Tensor
+    """The policy's query, ``[B, L]`` int64."""
     selected_pair: KeyValuePair
     reward: Tensor
+    """Nats per value token, unless a user's own function gives something else, ``[B]``."""
     similarity_score: Tensor
+    """The probability with which the selector drew the pair, ``[B]``."""
     selected_index: Tensor
+    """The pair's column in the memory, ``[B]`` int64."""
     selection_probabilities: Tensor
+    """The selector's distribution over the memory, ``[B, M]``."""
     query_logprobs: Tensor
+    """Log-probability of each query token under the policy, nats, ``[B, L]``."""
     query_entropy: Tensor
+    """Entropy of the policy at each query token, nats, ``[B, L]``."""
     counterfactual_tokens: Tensor
+    """The base model's own query in the same context, ``[B, L]`` int64."""
     policy_value_logprob: Tensor
+    """log p_θ(value | context, policy's query), nats per token, ``[B]``."""
     base_value_logprob: Tensor
+    """log p_base(value | context, policy's query), nats per token, ``[B]``."""
     counterfactual_value_logprob: Tensor
+    """log p_base(value | context, counterfactual query), nats per token, ``[B]``."""
     order_gain: Tensor | None = None
+    """What the earlier pairs brought to the base model, nats per token, ``[B]``; ``None`` where it is not computed."""
     context_text: Sequence[str] = ()
     query_text: Sequence[str] = ()
 
@@ -211,29 +180,24 @@ class TrajectoryStep:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """B whole trajectories, all of the same number of steps and of the same lengths.
-
-    Attributes:
-        steps: the T steps.
-        avg_reward: mean of the steps' rewards, nats per value token, ``[B]``.
-        total_reward: their sum, ``[B]``.
-        token_ids: every token of the trajectory in order, ``[B, S]`` int64.
-        query_starts: the position in ``token_ids`` of each step's first query token, T integers.
-        value_starts: the position in ``token_ids`` of each step's first value token, T integers.
-        memory: the memory that the trajectory read from.
-        episodes: the episode's running number over the whole run, ``[B]`` int64.
-        forward_tokens: tokens that passed through either model to roll the batch out.
-    """
+    """B whole trajectories, all of the same number of steps and of the same lengths."""
 
     steps: Sequence[TrajectoryStep]
     avg_reward: Tensor
+    """Mean of the steps' rewards, ``[B]``."""
     total_reward: Tensor
+    """Their sum, ``[B]``."""
     token_ids: Tensor
+    """Every token of the trajectory in order, ``[B, S]`` int64."""
     query_starts: Sequence[int]
+    """Position of each step's first query token, T integers."""
     value_starts: Sequence[int]
+    """Position of each step's first value token, T integers."""
     memory: KeyValuePairs
     episodes: Tensor
-    forward_tokens: int = field(default=0)
+    """Running numbers of the episodes over the whole run, ``[B]`` int64."""
+    forward_tokens: int = 0
+    """Tokens that passed through either model to roll the batch out."""
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -250,54 +214,36 @@ class Trajectory:
                 )
 
     def stack(self, field_name: str) -> Tensor:
-        """Stack a tensor of every step along a new second axis.
-
-        Args:
-            field_name: the name of a tensor attribute or property of `TrajectoryStep`.
-
-        Returns:
-            ``[B, T, ...]``.
-        """
+        """Stack a tensor attribute or property of every `TrajectoryStep`, ``[B, T, ...]``."""
         return torch.stack([getattr(step, field_name) for step in self.steps], dim=1)
 
 
 @dataclass(frozen=True)
 class ArticleReference:
-    """Where a trajectory's pairs come from.
-
-    Attributes:
-        title: the article's title.
-        source: the data set or file.
-        epoch: the pass over the source, from 0.
-        article_index: the article's identity in the source.
-        next_position: the position in the source right after the article.
-    """
+    """Where a trajectory's pairs come from."""
 
     title: str
     source: str
+    """The data set or file."""
     epoch: int
     article_index: int
+    """The article's identity in the source."""
     next_position: StreamPosition
+    """Right after the article."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamPosition:
-    """A place between two articles of a stream.
-
-    Args:
-        epoch: Passes over the source that are complete.
-        index: Rows of this epoch that are taken from the source, those of other processes and skipped ones included.
-
-    Raises:
-        ValueError: One of them is negative.
-    """
+    """A place between two articles of a stream."""
 
     epoch: int = 0
+    """Complete passes over the source."""
     index: int = 0
+    """Rows of this epoch that were taken from the source, those of other processes and skipped ones included."""
 
     def __post_init__(self) -> None:
         if self.epoch < 0 or self.index < 0:
-            raise ValueError(f"epoch and index must be 0 or more, got epoch={self.epoch}, index={self.index}.")
+            raise ValueError(f"epoch and index must be at least 0, got {self.epoch} and {self.index}")
 
     def to_dict(self) -> dict[str, int]:
         """Return the position as a JSON object."""
@@ -305,19 +251,13 @@ class StreamPosition:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, int]) -> StreamPosition:
-        """Read a position from its JSON object.
-
-        Args:
-            state: What `to_dict` returned.
-
-        Returns:
-            The position.
+        """Read a position from the JSON object that `to_dict` returns.
 
         Raises:
-            ValueError: The keys are not exactly "epoch" and "index", or a value is not an integer of 0 or more.
+            ValueError: a key is missing or unknown, or a value is not an integer of 0 or more.
         """
         if set(state) != {"epoch", "index"}:
-            raise ValueError(f"A stream position has the keys 'epoch' and 'index', got {sorted(state)}.")
+            raise ValueError(f"a stream position must have the keys 'epoch' and 'index', got {sorted(state)}")
         if not all(type(value) is int for value in state.values()):
-            raise ValueError(f"A stream position holds integers, got {dict(state)}.")
+            raise ValueError(f"epoch and index must be integers, got {dict(state)}")
         return cls(**state)

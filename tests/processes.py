@@ -42,7 +42,7 @@ class Job:
     """One training process.
 
     Attributes:
-        folder: where the run's folder ``run`` lies.
+        folder: where the run's folder ``run`` is.
         options: of the config, beside those of `tiny_config`.
         resume: as `train` takes it.
         streaming: whether the articles are streamed.

@@ -13,7 +13,7 @@ import pytest
 FOLDER = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
-import harness  # noqa: E402  # lies beside the benchmarks, which run as scripts
+import harness  # noqa: E402  # is beside the benchmarks, which run as scripts
 
 
 def run(script: str, *arguments: str) -> str:

@@ -14,12 +14,13 @@ from typing import Any, TypeAlias
 
 import pytest
 from tiny import tiny_config
-from train_wiki import AdapterConfig, DataArguments
 from trl import TrlParser
 
+import attention_rl_trainer
+from attention_rl_trainer.commands.train import AdapterConfig, DataArguments
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+CONFIGS = Path(attention_rl_trainer.__file__).parent / "configs"
 
 Parsed: TypeAlias = tuple[DataArguments, AttentionGuidedRLConfig, AdapterConfig]
 Parse: TypeAlias = Callable[..., Parsed]
@@ -31,7 +32,7 @@ def make_parser() -> TrlParser:
 
 @pytest.fixture
 def parse(tmp_path: Path) -> Parse:
-    """Parse YAML text and flags as examples/train_wiki.py does."""
+    """Parse YAML text and flags as ``attention-rl train`` does."""
 
     def run(yaml: str = "", *flags: str) -> Parsed:
         path = tmp_path / "config.yaml"
@@ -88,7 +89,7 @@ class TestDefaults:
     def test_is_that_of_the_design(self, tmp_path: Path, name: str, value: object) -> None:
         assert getattr(AttentionGuidedRLConfig(output_dir=str(tmp_path), use_cpu=True), name) == value
 
-    def test_adapter_of_the_example_is_that_of_the_design(self, parse: Parse) -> None:
+    def test_adapter_is_that_of_the_design(self, parse: Parse) -> None:
         adapter = parse()[2]
         assert (adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout) == (8, 16, 0.05)
         assert adapter.lora_target_modules is None
@@ -132,15 +133,15 @@ class TestStepsPerTrajectory:
     )
     def test_is_the_memory_by_default(self, tmp_path: Path, num_kv_pairs: int, fraction: float, steps: int) -> None:
         config = tiny_config(tmp_path, num_kv_pairs=num_kv_pairs, subset_fraction=fraction, num_steps=None)
-        assert config.steps_per_trajectory == steps == config.pair_shape.memory_size
+        assert config.steps_per_trajectory == steps == config.memory_size
 
     def test_is_num_steps_where_given(self, tmp_path: Path) -> None:
         assert tiny_config(tmp_path, num_steps=2).steps_per_trajectory == 2
 
-    def test_pair_shape_carries_every_length(self, tmp_path: Path) -> None:
+    def test_other_lengths_are_those_given(self, tmp_path: Path) -> None:
         config = tiny_config(tmp_path, tokens_per_key=5, tokens_per_value=7, window="random")
-        shape = config.pair_shape
-        assert (shape.tokens_per_key, shape.tokens_per_value, shape.window, shape.num_kv_pairs) == (5, 7, "random", 8)
+        lengths = (config.tokens_per_key, config.tokens_per_value, config.window, config.num_kv_pairs)
+        assert lengths == (5, 7, "random", 8)
 
 
 class TestRefusals:
@@ -171,18 +172,27 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("name", "value"), [("tokens_per_key", 3.5), ("num_episodes", True), ("num_kv_pairs", 8.0)]
     )
-    def test_a_count_that_is_no_integer(self, tmp_path: Path, name: str, value: object) -> None:
+    def test_a_count_that_is_not_an_integer(self, tmp_path: Path, name: str, value: object) -> None:
         with pytest.raises(ValueError, match=f"^{name} must be an integer, got {value}$"):
             tiny_config(tmp_path, **{name: value})
 
     @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
-    @pytest.mark.parametrize(
-        "name",
-        ["beta", "selector_coef", "reward_gradient_coef", "order_coef", "entropy_coef", "log_trajectory_steps"],
-    )
+    @pytest.mark.parametrize("name", ["beta", "selector_coef", "reward_gradient_coef", "order_coef", "entropy_coef"])
     def test_a_coefficient_out_of_range(self, tmp_path: Path, name: str, value: float) -> None:
         with pytest.raises(ValueError, match=f"^{name} must be at least 0 and finite, got {value}$"):
             tiny_config(tmp_path, **{name: value})
+
+    @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan, 2.0])
+    @pytest.mark.parametrize("name", ["log_trajectory_steps", "overfit_articles"])
+    def test_a_count_or_zero_that_is_not_an_integer(self, tmp_path: Path, name: str, value: float) -> None:
+        with pytest.raises(ValueError, match=f"^{name} must be an integer, got {value}$"):
+            tiny_config(tmp_path, **{name: value})
+
+    @pytest.mark.parametrize("name", ["log_trajectory_steps", "overfit_articles"])
+    def test_a_count_or_zero_below_zero(self, tmp_path: Path, name: str) -> None:
+        assert getattr(tiny_config(tmp_path, **{name: 0}), name) == 0
+        with pytest.raises(ValueError, match=f"^{name} must be at least 0, got -1$"):
+            tiny_config(tmp_path, **{name: -1})
 
     @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
     @pytest.mark.parametrize("name", ["query_temperature", "selection_temperature", "epsilon", "learning_rate"])
@@ -192,7 +202,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("value", [0.0, -0.5, 1.01, math.nan])
     def test_a_subset_fraction_out_of_range(self, tmp_path: Path, value: float) -> None:
-        with pytest.raises(ValueError, match=rf"^subset_fraction must lie in \(0, 1\], got {value}$"):
+        with pytest.raises(ValueError, match=rf"^subset_fraction must be in \(0, 1\], got {value}$"):
             tiny_config(tmp_path, subset_fraction=value)
 
     def test_too_few_pairs_to_read_any(self, tmp_path: Path) -> None:
@@ -201,17 +211,24 @@ class TestRefusals:
 
     @pytest.mark.parametrize("value", [0, -1, 5])
     def test_more_steps_than_pairs_or_none(self, tmp_path: Path, value: int) -> None:
-        message = rf"^num_steps must lie in 1\.\.4, .*subset_fraction 0\.5 of num_kv_pairs 8\), got {value}; raise"
+        message = rf"^num_steps must be in 1\.\.4, .*subset_fraction 0\.5 of num_kv_pairs 8\), got {value}; raise"
         with pytest.raises(ValueError, match=message):
             tiny_config(tmp_path, num_steps=value)
 
-    def test_steps_that_are_no_integer(self, tmp_path: Path) -> None:
+    def test_steps_that_are_not_an_integer(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"^num_steps must be an integer or none, got 2\.5$"):
             tiny_config(tmp_path, num_steps=2.5)
 
-    @pytest.mark.parametrize("value", [-1, 1.5, "all"])
-    def test_orders_that_are_no_count(self, tmp_path: Path, value: object) -> None:
-        with pytest.raises(ValueError, match=r"^eval_order_episodes must be an integer of at least 0, or none, got "):
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            (-1, "at least 0, got -1"),
+            (1.5, r"an integer or none, got 1\.5"),
+            ("all", "an integer or none, got 'all'"),
+        ],
+    )
+    def test_orders_that_are_not_a_count(self, tmp_path: Path, value: object, message: str) -> None:
+        with pytest.raises(ValueError, match=f"^eval_order_episodes must be {message}$"):
             tiny_config(tmp_path, eval_order_episodes=value)
 
     @pytest.mark.parametrize(
@@ -228,7 +245,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=f"^{name} must be one of {choices}, got 'other'$"):
             tiny_config(tmp_path, **{name: "other"})
 
-    def test_a_threshold_that_is_no_number(self, tmp_path: Path) -> None:
+    def test_a_threshold_that_is_not_a_number(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"^filter_threshold must be a number, got nan$"):
             tiny_config(tmp_path, filter_threshold=math.nan)
 
@@ -292,11 +309,11 @@ class TestModelInitKwargs:
         assert tiny_config(tmp_path, model_init_kwargs=text).model_init_kwargs == json.loads(text)
 
     @pytest.mark.parametrize("value", [None, {"dtype": "float32"}])
-    def test_what_is_no_text_stays(self, tmp_path: Path, value: dict[str, Any] | None) -> None:
+    def test_what_is_not_text_stays(self, tmp_path: Path, value: dict[str, Any] | None) -> None:
         assert tiny_config(tmp_path, model_init_kwargs=value).model_init_kwargs == value
 
     @pytest.mark.parametrize("text", ["[1]", "3", "null", "eager", "{eager}", "{'a': 1}", ""])
-    def test_what_is_no_object_is_refused(self, tmp_path: Path, text: str) -> None:
+    def test_what_is_not_an_object_is_refused(self, tmp_path: Path, text: str) -> None:
         message = rf"^model_init_kwargs must be a JSON object such as .*, got {re.escape(repr(text))}$"
         with pytest.raises(ValueError, match=message):
             tiny_config(tmp_path, model_init_kwargs=text)
@@ -406,7 +423,7 @@ class TestYamlAndCommandLine:
         assert not parse()[0].resume
 
 
-class TestExampleConfigs:
+class TestShippedConfigs:
     def test_there_are_those_that_the_documents_name(self) -> None:
         assert {path.name for path in CONFIGS.glob("*.yaml")} >= {
             "demo.yaml",
@@ -438,10 +455,3 @@ class TestHelp:
     @pytest.mark.parametrize("flag", ["--batch-size", "--episodes", "--dataset", "--resume"])
     def test_seeds_flags_are_listed(self, flag: str) -> None:
         assert re.search(rf"{flag}\b", make_parser().format_help())
-
-    def test_own_options_say_what_they_mean(self) -> None:
-        # Option lists are wrapped and hyphenated by argparse, so the texts are compared without their blanks.
-        text = "".join(make_parser().format_help().split())
-        for name in AttentionGuidedRLConfig.__annotations__:
-            explanation = AttentionGuidedRLConfig.__dataclass_fields__[name].metadata["help"]
-            assert "".join(explanation.split()) in text, name

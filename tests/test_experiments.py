@@ -11,8 +11,7 @@ import yaml
 from experiments import grid as grids
 from experiments import learning_curve
 from scipy import stats
-from test_example import OPTIONS
-from tiny import article_texts, save_tiny_llama, write_rows
+from tiny import OPTIONS, article_texts, save_tiny_llama, write_rows
 
 from attention_rl_trainer.records.ledger import read_ledger
 

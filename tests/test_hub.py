@@ -70,11 +70,11 @@ def closed_port() -> int:
 
 @pytest.mark.enable_socket
 def test_an_answer_is_asked_for_once_and_remembered(stand_in: StandIn) -> None:
-    assert hub.hub_is_reachable()
+    assert hub.hub_obstacle() is None
     assert hub.hub_obstacle() is None
     assert len(stand_in.paths) == 1
     hub.forget_hub_answer()
-    assert hub.hub_is_reachable()
+    assert hub.hub_obstacle() is None
     assert len(stand_in.paths) == 2
 
 
@@ -82,7 +82,7 @@ def test_an_answer_is_asked_for_once_and_remembered(stand_in: StandIn) -> None:
 @pytest.mark.parametrize(("status", "reachable"), [(204, True), (307, True), (404, True), (503, False)])
 def test_an_error_of_the_server_is_no_answer(stand_in: StandIn, status: int, reachable: bool) -> None:
     stand_in.status = status
-    assert hub.hub_is_reachable() is reachable
+    assert (hub.hub_obstacle() is None) is reachable
     assert len(stand_in.paths) == 1, "one request, neither retried nor redirected"
     if not reachable:
         assert "HTTP status 503" in str(hub.hub_obstacle())
@@ -93,18 +93,18 @@ def test_the_offline_mode_asks_nobody_and_is_read_at_every_call(
     stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert not hub.hub_is_reachable()
+    assert hub.hub_obstacle() is not None
     assert "unset HF_HUB_OFFLINE" in str(hub.hub_obstacle())
     assert stand_in.paths == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert hub.hub_is_reachable()
+    assert hub.hub_obstacle() is None
 
 
 @pytest.mark.enable_socket
 def test_a_refused_connection_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed_port()}")
     started = time.monotonic()
-    assert not hub.hub_is_reachable()
+    assert hub.hub_obstacle() is not None
     assert time.monotonic() - started < 2
     assert "ConnectError" in str(hub.hub_obstacle())
 
@@ -113,7 +113,7 @@ def test_a_refused_connection_is_reported_at_once(monkeypatch: pytest.MonkeyPatc
 def test_a_silent_server_is_waited_for_no_longer_than_asked(stand_in: StandIn) -> None:
     stand_in.delay_seconds = 1.5
     started = time.monotonic()
-    assert not hub.hub_is_reachable(timeout_seconds=0.2)
+    assert hub.hub_obstacle(timeout_seconds=0.2) is not None
     assert time.monotonic() - started < 1.2
 
 
@@ -128,7 +128,7 @@ def test_a_resolver_that_hangs_is_waited_for_no_longer_than_asked(monkeypatch: p
     monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
     monkeypatch.setattr(socket, "getaddrinfo", hanging)
     started = time.monotonic()
-    assert not hub.hub_is_reachable(timeout_seconds=0.2)
+    assert hub.hub_obstacle(timeout_seconds=0.2) is not None
     assert time.monotonic() - started < 2
     assert "no answer within 0.2 s" in str(hub.hub_obstacle())
     released.set()
@@ -137,7 +137,7 @@ def test_a_resolver_that_hangs_is_waited_for_no_longer_than_asked(monkeypatch: p
 @pytest.mark.parametrize("timeout_seconds", [0.0, -1.0])
 def test_a_time_limit_is_positive(timeout_seconds: float) -> None:
     with pytest.raises(ValueError, match="timeout_seconds must be positive"):
-        hub.hub_is_reachable(timeout_seconds)
+        hub.hub_obstacle(timeout_seconds)
 
 
 def test_an_unreachable_hub_is_a_connection_error() -> None:

@@ -160,4 +160,4 @@ class TestHooks:
         assert hooks_of(trainer.policy.model) == before
         # The model is as usable as before.
         assert count_forwards(trainer) == total
-        assert trainer.run_state.num_episodes == 16
+        assert trainer.progress.num_episodes == 16

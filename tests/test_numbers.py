@@ -5,6 +5,7 @@ Every number is made non-finite by the computation itself: a weight, a hook on a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -23,7 +24,6 @@ from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.errors import NonFiniteError
 from attention_rl_trainer.records.ledger import read_ledger
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
-from attention_rl_trainer.update.micro_batches import MicroBatchSize
 
 ALWAYS = -math.inf
 NAN, INF = math.nan, math.inf
@@ -62,14 +62,25 @@ def tensor_bytes(value: Any) -> Any:
 def state_of(trainer: AttentionGuidedRLTrainer) -> dict[str, Any]:
     """Adapter, previous adapter, optimizer, statistics and ledger, to the last byte."""
     parameters = {name: p for name, p in trainer.policy.model.named_parameters() if p.requires_grad}
-    ledger = trainer.ledger.path
+    ledger = trainer.recorder.ledger.path
     return {
         "adapter": tensor_bytes(parameters),
-        "previous adapter": tensor_bytes(trainer.snapshot.state_dict()),
+        "previous adapter": tensor_bytes(trainer.updater.previous_adapter.state_dict()),
         "optimizer": tensor_bytes(trainer.optimizer.state_dict()),
-        "run": trainer.run_state.state_dict(),
+        "run": [trainer.filter.state_dict(), trainer.progress.state_dict(), trainer.updater.num_updates],
         "ledger": ledger.read_bytes() if ledger.exists() else b"",
     }
+
+
+def everything_of(trainer: AttentionGuidedRLTrainer) -> dict[str, Any]:
+    """And what differs between runs that learn the same: sizes of micro-batches, and metrics with their times."""
+    parts = {name: copy.deepcopy(part.state_dict()) for name, part in trainer.parts.items()}
+    return state_of(trainer) | {"parts": parts}
+
+
+def micro_batches_of(trainer: AttentionGuidedRLTrainer) -> dict[str, int]:
+    state: dict[str, int] = trainer.updater.state_dict()["micro_batches"]
+    return state
 
 
 class AtStep(TrainerCallback):
@@ -82,7 +93,7 @@ class AtStep(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.global_step:
             self.inject(self.trainer)
-            self.before = state_of(self.trainer)
+            self.before = everything_of(self.trainer)
 
 
 def error_at(trainer: AttentionGuidedRLTrainer, inject: Inject, global_step: int = TRAINED) -> NonFiniteError:
@@ -91,7 +102,7 @@ def error_at(trainer: AttentionGuidedRLTrainer, inject: Inject, global_step: int
     trainer.add_callback(callback)
     with pytest.raises(NonFiniteError) as caught:
         trainer.train()
-    after = state_of(trainer)
+    after = everything_of(trainer)
     assert {name for name in after if after[name] != callback.before[name]} == set()
     assert all(p.grad is None for p in trainer.policy.model.parameters())
     assert trainer.state.global_step == global_step
@@ -157,7 +168,7 @@ def in_query_projection(condition: Callable[[AttentionGuidedRLTrainer, Tensor], 
             changed[index] = INF
             return changed
 
-        trainer.policy.attention._query.module.register_forward_hook(hook)
+        trainer.policy.backbone.layers[-1].self_attn.q_proj.register_forward_hook(hook)
 
     return inject
 
@@ -165,7 +176,7 @@ def in_query_projection(condition: Callable[[AttentionGuidedRLTrainer, Tensor], 
 def statistics(**values: float) -> Inject:
     def inject(trainer: AttentionGuidedRLTrainer) -> None:
         for name, value in values.items():
-            setattr(trainer.run_state.statistics, name, value)
+            setattr(trainer.filter.statistics, name, value)
 
     return inject
 
@@ -200,7 +211,7 @@ class TestRollout:
             (on_head(2 * B, put(3, 300, value=-INF), training=False, call=L + 2), "policy logit", 2),
             (on_head(2 * B, put(B + 3, 300, value=-INF), training=False, call=L + 2), "base model logit", 2),
             (on_head(2 * B, put(B + 3, 300, value=INF), training=False, call=2), "base model logit", 1),
-            # A value is scored by the policy, by the base model behind its own query and behind the policy's.
+            # A value is scored by the policy, by the base model after its own query and after the policy's.
             (
                 on_head(B * V, put(3 * V, NEVER_SAMPLED, value=-INF), training=False),
                 POLICY_VALUE,
@@ -208,7 +219,7 @@ class TestRollout:
             ),
             (
                 on_head(B * V, put(3 * V, NEVER_SAMPLED, value=-INF), training=False, call=5),
-                f"{BASE_VALUE} behind its own query",
+                f"{BASE_VALUE} after its own query",
                 2,
             ),
             (
@@ -286,11 +297,11 @@ def in_reference(trainer: AttentionGuidedRLTrainer) -> None:
     def hook(module: nn.Module, arguments: Any, output: Tensor) -> Tensor | None:
         return output * NAN if trainer.model.training and module.disable_adapters else None
 
-    trainer.policy._adapter_layers[-1].register_forward_hook(hook)
+    trainer.policy.adapter.layers[-1].register_forward_hook(hook)
 
 
 def in_previous_adapter(trainer: AttentionGuidedRLTrainer) -> None:
-    next(iter(trainer.snapshot.state_dict().values())).view(-1)[3] = NAN
+    next(iter(trainer.updater.previous_adapter.state_dict().values())).view(-1)[3] = NAN
 
 
 def in_selector(trainer: AttentionGuidedRLTrainer) -> None:
@@ -298,7 +309,7 @@ def in_selector(trainer: AttentionGuidedRLTrainer) -> None:
 
     def hook(module: nn.Module, arguments: Any) -> None:
         if trainer.model.training:
-            trainer.environment.temperature = 1e-39
+            trainer.args.selection_temperature = 1e-39
 
     trainer.policy.backbone.register_forward_pre_hook(hook)
 
@@ -312,7 +323,7 @@ def last_query_token_of_update(trainer: AttentionGuidedRLTrainer, output: Tensor
     """No logit of a query token is computed from the query vector of the very last one."""
     if not trainer.model.training or not torch.is_grad_enabled():
         return None
-    return (1, trainer._window.kept[0].query_starts[-1] + L - 1, 5)
+    return (1, trainer.layout.query_starts[-1] + L - 1, 5)
 
 
 class TestUpdate:
@@ -469,8 +480,8 @@ def test_no_false_alarm_in_a_thousand_steps(make: Make) -> None:
     )
     trainer.train()
     assert trainer.state.global_step == 1000
-    assert trainer.run_state.num_updates > 1000
-    assert len(read_ledger(trainer.ledger.path)) == 4000
+    assert trainer.updater.num_updates > 1000
+    assert len(read_ledger(trainer.recorder.ledger.path)) == 4000
 
 
 # ---- Memory ----
@@ -572,7 +583,7 @@ class TestMemoryInTheUpdate:
         assert state_of(halved) == state_of(small)
         assert logged_updates(halved) == logged_updates(small)
         # The step in which it happened reads what it would have read.
-        rows, expected = read_ledger(halved.ledger.path), read_ledger(plain.ledger.path)
+        rows, expected = read_ledger(halved.recorder.ledger.path), read_ledger(plain.recorder.ledger.path)
         assert rows[: 3 * B] == expected[: 3 * B]
         assert len(rows) == len(expected)
         (warning,) = warnings_about_memory(caplog)
@@ -584,11 +595,12 @@ class TestMemoryInTheUpdate:
         whole = make(**options)
         Exhausted(whole, 1)
         whole.train()
-        assert whole._accumulator.size.size == 1
+        assert micro_batches_of(whole)["size"] == 1
         for resumed, size in ((make(**options), 1), (make(training_batch_size=8, **options), 8)):
             resumed.train(resume_from_checkpoint=str(tmp_path / "0" / "run" / "checkpoint-4"))
             # Another size that is asked for acts.
-            assert (resumed._accumulator.size.size, resumed._accumulator.size.num_halvings) == (size, 2 * (size == 1))
+            found = micro_batches_of(resumed)
+            assert (found["size"], found["num_halvings"]) == (size, 2 * (size == 1))
             assert (state_of(resumed) == state_of(whole)) == (size == 1)
 
     def test_gradients_of_earlier_rollout_batches_stay(self, make: Make) -> None:
@@ -597,7 +609,8 @@ class TestMemoryInTheUpdate:
         class SmallerFromTheSecondBatch(TrainerCallback):
             def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.global_step == 1:
-                    expected._accumulator.size = MicroBatchSize(2)
+                    smaller = micro_batches_of(expected) | {"size": 2}
+                    expected.updater.load_state_dict(expected.updater.state_dict() | {"micro_batches": smaller})
 
         halved, expected = make(**options), make(**options)
         # Both micro-batches of the update's first rollout batch fit, and one of its second.
@@ -624,9 +637,9 @@ class TestMemoryInTheUpdate:
         with pytest.raises(torch.OutOfMemoryError) as caught:
             trainer.train()
         assert exhausted.tried == [32, 16, 8, 4]
-        assert state_of(trainer) == callback.before
+        assert everything_of(trainer) == callback.before
         (note,) = caught.value.__notes__
-        assert note.startswith("In the update of step 2 (trajectories a micro-batch 4, trajectories 32, ")
+        assert note.startswith("In the update of step 2 (trajectories per micro-batch 4, trajectories 32, ")
         assert note.endswith("If memory ran out, lower training_batch_size or logits_chunk_size.")
         assert options_in(note) == {"training_batch_size", "logits_chunk_size"}
         assert warnings_about_memory(caplog) == []
@@ -638,7 +651,7 @@ class TestMemoryInTheUpdate:
         trainer.add_callback(callback)
         with pytest.raises(torch.OutOfMemoryError):
             trainer.train()
-        assert state_of(trainer) == callback.before
+        assert everything_of(trainer) == callback.before
 
     def test_other_errors_are_not_tried_again(self, make: Make) -> None:
         def fail() -> None:
@@ -695,7 +708,7 @@ def test_memory_in_the_rollout(make: Make, fail: Callable[[], None], call: int) 
     trainer.add_callback(callback)
     with pytest.raises(RuntimeError, match="memory") as caught:
         trainer.train()
-    assert state_of(trainer) == callback.before
+    assert everything_of(trainer) == callback.before
     (note,) = caught.value.__notes__
     assert note.startswith("In the rollout of step 4 (trajectories 8, ")
     assert options_in(note) == {"generation_batch_size", "num_steps", "tokens_per_query", "tokens_per_value"}

@@ -48,29 +48,29 @@ class TestImport:
         }
 
 
+def names_for_type_checkers() -> dict[str, str]:
+    """The module of each public name, as the block for type checkers imports it."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
 class TestPublicNames:
     @pytest.mark.parametrize("name", attention_rl_trainer.__all__)
     def test_is_there(self, name: str) -> None:
         value = getattr(attention_rl_trainer, name)
         # Kept after the first use, so that it is looked up once.
         assert vars(attention_rl_trainer)[name] is value
-        if name in attention_rl_trainer._MODULES:
-            module = importlib.import_module(f"attention_rl_trainer.{attention_rl_trainer._MODULES[name]}")
-            assert value is getattr(module, name)
 
     def test_lists_agree(self) -> None:
-        assert {*attention_rl_trainer._MODULES, "__version__"} == set(attention_rl_trainer.__all__)
+        assert {*names_for_type_checkers(), "__version__"} == set(attention_rl_trainer.__all__)
         assert len(set(attention_rl_trainer.__all__)) == len(attention_rl_trainer.__all__)
         assert dir(attention_rl_trainer) == sorted(attention_rl_trainer.__all__)
 
-    def test_type_checkers_see_the_same_names_in_the_same_modules(self) -> None:
-        tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-        block = next(node for node in tree.body if isinstance(node, ast.If))
-        seen = {
-            alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
-        }
-        lazy = {name: f"attention_rl_trainer.{module}" for name, module in attention_rl_trainer._MODULES.items()}
-        assert seen == lazy
+    @pytest.mark.parametrize(("name", "module"), names_for_type_checkers().items())
+    def test_type_checkers_see_the_same_object(self, name: str, module: str) -> None:
+        assert getattr(importlib.import_module(module), name) is getattr(attention_rl_trainer, name)
 
     def test_an_unknown_name_is_an_attribute_error(self) -> None:
         with pytest.raises(AttributeError, match=r"^module 'attention_rl_trainer' has no attribute 'nonsense'$"):
@@ -108,14 +108,13 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 class TestWheel:
-    def test_holds_every_module(self, wheel_names: set[str]) -> None:
-        modules = {path.relative_to(REPOSITORY).as_posix() for path in PACKAGE.rglob("*.py")}
-        assert modules <= wheel_names
-        assert "attention_rl_trainer/py.typed" in wheel_names
+    def test_holds_every_module_and_config(self, wheel_names: set[str]) -> None:
+        files = [*PACKAGE.rglob("*.py"), *PACKAGE.glob("configs/*.yaml"), PACKAGE / "py.typed"]
+        assert {path.relative_to(REPOSITORY).as_posix() for path in files} <= wheel_names
 
     def test_holds_nothing_else(self, wheel_names: set[str]) -> None:
         metadata = f"attention_rl_trainer-{attention_rl_trainer.__version__}.dist-info"
         assert {name.split("/")[0] for name in wheel_names} == {"attention_rl_trainer", metadata}
         package = {name for name in wheel_names if name.startswith("attention_rl_trainer/")}
-        assert {Path(name).suffix for name in package} == {".py", ".typed"}
+        assert {Path(name).suffix for name in package} == {".py", ".typed", ".yaml"}
         assert f"{metadata}/licenses/LICENSE" in wheel_names

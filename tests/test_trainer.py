@@ -35,6 +35,11 @@ def steps_of(trainer: AttentionGuidedRLTrainer) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "reward" in entry]
 
 
+def states(trainer: AttentionGuidedRLTrainer) -> dict[str, Any]:
+    """The state of every part of a run, as a checkpoint keeps it."""
+    return {name: part.state_dict() for name, part in trainer.parts.items()}
+
+
 def adapter_bytes(trainer: AttentionGuidedRLTrainer) -> dict[str, bytes]:
     parameters = trainer.policy.model.named_parameters()
     return {name: p.detach().numpy().tobytes() for name, p in parameters if p.requires_grad}
@@ -170,7 +175,7 @@ def test_warm_up_trains_nothing(tmp_path: Path, texts: list[str], tokenizer: Pre
     trainer.train()
     # Batches begin after 0, 5, 10 and 15 episodes: only the last one has 15 rewards before it.
     assert [entry["kept_trajectories"] for entry in steps_of(trainer)] == [0, 0, 0, 5]
-    assert [row.verdict for row in read_ledger(trainer.ledger.path)] == ["warmup"] * 15 + ["kept"] * 5
+    assert [row.verdict for row in read_ledger(trainer.recorder.ledger.path)] == ["warmup"] * 15 + ["kept"] * 5
 
 
 def test_verdicts_follow_the_history_before_the_batch(
@@ -178,7 +183,7 @@ def test_verdicts_follow_the_history_before_the_batch(
 ) -> None:
     trainer = tiny_trainer(tmp_path, texts, tokenizer, num_episodes=64)
     trainer.train()
-    rows = read_ledger(trainer.ledger.path)
+    rows = read_ledger(trainer.recorder.ledger.path)
     assert [row.episode for row in rows] == list(range(64))
     for number, row in enumerate(rows):
         before = torch.tensor([r.reward for r in rows[: number // 8 * 8]], dtype=torch.float64)
@@ -195,12 +200,12 @@ def test_exactly_num_episodes_run(tmp_path: Path, texts: list[str], tokenizer: P
     trainer = tiny_trainer(tmp_path, texts, tokenizer, num_episodes=21)
     trainer.train()
     assert trainer.state.global_step == 3
-    assert len(read_ledger(trainer.ledger.path)) == 21
+    assert len(read_ledger(trainer.recorder.ledger.path)) == 21
     assert steps_of(trainer)[-1]["episodes"] == 21
     accumulating = tiny_trainer(tmp_path / "g", texts, tokenizer, num_episodes=17, gradient_accumulation_steps=2)
     accumulating.train()
     assert accumulating.state.global_step == 2  # ceil(17 / 16); its last batch of eight has one row, the next none
-    assert len(read_ledger(accumulating.ledger.path)) == 17
+    assert len(read_ledger(accumulating.recorder.ledger.path)) == 17
 
 
 def test_no_article_is_read_twice_in_an_epoch(
@@ -208,7 +213,7 @@ def test_no_article_is_read_twice_in_an_epoch(
 ) -> None:
     trainer = tiny_trainer(tmp_path, texts, tokenizer, num_episodes=90)
     trainer.train()
-    rows = read_ledger(trainer.ledger.path)
+    rows = read_ledger(trainer.recorder.ledger.path)
     for epoch in range(3):
         assert sorted(row.article_index for row in rows if row.epoch == epoch) == list(range(30))
     assert [row.article_index for row in rows[:30]] != [row.article_index for row in rows[30:60]]
@@ -332,13 +337,13 @@ def test_evaluation_trains_nothing_and_repeats_itself(
         tmp_path, texts, tokenizer, model=adapted(tiny_llama()), eval_episodes=10,
         trainer_options={"eval_dataset": held_out},
     )  # fmt: skip
-    adapter, state = adapter_bytes(trainer), trainer.run_state.state_dict()
+    adapter, state = adapter_bytes(trainer), states(trainer)
     first, again = trainer.evaluate(), trainer.evaluate()
     assert first == again
     assert first["eval_episodes"] == 10
     assert first["eval_reward"] == pytest.approx(first["eval_query_gain"] + first["eval_model_gain"], abs=1e-5)
     assert adapter_bytes(trainer) == adapter
-    assert trainer.run_state.state_dict() == state
+    assert states(trainer) == state
     few = trainer.evaluate(held_out[:3], metric_key_prefix="few")
     assert few["few_episodes"] == 3
 
@@ -390,7 +395,7 @@ def test_a_context_that_holds_a_trajectory_but_no_whole_memory(
     tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     held_out = [{"text": text} for text in article_texts(3, seed=9)]
-    longest = tiny_trainer(tmp_path / "longer", texts, tokenizer, num_steps=1).trajectory_tokens
+    longest = tiny_trainer(tmp_path / "longer", texts, tokenizer, num_steps=1).layout.trajectory_tokens
 
     def short_trainer(**options: Any) -> AttentionGuidedRLTrainer:
         model = tiny_llama()
@@ -443,7 +448,7 @@ def test_checkpoints_come_at_multiples_of_save_episodes_and_at_the_end(
     } <= names
     assert not [name for name in names if Path(name).suffix in {".pt", ".pth", ".bin", ".pkl"}]
     state = json.loads((folder / "checkpoint-3" / "attention_rl_state.json").read_text())
-    assert state["num_episodes"] == state["statistics"]["count"] == 24
+    assert state["progress"]["num_episodes"] == state["filter"]["count"] == 24
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -470,13 +475,13 @@ def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(
     resumed = build("broken", save_episodes=32)
     resumed.train(resume_from_checkpoint=str(Path(broken.args.output_dir) / "checkpoint-4"))
     assert adapter_bytes(resumed) == adapter_bytes(whole)
-    assert resumed.run_state == whole.run_state
+    assert states(resumed) == states(whole)
     timing = {"tokens_per_second", "rollout_seconds", "update_seconds", "peak_memory_gib"}
     for entry, expected in zip(steps_of(resumed)[4:], steps_of(whole)[4:], strict=True):
         assert {k: v for k, v in entry.items() if k not in timing} == {
             k: v for k, v in expected.items() if k not in timing
         }
-    assert read_ledger(resumed.ledger.path) == read_ledger(whole.ledger.path)
+    assert read_ledger(resumed.recorder.ledger.path) == read_ledger(whole.recorder.ledger.path)
 
 
 @pytest.mark.parametrize(("first", "batch_size", "second"), [(20, 8, 40), (20, 4, 40), (32, 16, 50)])
@@ -486,7 +491,7 @@ def test_a_resumed_run_has_as_many_episodes_as_asked_for(
     tiny_trainer(tmp_path, texts, tokenizer, num_episodes=first).train()
     resumed = tiny_trainer(tmp_path, texts, tokenizer, num_episodes=second, generation_batch_size=batch_size)
     resumed.train(resume_from_checkpoint=True)
-    assert [row.episode for row in read_ledger(resumed.ledger.path)] == list(range(second))
+    assert [row.episode for row in read_ledger(resumed.recorder.ledger.path)] == list(range(second))
     assert steps_of(resumed)[-1]["episodes"] == second
     assert resumed.args.max_steps == -1
 
@@ -500,7 +505,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, texts: list[str], token
     assert again.train(resume_from_checkpoint=True).global_step == 6
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == files
     assert adapter_bytes(again) == adapter_bytes(trainer)  # so that saving it now loses nothing
-    assert again.run_state == trainer.run_state
+    assert states(again) == states(trainer)
 
 
 def test_resuming_without_a_checkpoint_is_refused(
@@ -527,7 +532,7 @@ def test_training_again_starts_a_run_of_its_own(
     assert [entry["kept_trajectories"] for entry in steps_of(trainer)] == [0, 0, 8, 8, 8, 8]
     assert steps_of(trainer)[2]["kl"] == 0.0
     assert adapter_bytes(trainer) != learned
-    assert len(read_ledger(trainer.ledger.path)) == 48
+    assert len(read_ledger(trainer.recorder.ledger.path)) == 48
 
 
 def test_skipped_articles_are_counted_and_survive_a_checkpoint(
@@ -538,10 +543,10 @@ def test_skipped_articles_are_counted_and_survive_a_checkpoint(
     whole = tiny_trainer(tmp_path / "a", mixed, tokenizer, num_episodes=16, **options)
     whole.train()
     assert [entry["skipped_articles"] for entry in steps_of(whole)] == [7, 16]
-    assert whole.run_state.skipped == {"too_short": 15, "empty": 1}
+    assert whole.progress.skipped == {"too_short": 15, "empty": 1}
     resumed = tiny_trainer(tmp_path / "a", mixed, tokenizer, num_episodes=16, **options)
     resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-1"))
-    assert resumed.run_state.skipped == whole.run_state.skipped
+    assert resumed.progress.skipped == whole.progress.skipped
 
 
 def test_a_second_run_in_the_same_folder_sets_the_old_ledger_aside(
@@ -693,7 +698,7 @@ def test_a_users_own_environment_is_used(tmp_path: Path, texts: list[str], token
 
     trainer = tiny_trainer(tmp_path, texts, tokenizer, num_episodes=8, trainer_options={"environment": InOrder()})
     trainer.train()
-    assert all(row.order == row.pair_numbers[:3] for row in read_ledger(trainer.ledger.path))
+    assert all(row.order == row.pair_numbers[:3] for row in read_ledger(trainer.recorder.ledger.path))
     with pytest.raises(ValueError, match=r"selector_coef is 1.0, but the environment InOrder has no log_prob"):
         tiny_trainer(tmp_path, texts, tokenizer, selector_coef=1.0, trainer_options={"environment": InOrder()})
 
@@ -724,7 +729,7 @@ def test_a_nan_in_the_model_stops_before_statistics_and_weights(
     class Poison(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 3:
-                self.before = adapter_bytes(trainer), trainer.run_state.state_dict()
+                self.before = adapter_bytes(trainer), states(trainer)
                 with torch.no_grad():
                     trainer.model.get_base_model().lm_head.weight[3] = float("nan")
 
@@ -732,8 +737,8 @@ def test_a_nan_in_the_model_stops_before_statistics_and_weights(
     trainer.add_callback(poison)
     with pytest.raises(NonFiniteError, match=r"not finite at step 1 .* articles 'article \d+'"):
         trainer.train()
-    assert (adapter_bytes(trainer), trainer.run_state.state_dict()) == poison.before
-    assert len(read_ledger(trainer.ledger.path)) == 24
+    assert (adapter_bytes(trainer), states(trainer)) == poison.before
+    assert len(read_ledger(trainer.recorder.ledger.path)) == 24
     assert all(not module._forward_hooks for module in trainer.policy.model.modules())
 
 
@@ -773,7 +778,7 @@ def test_a_runtime_error_carries_the_state_of_the_run(
             {"num_kv_pairs": 60, "subset_fraction": 1.0, "num_steps": 59},
             r"a trajectory has \d+ tokens.*holds 512.*59 steps",
         ),
-        ({"attention_layer": 7}, r"attention_layer must lie in -2\.\.1"),
+        ({"attention_layer": 7}, r"attention_layer must be in -2\.\.1"),
     ],
 )
 def test_what_cannot_work_is_refused_at_the_start(
@@ -894,7 +899,7 @@ def test_one_article_is_learned_by_heart(tmp_path: Path, texts: list[str], token
         reward_gradient_coef=1.0,
     )
     trainer.train()
-    rows = read_ledger(trainer.ledger.path)
+    rows = read_ledger(trainer.recorder.ledger.path)
     assert {row.title for row in rows} == {"article 1"}
     # One memory of four pairs, in every epoch.
     assert len({frozenset(row.pair_numbers) for row in rows}) == 1
@@ -944,7 +949,7 @@ def test_titles_may_be_anything(
     )
     trainer.train()
     trainer.save_model()
-    read = {row.title for row in read_ledger(trainer.ledger.path)}
+    read = {row.title for row in read_ledger(trainer.recorder.ledger.path)}
     assert read == {title.encode("utf-8", "replace").decode() for title in titles}
     assert (tmp_path / "run" / "report" / "summary.md").read_text(encoding="utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

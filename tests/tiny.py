@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder, allowed_token_ids
@@ -42,6 +41,22 @@ stone bridges traded salt wool and iron wrote letters that still exist in librar
 once met bishops judges farmers sailors all of them left records about weather harvest war peace law music
 """
 WORDS = PROSE.split()
+OPTIONS = """\
+training_batch_size: 4
+num_kv_pairs: 8
+subset_fraction: 0.5
+num_steps: 3
+tokens_per_query: 4
+tokens_per_key: 6
+tokens_per_value: 6
+learning_rate: 1e-2
+warmup_episodes: 8
+filter_threshold: null
+save_episodes: 16
+use_cpu: true
+disable_tqdm: true
+"""
+"""The options file of a run that takes seconds."""
 
 
 def article_texts(count: int, num_words: int = 400, seed: int = 0) -> list[str]:
@@ -128,7 +143,9 @@ def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **op
     return PolicyModel(adapted(model), allowed_token_ids(tokenizer, VOCABULARY_SIZE), PolicyOptions(**options))
 
 
-def make_environment(temperature: float = 1.0, head_aggregation: HeadAggregation = "probabilities") -> KVMemoryEnvironment:
+def make_environment(
+    temperature: float = 1.0, head_aggregation: HeadAggregation = "probabilities"
+) -> KVMemoryEnvironment:
     """An environment by its options' values."""
     return KVMemoryEnvironment(SelectionOptions(temperature, head_aggregation))
 

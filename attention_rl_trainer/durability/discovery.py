@@ -1,4 +1,8 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run resumes from: the one named, or the newest whole one, and only one of the same run.
+
+Whole is a checkpoint whose files are as its manifest says. Of the same run is one whose facts, which it keeps in
+``run_identity.json``, are those of the present run.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,9 @@ from attention_rl_trainer.durability.staging import earlier_checkpoints, is_chec
 
 logger = logging.getLogger(__name__)
 
+IDENTITY_NAME = "run_identity.json"
+Fact: TypeAlias = str | int | float | bool | None
+
 
 class CheckpointError(ValueError):
     """A checkpoint is not there, is damaged, or does not fit the run."""
@@ -22,7 +29,7 @@ class CheckpointError(ValueError):
 def find_checkpoint(
     resume_from_checkpoint: str | os.PathLike[str] | bool | None, output_dir: Path, trace: str
 ) -> Path | None:
-    """Find the checkpoint to go on from, and check that each of its files is as it was written.
+    """Find the checkpoint to resume from, and check that each of its files is as it was written.
 
     Args:
         resume_from_checkpoint: a folder; true for the newest complete one in ``output_dir``; ``None`` or false for
@@ -60,7 +67,7 @@ def find_checkpoint(
     logger.warning(
         "The run in %s ended before its first checkpoint; it starts from the beginning%s",
         output_dir,
-        f". Checkpoints of earlier runs lie in {earlier}" if earlier else "",
+        f". Checkpoints of earlier runs are in {earlier}" if earlier else "",
     )
     return None
 
@@ -76,7 +83,7 @@ def _check(named: str) -> Path:
     found = find_damage(folder)
     if found:
         raise CheckpointError(
-            f"{folder} is no complete checkpoint: {_listed(found)}. Restore it, or name another; "
+            f"{folder} is not a complete checkpoint: {_listed(found)}. Restore it, or name another; "
             "resume_from_checkpoint=True takes the newest complete one"
         )
     if not is_checkpoint_name(folder.name):
@@ -88,33 +95,22 @@ def _listed(damages: list[Damage]) -> str:
     return "; ".join(map(str, damages))
 
 
-IDENTITY_NAME = "run_identity.json"
-Fact: TypeAlias = str | int | float | bool | None
-
-
 def save_identity(folder: Path, facts: Mapping[str, Fact]) -> None:
-    """Write the facts.
-
-    Args:
-        folder: the checkpoint's folder.
-        facts: by name.
-    """
+    """Write a run's facts into a checkpoint."""
     (folder / IDENTITY_NAME).write_text(json.dumps(dict(facts), indent=2) + "\n", encoding="utf-8")
 
 
 def expect_same_identity(folder: Path, facts: Mapping[str, Fact]) -> None:
-    """Refuse to go on as another run.
-
-    Args:
-        folder: the checkpoint's folder.
-        facts: those of the present run.
+    """Refuse to resume as another run.
 
     Raises:
-        CheckpointError: facts differ; lists every one.
+        CheckpointError: the checkpoint's facts differ from those given, the present run's; lists every one.
     """
     path = folder / IDENTITY_NAME
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing, so it cannot be told whose checkpoint {folder} is")
+        raise CheckpointError(
+            f"{path} is missing, so it is unknown which run wrote {folder}; restore it, or name another checkpoint"
+        )
     saved = json.loads(path.read_text(encoding="utf-8"))
     # Through JSON, so that both sides have been rounded alike.
     present = json.loads(json.dumps(dict(facts)))

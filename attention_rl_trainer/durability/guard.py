@@ -1,4 +1,8 @@
-"""One run at a time in an output folder."""
+"""What a run is guarded from while it lasts: another run in its folder, and signals in the middle of a step.
+
+The lock is the system's own, on a file in the folder. The first SIGINT or SIGTERM is noted, so that the run can end its
+step and write a checkpoint; the second acts at once.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,8 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
+logger = logging.getLogger(__name__)
+
 # A push to the Hub leaves out what begins with an underscore.
 LOCK_NAME = "_run.lock"
 
@@ -26,10 +32,7 @@ class RunLockedError(RuntimeError):
 
 @contextmanager
 def run_lock(output_dir: Path) -> Iterator[None]:
-    """Hold an output folder for the time of a run. The system releases it when the process ends, however it ends.
-
-    Args:
-        output_dir: the run's folder.
+    """Hold an output folder during a run. The system releases it when the process ends, however it ends.
 
     Raises:
         RunLockedError: another run holds it.
@@ -41,16 +44,13 @@ def run_lock(output_dir: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise RunLockedError(
-            f"another run writes to output_dir {str(output_dir)!r} (it holds {path}). Wait for its end, or choose "
+            f"another run writes to output_dir {str(output_dir)!r} (it holds {path}). Wait until it ends, or choose "
             "another output_dir"
         ) from error
     try:
         yield
     finally:
         lock.release()
-
-
-logger = logging.getLogger(__name__)
 
 
 class Interruption:
@@ -90,12 +90,12 @@ class Interruption:
             return
         self.received = signal.Signals(number)
         logger.warning(
-            "%s: the run stops after this step, with a checkpoint; once more, and it stops at once",
+            "%s: the run stops after this step, with a checkpoint; a second signal stops it at once",
             self.received.name,
         )
 
     def mute_closed_outputs(self) -> None:
-        """Where nobody reads any more what is printed, print into nothing.
+        """Print into nothing where a signal came and nobody reads any more what is printed.
 
         Ctrl-C on ``python … | tee log`` ends ``tee`` too; the next line to be printed would end the run before its
         checkpoint.
@@ -104,7 +104,7 @@ class Interruption:
             return
         for descriptor in (1, 2):
             poll = select.poll()
-            poll.register(descriptor, 0)  # errors alone, which are always told
+            poll.register(descriptor, 0)  # errors alone, which are always reported
             if any(event & select.POLLERR for _, event in poll.poll(0)):
                 nothing = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nothing, descriptor)

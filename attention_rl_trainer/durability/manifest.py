@@ -16,12 +16,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What is wrong with one file.
-
-    Attributes:
-        path: the file.
-        fault: what is wrong with it.
-    """
+    """What is wrong with one file; as a string, a clause of a message."""
 
     path: Path
     fault: str
@@ -31,11 +26,7 @@ class Damage:
 
 
 def write_manifest(folder: Path) -> None:
-    """List all files of a folder.
-
-    Args:
-        folder: the folder; its files are complete.
-    """
+    """List all files of a folder, which are complete."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
         for path in sorted(folder.rglob("*"))
@@ -46,10 +37,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> list[Damage]:
-    """Compare a folder's files with its manifest.
-
-    Args:
-        folder: the folder. Files that the manifest does not list are not looked at: nothing reads them.
+    """Compare a folder's files with its manifest; files that it does not list are not looked at: nothing reads them.
 
     Returns:
         What is wrong, in the order of the manifest; nothing if all is as it was written.
@@ -66,8 +54,9 @@ def find_damage(folder: Path) -> list[Damage]:
         }
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return [Damage(manifest, "is not a manifest")]
-    outside = [path for path in expected if ".." in path.parts or folder not in path.parents]
-    found = [Damage(path, "lies outside of the checkpoint") for path in outside]
+    # The folder's own path may have a ".." in it.
+    outside = [path for path in expected if folder not in path.parents or ".." in path.relative_to(folder).parts]
+    found = [Damage(path, "is outside of the checkpoint") for path in outside]
     for path, (size, digest) in expected.items():
         fault = None if path in outside else _fault_of(path, size, digest)
         if fault is not None:
@@ -88,14 +77,7 @@ def _fault_of(path: Path, size: int, digest: str) -> str | None:
 
 
 def listed_files(folder: Path) -> list[str]:
-    """Name the files that a folder's manifest lists.
-
-    Args:
-        folder: the folder, which `find_damage` found to be as it was written.
-
-    Returns:
-        Their paths, relative to the folder.
-    """
+    """Name the files, relative to a folder, that its manifest lists; `find_damage` found none in it."""
     return list(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"])
 
 

@@ -35,22 +35,15 @@ class StagingError(OSError):
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Tell whether a folder of this name is a checkpoint.
-
-    Args:
-        name: the folder's.
-    """
+    """Tell whether a folder of this name is a checkpoint."""
     return _CHECKPOINT.fullmatch(name) is not None
 
 
 def checkpoint_step(checkpoint: Path) -> int:
     """Read the step off a checkpoint's name.
 
-    Args:
-        checkpoint: its folder, ``checkpoint-<step>``.
-
     Raises:
-        ValueError: it has another name.
+        ValueError: it is not ``checkpoint-<step>``.
     """
     match = _CHECKPOINT.fullmatch(checkpoint.name)
     if match is None:
@@ -59,21 +52,14 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """List the checkpoints of a run, by step; nothing where there is no folder.
-
-    Args:
-        output_dir: the run's folder.
-    """
+    """List the checkpoints in a run's folder, by step; nothing where there is no folder."""
     found = [path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}-*") if is_checkpoint_name(path.name)]
     return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
 
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """Write a folder of files, with a manifest, that appears under its name in one step.
-
-    Args:
-        target: the folder. One that is there already is replaced.
+    """Write a folder of files, with a manifest, that appears under its name in one step, or replaces the one there.
 
     Yields:
         The folder to write into.
@@ -101,16 +87,13 @@ def staged_folder(target: Path) -> Iterator[Path]:
             raise
         raise StagingError(
             f"{target} could not be written: {_reason(error)}. Nothing that was there before was touched; make room "
-            "or set the permissions, and go on from the checkpoint before it"
+            "or set the permissions, and resume from the checkpoint before it"
         ) from error
 
 
 @contextmanager
 def staged_files(folder: Path) -> Iterator[Path]:
     """Write files into a folder that may hold others; each appears in one step, and one that is the same stays.
-
-    Args:
-        folder: where the files go.
 
     Yields:
         The folder to write into.
@@ -151,21 +134,16 @@ def _publish(staging: Path, target: Path) -> None:
 
 
 def rotate_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Remove the oldest checkpoints, each in one step.
-
-    Args:
-        output_dir: the run's folder.
-        limit: how many may stay; ``None`` for all.
-    """
+    """Remove the oldest checkpoints beyond a limit, each in one step; ``None`` keeps all."""
     if limit is not None and limit > 0:
         for checkpoint in list_checkpoints(output_dir)[:-limit]:
             _remove(checkpoint)
 
 
 def set_aside_run(output_dir: Path, records: Sequence[Path], after_step: int = -1) -> Path | None:
-    """Keep what a run will not go on from: none of it is lost, and none is taken for the run's own.
+    """Keep what a run will not resume from: none of it is lost, and none is taken for the run's own.
 
-    A process killed meanwhile leaves a list of what was to be moved, with which `clear_leftovers` ends it.
+    A process killed during it leaves a list of what was to be moved, with which `clear_leftovers` ends the move.
 
     Args:
         output_dir: the run's folder.
@@ -174,7 +152,7 @@ def set_aside_run(output_dir: Path, records: Sequence[Path], after_step: int = -
         after_step: checkpoints of later steps are moved; -1 for all.
 
     Returns:
-        The folder in which it all lies now, or ``None`` if there was nothing.
+        The folder in which it all is now, or ``None`` if there was nothing.
     """
     moved = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) > after_step]
     records = [path for path in records if path.exists()]
@@ -190,7 +168,7 @@ def set_aside_run(output_dir: Path, records: Sequence[Path], after_step: int = -
         for record in filter(Path.is_file, records):
             shutil.copy2(record, aside / record.name)
     names = [path.name for path in moved]
-    # Complete before its name says so; from here on the move will be ended, whatever happens.
+    # Complete before its name says so; from here on the move will be finished, whatever happens.
     unfinished = aside / f"{_MOVING}.new"
     unfinished.write_text(json.dumps(names), encoding="utf-8")
     sync(unfinished)
@@ -215,11 +193,7 @@ def _end_move(aside: Path) -> None:
 
 
 def adopt_checkpoint(checkpoint: Path, output_dir: Path) -> Path:
-    """Copy a checkpoint of another folder into a run's own, so that the run can go on from it again.
-
-    Args:
-        checkpoint: the other folder's, complete.
-        output_dir: the run's folder.
+    """Copy a complete checkpoint of another folder into a run's own, so that the run can resume from it again.
 
     Returns:
         The copy.
@@ -233,20 +207,21 @@ def adopt_checkpoint(checkpoint: Path, output_dir: Path) -> Path:
     return target
 
 
-def earlier_checkpoints(output_dir: Path) -> list[Path]:
-    """List the folders in which `set_aside_run` put what was there.
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, if there is one, so that the copy appears in one step."""
+    if source.is_file():
+        staged = target.with_name(_STAGING + target.name)
+        shutil.copy2(source, staged)
+        os.replace(staged, target)
 
-    Args:
-        output_dir: the run's folder.
-    """
+
+def earlier_checkpoints(output_dir: Path) -> list[Path]:
+    """List the folders in which `set_aside_run` put what was there."""
     return sorted(output_dir.glob(f"{_EARLIER}*"))
 
 
 def clear_leftovers(output_dir: Path) -> list[Path]:
-    """Tidy up after a run that was killed.
-
-    Args:
-        output_dir: its folder, in which no other run is active.
+    """Tidy up after a run that was killed, in whose folder no other run is active.
 
     Returns:
         Checkpoints that were complete but for their name, and have it now.
@@ -268,11 +243,7 @@ def clear_leftovers(output_dir: Path) -> list[Path]:
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file or folder to the disk.
-
-    Args:
-        path: the file or folder.
-    """
+    """Have the system write a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -287,7 +258,7 @@ def _remove(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise FileExistsError(errno.EEXIST, "there is a file where a folder goes", str(folder))
+        raise FileExistsError(errno.EEXIST, "there is a file where a folder is to be", str(folder))
     trash = folder.with_name(_TRASH + folder.name)
     if trash.exists():
         shutil.rmtree(trash)
@@ -296,7 +267,7 @@ def _remove(folder: Path) -> None:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Tell whether the system refused a write; libraries in Rust say so in exceptions of their own."""
+    # Libraries in Rust say so in exceptions of their own.
     # The tokenizers library raises a bare `Exception`, with the system's words and "(os error 28)".
     return isinstance(error, OSError | SafetensorError) or (type(error) is Exception and "os error" in str(error))
 

@@ -1,6 +1,7 @@
-"""Nested states, such as an optimizer's, as one safetensors file: tensors as they are, the rest as JSON in its header.
+"""The states that a checkpoint keeps: what a part of a run offers, how it is written, and the random generators'.
 
-No pickle: reading such a file runs no code, whoever wrote it.
+A part is `Stateful`. A nested state, such as an optimizer's, becomes one safetensors file: tensors as they are, the
+rest as JSON in its header. There is no pickle: reading such a file runs no code, whoever wrote it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+_HEADER = "tree"
+_SCALARS = (str, bool, int, type(None))
+
 
 @runtime_checkable
 class Stateful(Protocol):
@@ -30,21 +34,17 @@ class Stateful(Protocol):
         """Go back to what `state_dict` returned."""
 
 
-_HEADER = "tree"
-_SCALARS = (str, bool, int, type(None))
-
-
 class TreeError(ValueError):
     """A state that cannot be written without pickle, or a file that holds no state."""
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Write a nested state.
+    """Write a nested state; a tensor that occurs twice is stored once.
 
     Args:
         path: the file.
         tree: dicts (keys strings or integers), lists, tuples, tensors, numbers, strings, booleans and ``None``, nested
-            in any way. A tensor that occurs twice is stored once.
+            in any way.
 
     Raises:
         TreeError: something else is in it; names the place.
@@ -58,24 +58,18 @@ def save_tree(path: Path, tree: Any) -> None:
 
 
 def load_tree(path: Path) -> Any:
-    """Read what `save_tree` wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The state; its tensors lie on the CPU.
+    """Read what `save_tree` wrote; tensors are on the CPU.
 
     Raises:
-        TreeError: the file is no such state; names it.
+        TreeError: the file does not hold such a state; names it.
     """
     try:
         with safe_open(path, framework="pt") as file:
             structure = json.loads((file.metadata() or {})[_HEADER])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
             return _decode(structure, tensors)
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise TreeError(f"{path} holds no state that was written by this library: {error}") from error
+        raise TreeError(f"{path} does not hold a state that this library wrote: {error}") from error
 
 
 def _encode(value: Any, place: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
@@ -121,11 +115,7 @@ def _decode(structure: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def capture_random_states(device: torch.device) -> dict[str, Any]:
-    """Read all states, as a tree that `save_tree` takes.
-
-    Args:
-        device: the accelerator whose generator is read beside the CPU's.
-    """
+    """Read the states of all random generators, the device's among them, as a tree that `save_tree` takes."""
     algorithm, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     states = {
         "python": random.getstate(),
@@ -138,12 +128,7 @@ def capture_random_states(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Go back to states that `capture_random_states` read.
-
-    Args:
-        states: the states.
-        device: the accelerator; where the states come from a machine without it, its generator stays as it is.
-    """
+    """Go back to what `capture_random_states` read; a device that was not there then keeps its generator as it is."""
     random.setstate(states["python"])
     algorithm, keys, position, has_gauss, gauss = states["numpy"]
     np.random.set_state((algorithm, keys.numpy(), position, has_gauss, gauss))

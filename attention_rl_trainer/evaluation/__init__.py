@@ -1,7 +1,7 @@
-"""A policy on held-out articles: rewards, and what its orders and its queries are worth (design §7, §11).
+"""A policy on held-out memories: rewards, and what its orders and its queries are worth (design §7, §11).
 
-`rewards` summarizes trajectories as training does. `orders` and `queries` measure each against baselines, `estimates`
-puts intervals around means, and `tables` joins them. `reading_gain` is the gain as an `evaluate.Metric`.
+`evaluate` rolls trajectories out and summarizes them as training does. `orders` and `queries` measure each against
+baselines, `estimates` puts intervals around means, and `tables` joins them. `reading_gain` is an `evaluate.Metric`.
 """
 
 from pathlib import Path

@@ -1,9 +1,7 @@
-"""Numbers of trajectories into means with intervals that respect which article each came from (design §11).
+"""Means of trajectories' numbers, with intervals that respect which article each came from (design §11).
 
 Trajectories of one article are not independent of each other, so intervals are bootstrapped over articles: each
 resample draws articles with replacement and takes all of their trajectories.
-
-Knows nothing about what the numbers mean.
 """
 
 from __future__ import annotations
@@ -21,21 +19,15 @@ _RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, or a ratio of means, with its 95% interval.
-
-    Attributes:
-        mean: the estimate.
-        low: lower end of the interval; ``None`` where there is one article, which says nothing about others.
-        high: upper end.
-        num_values: trajectories.
-        num_clusters: articles.
-    """
+    """A mean or ratio of means with its 95% interval; ``None`` for one article, which says nothing about others."""
 
     mean: float
     low: float | None
     high: float | None
     num_values: int
+    """Trajectories."""
     num_clusters: int
+    """Articles."""
 
     def __str__(self) -> str:
         """Format as ``+0.123 [+0.100, +0.146]``."""
@@ -51,20 +43,14 @@ def _ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64], axi
 def clustered_ratio(
     numerators: Sequence[float], denominators: Sequence[float], clusters: Sequence[Hashable], *, seed: int = 0
 ) -> Estimate:
-    """Estimate Σ numerators / Σ denominators, with a percentile bootstrap over clusters.
-
-    Args:
-        numerators: one number for each trajectory.
-        denominators: likewise; their sum must not be 0.
-        clusters: the article of each.
-        seed: seed of the resamples.
+    """Estimate Σ numerators / Σ denominators, with a percentile bootstrap over clusters, the trajectories' articles.
 
     Raises:
         ValueError: there is no value, the lengths differ, or the denominators sum to 0.
     """
     if not 0 < len(numerators) == len(denominators) == len(clusters):
         raise ValueError(
-            f"need as many numerators, denominators and clusters, at least one; got {len(numerators)}, "
+            f"expected as many numerators, denominators and clusters, at least one; got {len(numerators)}, "
             f"{len(denominators)} and {len(clusters)}"
         )
     places = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
@@ -89,14 +75,5 @@ def clustered_ratio(
 
 
 def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable], *, seed: int = 0) -> Estimate:
-    """Estimate the mean over trajectories, with a percentile bootstrap over clusters.
-
-    Args:
-        values: one number for each trajectory.
-        clusters: the article of each.
-        seed: seed of the resamples.
-
-    Raises:
-        ValueError: there is no value, or the lengths differ.
-    """
+    """Estimate the mean over trajectories; see `clustered_ratio`."""
     return clustered_ratio(values, [1.0] * len(values), clusters, seed=seed)

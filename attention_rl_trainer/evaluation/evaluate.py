@@ -1,7 +1,8 @@
-"""A policy on held-out memories, without training: its rewards, and what its orders and queries are worth (design §11)."""
+"""A policy on held-out memories, without training: its rewards and, with tables, what they come from (design §11)."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from attention_rl_trainer.records.metrics import trajectory_metrics
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.types import Trajectory
 
-SEED_OFFSET = 2**32
-"""Evaluation episodes have streams of their own, far from any training seed."""
+# Evaluation episodes have streams of their own, far from any training seed.
+_SEED_OFFSET = 2**32
 
 
 @dataclass
@@ -32,7 +33,7 @@ class EvaluationOptions(Options):
     )
     eval_order_episodes: CountOrZero | None = option(
         None,
-        "With eval_tables, score orders for so many of an evaluation's trajectories alone, the first ones; this takes "
+        "With eval_tables, score orders only for this number of an evaluation's trajectories, the first ones; it takes "
         "most of the time. 0 for none. Default: for all.",
     )
     eval_epochs: Count = option(
@@ -49,18 +50,17 @@ def evaluate(
     options: EvaluationOptions,
     folder: Path,
 ) -> dict[str, float]:
-    """Evaluate a policy, and with ``eval_tables`` write the two tables into a folder as Markdown and JSON.
+    """Evaluate a policy, and with ``eval_tables`` write the two tables into a folder, which is made if it is missing.
 
-    Args:
-        sampler: policy, environment and layout; computes the order gain.
-        batches: held-out memories.
-        encoder: turns ids into the text that BM25 compares.
-        options: how much.
-        folder: for the tables; made if it is missing.
+    The random numbers are not those of training, and the same at every call.
 
     Returns:
         Rewards, their parts and the tables' main figures, by name.
     """
+    # The trainer's, with streams of its own and all that is measured.
+    sampler = copy.copy(sampler)
+    sampler.seed += _SEED_OFFSET
+    sampler.compute_order_gain = True
     if not options.eval_tables:
         return evaluate_policy(sampler, batches, options.eval_episodes)
     builder = TableBuilder(sampler, encoder, num_order_episodes=options.eval_order_episodes)
@@ -76,13 +76,7 @@ def evaluate_policy(
     num_episodes: int,
     observe: Callable[[MemoryBatch, Trajectory], None] | None = None,
 ) -> dict[str, float]:
-    """Roll out one trajectory for each article and summarize them.
-
-    Args:
-        sampler: rolls the trajectories out; its episodes are numbered from 0.
-        batches: the articles.
-        num_episodes: trajectories at most.
-        observe: sees each batch and its trajectories.
+    """Roll out at most ``num_episodes`` trajectories, numbered from 0, and summarize them; ``observe`` sees each batch.
 
     Returns:
         Means over trajectories and steps, by the names under which they are logged, and ``"episodes"``.

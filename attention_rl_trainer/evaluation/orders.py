@@ -1,15 +1,13 @@
 """What the order of reading is worth: orders of a memory, and the base model's score of each (design §11).
 
-Every order is scored under one rule, whoever chose it: the base model reads all M values in that order, each behind an
+Every order is scored under one rule, whoever chose it: the base model reads all M values in that order, each after an
 empty query,
 
     [" Query:"] key_0 [" Response:"] value_0   then   [" Query:"] [" Response:"] value   for each pair
 
 and the score is the mean log-probability of the values in nats per token. No sampling takes part, so two orders differ
-by the order alone. Greedy oracle, exact best order and "share of the gap closed" are defined here alone.
-
-The rules that choose an order see keys, what was read before and the order in the article, never an unread value; the
-oracles see everything.
+by the order alone. The rules that choose an order see keys, what was read before and the order in the article, never an
+unread value; the oracles see everything.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ Order = tuple[int, ...]
 """Columns of a memory, in the order of reading; possibly only the first few."""
 
 EXACT_MAX_PAIRS = 6
-"""Memories of at most so many pairs have all of their orders scored; 6 pairs have 720."""
+"""Larger memories do not have all of their orders scored; 6 pairs have 720."""
 ORACLE, BEST, WORST, RANDOM = "greedy oracle", "exact best", "exact worst", "random"
 
 
@@ -47,20 +45,14 @@ ORACLE, BEST, WORST, RANDOM = "greedy oracle", "exact best", "exact worst", "ran
 
 
 def article_order(pair_numbers: Tensor) -> Order:
-    """Order pairs as the article has them.
-
-    Args:
-        pair_numbers: numbers of a memory's pairs in their article, ``[M]`` int64.
-    """
+    """Order pairs, by their numbers ``[M]``, as the article has them."""
     return tuple(pair_numbers.argsort().tolist())
 
 
 def embedding_order(key_vectors: Tensor, example_vector: Tensor) -> Order:
-    """Read next whatever key resembles most, by cosine, the mean of the keys read so far, the example's included.
+    """Read next whatever key, of ``[M, G, D]``, has the largest cosine with the mean of the keys read so far.
 
-    Args:
-        key_vectors: the keys' vectors, ``[M, G, D]``.
-        example_vector: the vector of the example's key, ``[G, D]``.
+    The example's key ``[G, D]`` counts as the first of them.
     """
     vectors = torch.nn.functional.normalize(key_vectors.flatten(1).float(), dim=1)
     read = [torch.nn.functional.normalize(example_vector.flatten().float(), dim=0)]
@@ -74,15 +66,10 @@ def embedding_order(key_vectors: Tensor, example_vector: Tensor) -> Order:
 
 
 def bm25_order(keys: Sequence[str], values: Sequence[str], example: str) -> Order:
-    """Read next whatever key BM25 ranks first, with all that was read so far as the query.
+    """Read next whatever key BM25 ranks first, with all that was read so far, the example first, as the query.
 
-    Words are compared without case, English stop words left out, as `bm25s` does by default. Among equals the pair
-    that stands first in the memory is taken.
-
-    Args:
-        keys: texts of the memory's keys, the documents.
-        values: texts of its values, which join the query once they were read.
-        example: text of the example, the first query.
+    Words are compared without case, English stop words left out, as `bm25s` does by default. Among equals the pair that
+    is first in the memory is taken.
     """
     index = bm25s.BM25()
     documents = bm25s.tokenize(list(keys), stopwords="en", return_ids=False, show_progress=False)
@@ -99,13 +86,7 @@ def bm25_order(keys: Sequence[str], values: Sequence[str], example: str) -> Orde
 
 
 def random_orders(num_pairs: int, count: int, seed: Sequence[int]) -> list[Order]:
-    """Draw orders uniformly.
-
-    Args:
-        num_pairs: M.
-        count: how many.
-        seed: seed of the draw.
-    """
+    """Draw orders uniformly."""
     generator = np.random.default_rng(list(seed))
     return [tuple(generator.permutation(num_pairs).tolist()) for _ in range(count)]
 
@@ -115,11 +96,7 @@ def attention_orders(
 ) -> list[Order]:
     """Let queries and attention choose: the whole memory is read as in a rollout, with the same random numbers.
 
-    Args:
-        sampler: policy, environment and settings; its number of steps is not used.
-        batch: the articles.
-        episodes: running numbers of the rows' episodes.
-        untrained: whether the base model chooses, without the adapter.
+    With ``untrained`` the base model chooses. The sampler's number of steps is not used.
     """
     policy = sampler.policy
     with policy.inference(), policy.reference() if untrained else nullcontext():
@@ -148,30 +125,19 @@ def _attention_orders(sampler: TrajectorySampler, batch: MemoryBatch, episodes: 
 
 @dataclass(frozen=True, eq=False)
 class ScoredMemory:
-    """One memory to score orders of.
-
-    Attributes:
-        prompt: the in-context example and the first query separator, ``[1, S]`` int64.
-        blocks: what reading each pair appends to the context: response separator, key if asked for, value, query
-            separator, ``[M, n]`` int64.
-        value_start: place of the value's first token in a block.
-        value_length: V.
-    """
+    """One memory to score orders of."""
 
     prompt: Tensor
+    """The in-context example and the first query separator, ``[1, S]`` int64."""
     blocks: Tensor
+    """What each pair appends: response separator, key if asked for, value, query separator, ``[M, n]`` int64."""
     value_start: int
+    """Position of the value's first token in a block."""
     value_length: int
 
     @classmethod
     def of_row(cls, sampler: TrajectorySampler, batch: MemoryBatch, row: int) -> ScoredMemory:
-        """Take one row of a batch.
-
-        Args:
-            sampler: how a prompt is laid out.
-            batch: the articles.
-            row: which.
-        """
+        """Take one row of a batch."""
         one = batch.select_rows([row])
         pairs = add_embeddings(one, sampler.policy.embed_keys)
         layout = sampler.layout.for_batch(one)
@@ -182,13 +148,7 @@ class ScoredMemory:
 
 
 class OrderScorer:
-    """Scores orders of one memory by the base model; what several orders have in common at their start is read once.
-
-    Args:
-        policy: the base model is its reference.
-        memory: the memory.
-        max_rows: orders that are read at once.
-    """
+    """Scores orders of one memory by the base model; what several orders have in common at their start is read once."""
 
     def __init__(self, policy: PolicyModel, memory: ScoredMemory, *, max_rows: int = 128) -> None:
         self._policy = policy
@@ -202,33 +162,21 @@ class OrderScorer:
         return len(self._memory.blocks)
 
     def value_logprob(self, prefix: Order) -> float:
-        """Return the log-probability of the last value of a prefix that was scored, nats per token.
-
-        Args:
-            prefix: the first pairs of an order.
-        """
+        """Return the log-probability of the last value of an order's beginning that was scored, nats per token."""
         return self._scores[prefix]
 
     def score(self, order: Order) -> float:
-        """Return the mean log-probability of an order's values, nats per token.
-
-        Args:
-            order: columns of the memory.
-        """
+        """Return the mean log-probability of an order's values, nats per token."""
         self.read([order])
         return sum(self._scores[order[: depth + 1]] for depth in range(len(order))) / len(order)
 
     def read(self, orders: Iterable[Order]) -> None:
-        """Score orders, all of their beginnings included.
-
-        Args:
-            orders: columns of the memory, each at most once in an order.
-        """
+        """Score orders and all of their beginnings."""
         wanted = {order[: depth + 1] for order in orders for depth in range(len(order))}
         wanted -= self._scores.keys()
         if not wanted:
             return
-        # Whoever is read again is what leads to something new.
+        # Beginnings that were scored already are read again where they lead to something new.
         tree = sorted({prefix[: depth + 1] for prefix in wanted for depth in range(len(prefix))})
         with self._policy.inference(), self._policy.reference():
             self._descend(self._read_prompt(), [()], tree)
@@ -252,7 +200,7 @@ class OrderScorer:
                 self._descend(forked, chunk, below)
 
     def _read_children(self, cache: Cache, rows: list[int], children: list[Order]) -> Cache:
-        """Read prefixes behind the rows of a cache that hold all but their last pair; returns a cache of them all."""
+        """Read prefixes after the rows of a cache that hold all but their last pair; returns a cache of them all."""
         forked = copy.deepcopy(cache)
         forked.batch_select_indices(torch.tensor(rows, device=self._policy.device))
         self._read_blocks(forked, children)
@@ -292,33 +240,29 @@ class OrderScorer:
 def all_orders(num_pairs: int) -> list[Order]:
     """List every order of a memory.
 
-    Args:
-        num_pairs: M.
-
     Raises:
         ValueError: there are too many.
     """
     if num_pairs > EXACT_MAX_PAIRS:
-        raise ValueError(f"a memory of {num_pairs} pairs has too many orders; {EXACT_MAX_PAIRS} at most")
+        raise ValueError(
+            f"a memory of {num_pairs} pairs has too many orders to score them all; {EXACT_MAX_PAIRS} pairs at most"
+        )
     return list(itertools.permutations(range(num_pairs)))
 
 
 @dataclass(frozen=True)
 class MemoryOrders:
-    """The scores of one memory's orders.
-
-    Attributes:
-        article: identity of the article.
-        scores: nats per token by the name of the rule; ``"random"`` is the mean over all orders where all were
-            scored, else over those that were drawn.
-        chosen_ease: mean log-probability, each behind the example alone, of the values that the first T steps of the
-            learned order read, less that of all values of the memory, nats per token: above 0 if the policy picks
-            what is easy.
-    """
+    """The scores of one memory's orders."""
 
     article: str
     scores: dict[str, float]
+    """Nats per token by the rule; ``"random"`` is the mean over all orders where all were scored, else over some."""
     chosen_ease: float
+    """Above 0 if the policy picks what is easy, nats per token.
+
+    Mean log-probability, each after the example alone, of the values that the first T steps of the learned order read,
+    less that of all values of the memory.
+    """
 
 
 def score_orders(
@@ -330,18 +274,12 @@ def score_orders(
     num_random: int = 8,
     max_rows: int = 128,
 ) -> list[MemoryOrders]:
-    """Score the learned order and every baseline on a batch of memories.
+    """Score the learned order, drawn with the episodes' random numbers, and every baseline on a batch of memories.
 
     Args:
-        sampler: policy, environment and settings.
-        batch: the articles.
-        episodes: running numbers of the rows' episodes; the learned order is drawn with their random numbers.
         encoder: turns ids into the text that BM25 compares.
         num_random: random orders of a memory, where not all orders are scored.
         max_rows: orders that are read at once.
-
-    Returns:
-        One record for each row.
     """
     learned = attention_orders(sampler, batch, episodes, untrained=False)
     untrained = attention_orders(sampler, batch, episodes, untrained=True)
@@ -370,14 +308,7 @@ def score_orders(
 
 
 def score_rules(scorer: OrderScorer, rules: dict[str, Order], num_random: int, seed: Sequence[int]) -> dict[str, float]:
-    """Score the orders of some rules, random ones and the oracles'.
-
-    Args:
-        scorer: the memory.
-        rules: orders by name.
-        num_random: random orders, where not all orders are scored.
-        seed: seed of their draw.
-    """
+    """Score the orders of some rules by name, the oracles', and ``num_random`` drawn ones where not all are scored."""
     oracles: dict[str, float] = {}
     is_exact = scorer.num_pairs <= EXACT_MAX_PAIRS
     drawn = all_orders(scorer.num_pairs) if is_exact else random_orders(scorer.num_pairs, num_random, seed)

@@ -9,7 +9,7 @@ under the policy's own order, and then the value:
 * a content control: the policy's query at the same step of a trajectory on another article;
 * counterfactual queries that the base model samples, several of them.
 
-A query's gain is the log-probability of the value behind it less the mean of those behind the counterfactuals, nats per
+A query's gain is the log-probability of the value after it less the mean of those after the counterfactuals, nats per
 token. A policy whose gain stays below the empty query's has learned nothing that silence would not give.
 """
 
@@ -38,15 +38,12 @@ POLICY, EMPTY, OTHER_KEY, OWN_KEY, CONTROL = (
 
 @dataclass(frozen=True, eq=False)
 class QueryGains:
-    """What queries were worth on a batch of trajectories.
-
-    Attributes:
-        gains: by the name of the query, nats per token, averaged over the steps, ``[B]``.
-        counterfactual_std: standard deviation between the counterfactuals of a step, nats per token, ``[B]``.
-    """
+    """What queries were worth on a batch of trajectories, averaged over the steps."""
 
     gains: dict[str, Tensor]
+    """Nats per token, ``[B]``, by the name of the query."""
     counterfactual_std: Tensor
+    """Standard deviation between the counterfactuals of a step, nats per token, ``[B]``."""
 
 
 class ControlQueries:
@@ -57,14 +54,7 @@ class ControlQueries:
         self._queries: Tensor | None = None
 
     def take(self, articles: Sequence[ArticleReference], queries: Tensor) -> Tensor:
-        """Choose for each row the next one of the batch, cyclically, or else the last before the batch.
-
-        Args:
-            articles: the rows' articles.
-            queries: the policy's queries, ``[B, T, L]`` int64.
-
-        Returns:
-            As many queries, ``[B, T, L]``.
+        """Choose for each row of queries ``[B, T, L]`` the next row, cyclically, or else the last before the batch.
 
         Raises:
             ValueError: no trajectory so far is on another article.
@@ -94,17 +84,11 @@ def score_queries(
     *,
     num_counterfactuals: int = 4,
 ) -> QueryGains:
-    """Score the policy's queries and others in their place.
+    """Score the queries of trajectories that the sampler rolled out, and others in their place.
 
     Args:
-        sampler: what rolled the trajectories out.
-        batch: the articles that they read.
-        trajectory: the trajectories.
         control_queries: the policy's queries from trajectories on other articles, ``[B, T, L]`` int64.
         num_counterfactuals: queries of the base model at each step, at least 1; the first is the rollout's own.
-
-    Returns:
-        The gains.
 
     Raises:
         ValueError: there is no counterfactual.
@@ -113,6 +97,16 @@ def score_queries(
         raise ValueError(f"num_counterfactuals must be at least 1, got {num_counterfactuals}")
     with sampler.policy.inference(), sampler.policy.reference():
         return _Replay(sampler, batch, trajectory, control_queries).score(num_counterfactuals)
+
+
+def draw_other_columns(trajectory: Trajectory, seed: int) -> Tensor:
+    """Draw for each step a column of the memory other than the one read there, ``[B, T]``, on the CPU."""
+    chosen = trajectory.stack("selected_index").cpu()
+    num_pairs = trajectory.memory.pair_numbers.shape[1]
+    noise = episode_noise(seed, trajectory.episodes.tolist(), Purpose.EVALUATION, (chosen.shape[1],))
+    # One of the M - 1 others, counted from the chosen one; a memory of one pair has no other.
+    shift = 1 + (noise * max(1, num_pairs - 1)).long()
+    return (chosen + shift) % num_pairs
 
 
 class _Replay:
@@ -124,22 +118,12 @@ class _Replay:
         self._sampler = sampler
         self._trajectory = trajectory
         self._control_queries = control_queries
-        self._other_columns = self._draw_other_columns(sampler.seed)
+        self._other_columns = draw_other_columns(trajectory, sampler.seed)
         keys = trajectory.memory.key_tokens.shape[2]
         self._layout = sampler.layout.for_batch(batch)
         # A key in a query's place may be longer.
         capacity = self._layout.cached_tokens + max(0, keys - self._layout.tokens_per_query)
         self._reader = ContextReader(sampler.policy, self._layout.prompt(batch, sampler.policy.device), capacity)
-
-    def _draw_other_columns(self, seed: int) -> Tensor:
-        """Draw for each step a column of the memory other than the one read there, ``[B, T]``."""
-        chosen = self._trajectory.stack("selected_index").cpu()
-        num_pairs = self._trajectory.memory.pair_numbers.shape[1]
-        episodes = self._trajectory.episodes.tolist()
-        noise = episode_noise(seed, episodes, Purpose.EVALUATION, (chosen.shape[1],))
-        # One of the M - 1 others, counted on from the chosen one; a memory of one pair has no other.
-        shift = 1 + (noise * max(1, num_pairs - 1)).long()
-        return (chosen + shift) % num_pairs
 
     def score(self, num_counterfactuals: int) -> QueryGains:
         """Follow the trajectories to their end."""
@@ -158,20 +142,20 @@ class _Replay:
             value = step.selected_pair.value_tokens
             response = block[:, : layout.scored_tokens]
             for name, query in self._queries(number).items():
-                scores.setdefault(name, []).append(self._score_behind(query, response, value))
+                scores.setdefault(name, []).append(self._score_after(query, response, value))
             drawn = [step.counterfactual_value_logprob]
             drawn += [self._score_counterfactual(noise[:, k, number], response, value) for k in range(1, len(noise[0]))]
             counterfactuals.append(torch.stack(drawn, dim=1))
             self._reader.read(torch.cat([step.query_tokens, block], dim=1))
-        behind_counterfactuals = torch.stack(counterfactuals, dim=1)
-        baseline = behind_counterfactuals.mean(dim=2)
+        after_counterfactuals = torch.stack(counterfactuals, dim=1)
+        baseline = after_counterfactuals.mean(dim=2)
         scores[POLICY] = [step.base_value_logprob for step in trajectory.steps]
         gains = {name: (torch.stack(steps, dim=1) - baseline).mean(dim=1) for name, steps in scores.items()}
-        spread = behind_counterfactuals.std(dim=2, correction=0).mean(dim=1)
+        spread = after_counterfactuals.std(dim=2, correction=0).mean(dim=1)
         return QueryGains(gains, spread)
 
     def _queries(self, number: int) -> dict[str, Tensor]:
-        """What stands in the place of the policy's query at a step."""
+        """What is read in place of the policy's query at a step."""
         step, memory = self._trajectory.steps[number], self._trajectory.memory
         queries = {
             EMPTY: step.query_tokens[:, :0],
@@ -183,8 +167,8 @@ class _Replay:
             queries[OTHER_KEY] = memory.gather(other).key_tokens
         return queries
 
-    def _score_behind(self, query: Tensor, response: Tensor, value: Tensor) -> Tensor:
-        """Log-probability of a value behind a query in the present context, ``[B]``."""
+    def _score_after(self, query: Tensor, response: Tensor, value: Tensor) -> Tensor:
+        """Log-probability of a value after a query in the present context, ``[B]``."""
         token_ids = torch.cat([query, response], dim=1)
         self._reader.mark()
         hidden = self._reader.read(token_ids)
@@ -192,7 +176,7 @@ class _Replay:
         return self._sampler.score(hidden, token_ids.shape[1] - value.shape[1], value)
 
     def _score_counterfactual(self, noise: Tensor, response: Tensor, value: Tensor) -> Tensor:
-        """Log-probability of a value behind a query that the base model samples, ``[B]``."""
+        """Log-probability of a value after a query that the base model samples, ``[B]``."""
         self._reader.mark()
         query = self._reader.decode(noise, read_last=False)
         token_ids = torch.cat([query.token_ids[:, -1:], response], dim=1)

@@ -1,10 +1,9 @@
 """The gain in log-probability as an `evaluate.Metric`, with an interval over articles (design §11).
 
     metric = evaluate.load(attention_rl_trainer.evaluation.METRIC_PATH)
-    metric.compute(predictions=behind_query, references=behind_baseline, articles=titles)
+    metric.compute(predictions=after_query, references=after_baseline, articles=titles)
 
-Knows nothing about where the log-probabilities come from. `evaluate` copies this file before it imports it and reads
-its imports line by line, so each stands on a line of its own.
+`evaluate` copies this file before it imports it and reads its imports line by line, so each is on a line of its own.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from attention_rl_trainer.evaluation.estimates import clustered_mean
 _DESCRIPTION = "Mean gain in the log-probability of values, nats per token, with a 95% interval over articles."
 _INPUTS = """
 Args:
-    predictions: log-probability of each trajectory's values behind what is measured, nats per token.
-    references: the same behind the baseline.
+    predictions: log-probability of each trajectory's values after what is measured, nats per token.
+    references: the same after the baseline.
     articles: the article of each trajectory.
 Returns:
     gain: mean of predictions - references.

@@ -1,7 +1,7 @@
-"""A policy on held-out articles, in two tables: what its orders are worth, and what its queries are (design §11).
+"""A policy on held-out memories, in two tables: what its orders are worth, and what its queries are (design §11).
 
 Both are paired: every row of a table was measured on the same memories and contexts. Intervals are 95%, bootstrapped
-over articles. Knows nothing about the trainer; a sampler and batches of articles come in.
+over articles.
 """
 
 from __future__ import annotations
@@ -27,28 +27,25 @@ LEARNED = "learned"
 
 @dataclass(frozen=True)
 class EvaluationTables:
-    """What was measured, each figure with its interval.
-
-    Attributes:
-        orders: mean log-probability of the values by the order's rule, nats per token.
-        order_gains: each order less the random one, on the same memories.
-        share_closed: share of the gap between the random order and the oracle's that each order closes.
-        queries: gain of each query over those that the base model samples, nats per token.
-        policy_less: gain of the policy's query less that of another, on the same trajectories.
-        parts: reward of the trajectories and its parts, nats per token, and how easy the chosen values are.
-        settings: what the figures depend on.
-    """
+    """What was measured, each figure with its interval, nats per token but for the shares."""
 
     orders: dict[str, Estimate]
+    """Mean log-probability of the values by the order's rule."""
     order_gains: dict[str, Estimate]
+    """Each order less the random one, on the same memories."""
     share_closed: dict[str, Estimate]
+    """Share of the gap between the random order and the oracle's that each order closes."""
     queries: dict[str, Estimate]
+    """Gain of each query over those that the base model samples."""
     policy_less: dict[str, Estimate]
+    """Gain of the policy's query less that of another, on the same trajectories."""
     parts: dict[str, Estimate]
+    """Reward of the trajectories and its parts, and how easy the chosen values are."""
     settings: dict[str, int | float | str]
+    """What the figures depend on."""
 
     def metrics(self) -> dict[str, float]:
-        """Name the figures that tell whether a policy has learned anything, nats per token and a share."""
+        """Name the figures that tell whether a policy has learned anything."""
         orders = {}
         if LEARNED in self.orders:
             orders = {
@@ -74,7 +71,7 @@ class EvaluationTables:
         return "\n\n".join(
             [
                 f"Nats per token, with 95% intervals bootstrapped over articles. {settings}.",
-                f"### Orders, scored by the base model behind empty queries: {_size(self.orders)}",
+                f"### Orders, scored by the base model after empty queries: {_size(self.orders)}",
                 _table(["order", "log-probability of the values", "less random", "share of the gap closed"], orders),
                 f"### Queries, under the policy's own order, scored by the base model: {_size(self.queries)}",
                 _table(["query", "gain over what the base model samples"], queries + less),
@@ -85,14 +82,7 @@ class EvaluationTables:
         )
 
     def write(self, folder: Path) -> list[Path]:
-        """Write ``evaluation.json`` and ``evaluation.md``.
-
-        Args:
-            folder: where; made if it is missing.
-
-        Returns:
-            The files.
-        """
+        """Write ``evaluation.json`` and ``evaluation.md`` into a folder, which is made if it is missing."""
         contents = {
             "evaluation.json": json.dumps(asdict(self), indent=2, allow_nan=False) + "\n",
             "evaluation.md": self.to_markdown(),
@@ -104,11 +94,7 @@ class EvaluationTables:
 
 
 def folder_name(name: str) -> str:
-    """Turn any name into one of a folder: nothing in it leads elsewhere, and different names stay different.
-
-    Args:
-        name: such as the prefix of an evaluation's metrics, which holds the name of a data set.
-    """
+    """Turn any name, such as a data set's, into a folder's: it leads nowhere else, and names stay different."""
     quoted = quote(name, safe=" +-=@_,", errors="surrogatepass")
     # A name of dots alone means a folder above; systems allow 255 bytes.
     quoted = quoted.replace(".", "%2E") if not quoted.strip(".") else quoted
@@ -133,7 +119,6 @@ class TableBuilder:
     """Collects what a policy's trajectories and orders are worth, batch by batch.
 
     Args:
-        sampler: policy, environment and settings.
         encoder: turns ids into the text that BM25 compares.
         num_counterfactuals: queries of the base model at each step.
         num_random: random orders of a memory that is too large to score all of its orders.
@@ -163,10 +148,6 @@ class TableBuilder:
 
     def add(self, batch: MemoryBatch, trajectory: Trajectory) -> None:
         """Measure trajectories that the sampler rolled out.
-
-        Args:
-            batch: the articles that they read.
-            trajectory: the trajectories.
 
         Raises:
             ValueError: all trajectories so far are on one article.

@@ -1,4 +1,4 @@
-"""Articles into batches of their pairs: the order in which a run reads them, and the process that reads ahead."""
+"""From articles to batches of memories: what is usable, the order of a run, and the process that reads ahead."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-from attention_rl_trainer.memories.articles.sources import ArticleTable
 from attention_rl_trainer.memories.pairs import (
     EmbedKeys,
     MemoryBatch,
@@ -24,28 +23,10 @@ from attention_rl_trainer.memories.pairs import (
     collate_memories,
     draw_pairs,
 )
-from attention_rl_trainer.memories.stream import Article, ArticleStream, PositionedArticle
+from attention_rl_trainer.memories.stream import Article, Articles, ArticleStream, PositionedArticle
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 from attention_rl_trainer.options import Count, CountOrZero, option
 from attention_rl_trainer.types import ArticleReference, KeyValuePairs, StreamPosition
-
-
-@runtime_checkable
-class ArticleSource(Protocol):
-    """Articles of a user's own: whatever has a length and gives rows by number, such as a list.
-
-    A row is an `Article`, or a mapping with a text column and, where there are titles, a ``title``. Rows are read in any
-    order and several times; the same number must give the same row.
-    """
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-
-    def __getitem__(self, row: int, /) -> Mapping[str, object] | Article:
-        """Return a row by its number, from 0."""
-
-
-Articles: TypeAlias = ArticleTable | ArticleSource
 
 
 @dataclass
@@ -57,20 +38,160 @@ class ReadingOptions(PairOptions):
     shuffle_buffer_size: Count = option(1000, "Articles held in memory to shuffle a streamed data set.")
     overfit_articles: CountOrZero = option(
         0,
-        "Train on the first so many usable articles alone, each with one and the same memory in every epoch: what cannot "
-        "even be learned by heart is broken. 0 for all articles.",
+        "Train on this number of articles only, the first usable ones, each with the same memory in every epoch: what "
+        "cannot even be learned by heart is broken. 0 for all articles.",
     )
+
+
+# ---- Rows from articles ----
+
+
+def iter_article_pairs(
+    articles: Iterable[PositionedArticle],
+    encoder: PlainTextEncoder,
+    options: PairOptions,
+    seed: int,
+    skipped: Counter[str],
+    first_whole_epoch: int = 0,
+    *,
+    same_memory: bool = False,
+) -> Iterator[MemoryRow]:
+    """Turn articles into the pairs of one trajectory each; too short ones are counted and passed over.
+
+    Args:
+        seed: seed of the subset draws.
+        skipped: counts of the articles passed over, by reason; ``"too_short"`` is added here.
+        first_whole_epoch: the first epoch that is iterated from its beginning; an earlier one, entered in its middle,
+            may well have no usable article left.
+        same_memory: whether an article gives the same pairs in every epoch.
+
+    Raises:
+        ValueError: a whole epoch passed without one article long enough.
+    """
+    epoch, num_used, longest = first_whole_epoch, 0, 0
+    for item in articles:
+        if item.position.epoch > epoch:
+            _expect_usable_articles(num_used, longest, options, skipped)
+            epoch, num_used = item.position.epoch, 0
+        token_ids = encoder.encode(item.article.text)
+        longest = max(longest, len(token_ids))
+        if len(token_ids) < options.min_article_tokens:
+            skipped["too_short"] += 1
+            continue
+        num_used += 1
+        generator = np.random.default_rng([seed, 0 if same_memory else item.position.epoch, item.row])
+        example, chunks, numbers = draw_pairs(token_ids, options, generator)
+        reference = ArticleReference(
+            item.article.title, item.article.source, item.position.epoch, item.row, item.next_position
+        )
+        yield MemoryRow(example, chunks, numbers, reference, dict(skipped))
+    _expect_usable_articles(num_used, longest, options, skipped)
+
+
+def _expect_usable_articles(num_used: int, longest: int, options: PairOptions, skipped: Mapping[str, int]) -> None:
+    if num_used == 0:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+        raise ValueError(
+            f"no article is long enough: {skipped.get('too_short', 0)} were too short (skipped: {counts}); an article "
+            f"needs ({options.tokens_per_key} + {options.tokens_per_value}) · {options.num_kv_pairs} = "
+            f"{options.min_article_tokens} tokens, the longest has {longest}. Use longer articles, or lower "
+            "num_kv_pairs, tokens_per_key or tokens_per_value"
+        )
+
+
+def first_usable_articles(
+    articles: Iterable[PositionedArticle], encoder: PlainTextEncoder, options: PairOptions, count: int
+) -> list[Article]:
+    """Take the first ``count`` articles that are long enough.
+
+    Args:
+        articles: not endless.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    usable: list[Article] = []
+    for item in articles:
+        if len(encoder.encode(item.article.text)) >= options.min_article_tokens:
+            usable.append(item.article)
+        if len(usable) == count:
+            return usable
+    raise ValueError(
+        f"overfit_articles is {count}, but only {len(usable)} articles have the {options.min_article_tokens} tokens "
+        "that num_kv_pairs, tokens_per_key and tokens_per_value ask for; lower it, or use more or longer articles"
+    )
+
+
+def iter_key_value_pairs(
+    articles: Iterable[PositionedArticle],
+    encoder: PlainTextEncoder,
+    options: PairOptions,
+    batch_size: int,
+    embed_keys: EmbedKeys,
+    seed: int = 0,
+) -> Iterator[KeyValuePairs]:
+    """Iterate over memories of B trajectories with their key vectors; a last incomplete batch is left out.
+
+    Args:
+        articles: articles with their positions, as `ArticleStream` yields them.
+        batch_size: B.
+        seed: seed of the subset draws.
+    """
+    rows: list[MemoryRow] = []
+    for row in iter_article_pairs(articles, encoder, options, seed, Counter()):
+        rows.append(row)
+        if len(rows) == batch_size:
+            yield add_embeddings(collate_memories(rows, options.tokens_per_key), embed_keys)
+            rows = []
+
+
+# ---- Batches for a run ----
+
+
+class MemoryDataset(TorchIterableDataset[MemoryRow]):
+    """An article stream as a `torch` data set of `MemoryRow`, from the stream's position; see `iter_article_pairs`."""
+
+    def __init__(
+        self,
+        stream: ArticleStream,
+        encoder: PlainTextEncoder,
+        options: PairOptions,
+        seed: int,
+        *,
+        same_memory: bool = False,
+    ) -> None:
+        self.stream = stream
+        self.encoder = encoder
+        self.options = options
+        self.seed = seed
+        self.same_memory = same_memory
+
+    def __iter__(self) -> Iterator[MemoryRow]:
+        """Iterate from the stream's position."""
+        start = self.stream.position
+        first_whole_epoch = start.epoch if start.index == 0 else start.epoch + 1
+        yield from iter_article_pairs(
+            self.stream,
+            self.encoder,
+            self.options,
+            self.seed,
+            self.stream.skipped,
+            first_whole_epoch,
+            same_memory=self.same_memory,
+        )
+
+
+def collate_inputs(rows: Sequence[MemoryRow], tokens_per_key: int) -> dict[str, MemoryBatch]:
+    """Join rows to a batch, named as the Trainer names a model's inputs."""
+    return {"memories": collate_memories(rows, tokens_per_key)}
 
 
 class MemoryLoader:
     """Reads a run's articles: in an endless shuffled order for training, in their own order for evaluation.
 
     Args:
-        options: which articles, how they are cut, and in which order they come.
-        encoder: text to token ids.
         seed: seed of the order and of the subset draws.
-        process_index: number of this process.
-        num_processes: processes that share the articles.
+        num_processes: processes that share the articles; this one is number ``process_index``.
         num_workers: 1 for a process that reads ahead, else 0.
     """
 
@@ -92,11 +213,9 @@ class MemoryLoader:
         self._num_workers = num_workers
 
     def training_stream(self, articles: Articles, position: StreamPosition) -> ArticleStream:
-        """Read articles endlessly, shuffled as the options say; with ``overfit_articles`` the first usable ones alone.
+        """Read articles endlessly from a position, shuffled as the options say.
 
-        Args:
-            articles: a (streamed) data set, or a list of rows or of articles.
-            position: where to begin.
+        With ``overfit_articles`` the first usable ones alone are read.
 
         Raises:
             ValueError: there are fewer usable articles than ``overfit_articles``.
@@ -141,173 +260,13 @@ class MemoryLoader:
         )
 
 
-def collate_inputs(rows: Sequence[MemoryRow], tokens_per_key: int) -> dict[str, MemoryBatch]:
-    """Join rows to a batch, named as the Trainer names a model's inputs."""
-    return {"memories": collate_memories(rows, tokens_per_key)}
-
-
-def _leave_process_group(worker: int) -> None:
-    """A signal to the trainer's whole group must not take the articles away before the step has ended."""
-    if os.name == "posix":
-        os.setpgid(0, 0)
-
-
 def _source_name(articles: Articles) -> str:
     if isinstance(articles, Dataset | IterableDataset) and articles.info.dataset_name:
         return str(articles.info.dataset_name)
     return type(articles).__name__
 
 
-def iter_article_pairs(
-    articles: Iterable[PositionedArticle],
-    encoder: PlainTextEncoder,
-    options: PairOptions,
-    seed: int,
-    skipped: Counter[str],
-    first_whole_epoch: int = 0,
-    *,
-    same_memory: bool = False,
-) -> Iterator[MemoryRow]:
-    """Turn articles into the pairs of one trajectory each; too short ones are counted and passed over.
-
-    Args:
-        articles: articles with their positions in the source.
-        encoder: text to ids.
-        options: lengths and counts.
-        seed: seed of the subset draws.
-        skipped: counts of the articles passed over, by reason; ``"too_short"`` is added here.
-        first_whole_epoch: the first epoch that is iterated from its beginning; an earlier one, entered in its middle,
-            may well have no usable article left.
-        same_memory: whether an article gives the same pairs in every epoch.
-
-    Yields:
-        The pairs of one article at a time.
-
-    Raises:
-        ValueError: a whole epoch passed without one article long enough.
-    """
-    epoch, num_used, longest = first_whole_epoch, 0, 0
-    for item in articles:
-        if item.position.epoch > epoch:
-            _expect_usable_articles(num_used, longest, options, skipped)
-            epoch, num_used = item.position.epoch, 0
-        token_ids = encoder.encode(item.article.text)
-        longest = max(longest, len(token_ids))
-        if len(token_ids) < options.min_article_tokens:
-            skipped["too_short"] += 1
-            continue
-        num_used += 1
-        generator = np.random.default_rng([seed, 0 if same_memory else item.position.epoch, item.row])
-        example, chunks, numbers = draw_pairs(token_ids, options, generator)
-        reference = ArticleReference(
-            item.article.title, item.article.source, item.position.epoch, item.row, item.next_position
-        )
-        yield MemoryRow(example, chunks, numbers, reference, dict(skipped))
-    _expect_usable_articles(num_used, longest, options, skipped)
-
-
-def _expect_usable_articles(num_used: int, longest: int, options: PairOptions, skipped: Mapping[str, int]) -> None:
-    if num_used == 0:
-        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-        raise ValueError(
-            f"no article is long enough: {skipped.get('too_short', 0)} were too short (skipped: {counts}); an article "
-            f"needs ({options.tokens_per_key} + {options.tokens_per_value}) · {options.num_kv_pairs} = "
-            f"{options.min_article_tokens} tokens, the longest has {longest}. Use longer articles, or lower "
-            "num_kv_pairs, tokens_per_key or tokens_per_value"
-        )
-
-
-def first_usable_articles(
-    articles: Iterable[PositionedArticle], encoder: PlainTextEncoder, options: PairOptions, count: int
-) -> list[Article]:
-    """Take the first articles that are long enough.
-
-    Args:
-        articles: articles in their order, not endless.
-        encoder: text to ids.
-        options: lengths and counts.
-        count: how many.
-
-    Raises:
-        ValueError: there are not so many.
-    """
-    usable: list[Article] = []
-    for item in articles:
-        if len(encoder.encode(item.article.text)) >= options.min_article_tokens:
-            usable.append(item.article)
-        if len(usable) == count:
-            return usable
-    raise ValueError(
-        f"overfit_articles is {count}, but only {len(usable)} articles have the {options.min_article_tokens} tokens that "
-        "num_kv_pairs, tokens_per_key and tokens_per_value ask for"
-    )
-
-
-def iter_key_value_pairs(
-    articles: Iterable[PositionedArticle],
-    encoder: PlainTextEncoder,
-    options: PairOptions,
-    batch_size: int,
-    embed_keys: EmbedKeys,
-    seed: int = 0,
-) -> Iterator[KeyValuePairs]:
-    """Iterate over batches of memories with their key vectors; a last incomplete batch is left out.
-
-    Args:
-        articles: articles with their positions, as `ArticleStream` yields them.
-        encoder: text to ids.
-        options: lengths and counts.
-        batch_size: B.
-        embed_keys: token ids ``[n, K]`` to vectors ``[n, G, D]``.
-        seed: seed of the subset draws.
-
-    Yields:
-        Memories of B trajectories.
-    """
-    rows: list[MemoryRow] = []
-    for row in iter_article_pairs(articles, encoder, options, seed, Counter()):
-        rows.append(row)
-        if len(rows) == batch_size:
-            yield add_embeddings(collate_memories(rows, options.tokens_per_key), embed_keys)
-            rows = []
-
-
-class MemoryDataset(TorchIterableDataset[MemoryRow]):
-    """An article stream as a `torch` data set of `MemoryRow`, for a data loader.
-
-    Args:
-        stream: the articles, at the position to start from.
-        encoder: text to ids.
-        options: lengths and counts.
-        seed: seed of the subset draws.
-        same_memory: whether an article gives the same pairs in every epoch.
-    """
-
-    def __init__(
-        self,
-        stream: ArticleStream,
-        encoder: PlainTextEncoder,
-        options: PairOptions,
-        seed: int,
-        *,
-        same_memory: bool = False,
-    ) -> None:
-        self.stream = stream
-        self.encoder = encoder
-        self.options = options
-        self.seed = seed
-        self.same_memory = same_memory
-
-    def __iter__(self) -> Iterator[MemoryRow]:
-        """Iterate from the stream's position."""
-        start = self.stream.position
-        first_whole_epoch = start.epoch if start.index == 0 else start.epoch + 1
-        yield from iter_article_pairs(
-            self.stream,
-            self.encoder,
-            self.options,
-            self.seed,
-            self.stream.skipped,
-            first_whole_epoch,
-            same_memory=self.same_memory,
-        )
+def _leave_process_group(worker: int) -> None:
+    """A signal to the trainer's whole group must not take the articles away before the step has ended."""
+    if os.name == "posix":
+        os.setpgid(0, 0)

@@ -1,9 +1,7 @@
 """Token ids of an article into fixed-length key-value pairs, and a trajectory's random subset of them (design §3).
 
 Everything is index arithmetic on ids: no padding, no second tokenization, no decoding. The draw of a subset is seeded
-by (seed, epoch, article index), so it does not depend on which process or batch the article falls into.
-
-Knows nothing about models: the key vectors are added by a function that is passed in.
+by (seed, epoch, article index), so it does not depend on which process or batch the article is in.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from attention_rl_trainer.types import ArticleReference, KeyValuePairs, StreamPo
 
 Window = Literal["start", "random"]
 EmbedKeys = Callable[[Tensor], Tensor]
+"""Token ids of keys ``[n, K]`` to their attention vectors ``[n, G, D]``."""
 
 
 @dataclass
@@ -65,7 +64,7 @@ def chunk_tokens(token_ids: Tensor, chunk_length: int) -> Tensor:
 
     Args:
         token_ids: ``[n]`` int64.
-        chunk_length: tokens in a chunk.
+        chunk_length: in tokens.
 
     Returns:
         ``[n // chunk_length, chunk_length]``, a view of ``token_ids``.
@@ -81,9 +80,7 @@ def sample_chunks(
 
     Args:
         chunks: ``[n, chunk_length]`` int64.
-        num_samples: how many to draw.
         candidates: numbers of the chunks that may be drawn.
-        generator: source of randomness.
 
     Returns:
         The chunks ``[num_samples, chunk_length]`` and their numbers ``[num_samples]`` int64.
@@ -98,63 +95,49 @@ def sample_chunks(
 
 
 def split_key_values(chunks: Tensor, tokens_per_key: int) -> tuple[Tensor, Tensor]:
-    """Split chunks into their keys and values.
-
-    Args:
-        chunks: ``[..., K + V]`` int64.
-        tokens_per_key: K.
-
-    Returns:
-        Keys ``[..., K]`` and values ``[..., V]``.
+    """Split chunks ``[..., K + V]`` into keys ``[..., K]`` and values ``[..., V]``.
 
     Raises:
         ValueError: a chunk is not longer than a key.
     """
     if not 0 < tokens_per_key < chunks.shape[-1]:
-        raise ValueError(f"tokens_per_key must lie in 1..{chunks.shape[-1] - 1} for these chunks, got {tokens_per_key}")
+        raise ValueError(f"tokens_per_key must be in 1..{chunks.shape[-1] - 1} for these chunks, got {tokens_per_key}")
     return chunks[..., :tokens_per_key], chunks[..., tokens_per_key:]
 
 
 @dataclass(frozen=True, eq=False)
 class MemoryRow:
-    """The pairs of one article that one trajectory uses.
-
-    Attributes:
-        example: tokens of pair 0, the in-context example, ``[K + V]`` int64.
-        chunks: tokens of the memory's pairs, ``[M, K + V]`` int64.
-        pair_numbers: their numbers in the article, ``[M]`` int64.
-        article: where they come from.
-        skipped: articles passed over so far, by reason.
-    """
+    """The pairs of one article that one trajectory uses."""
 
     example: Tensor
+    """Tokens of pair 0, the in-context example, ``[K + V]`` int64."""
     chunks: Tensor
+    """Tokens of the memory's pairs, ``[M, K + V]`` int64."""
     pair_numbers: Tensor
+    """Their numbers in the article, ``[M]`` int64."""
     article: ArticleReference
     skipped: Mapping[str, int] = field(default_factory=dict)
+    """Articles passed over so far, by reason."""
 
 
 @dataclass(frozen=True, eq=False)
 class MemoryBatch:
-    """B articles cut into pairs, ready to be rolled out.
-
-    Attributes:
-        example_keys: keys of the in-context examples, ``[B, K]`` int64.
-        example_values: their values, ``[B, V]`` int64.
-        key_tokens: keys of the memories, ``[B, M, K]`` int64.
-        value_tokens: values of the memories, ``[B, M, V]`` int64.
-        pair_numbers: numbers of the pairs in their articles, ``[B, M]`` int64.
-        articles: where each row comes from.
-        skipped: articles passed over so far, by reason.
-    """
+    """B articles cut into pairs, ready to be rolled out."""
 
     example_keys: Tensor
+    """Keys of the in-context examples, ``[B, K]`` int64."""
     example_values: Tensor
+    """Their values, ``[B, V]`` int64."""
     key_tokens: Tensor
+    """Keys of the memories, ``[B, M, K]`` int64."""
     value_tokens: Tensor
+    """Values of the memories, ``[B, M, V]`` int64."""
     pair_numbers: Tensor
+    """Numbers of the pairs in their articles, ``[B, M]`` int64."""
     articles: Sequence[ArticleReference]
+    """Where each row comes from."""
     skipped: Mapping[str, int] = field(default_factory=dict)
+    """Articles passed over so far, by reason."""
 
     def __len__(self) -> int:
         """Return the number of rows, B."""
@@ -170,11 +153,7 @@ class MemoryBatch:
         return self if num_rows >= len(self) else self.select_rows(range(max(0, num_rows)))
 
     def select_rows(self, rows: Sequence[int]) -> MemoryBatch:
-        """Keep some rows, in the given order.
-
-        Args:
-            rows: numbers of the rows to keep.
-        """
+        """Keep the rows of these numbers, in the given order."""
         index = torch.as_tensor(list(rows), dtype=torch.int64)
         return MemoryBatch(
             example_keys=self.example_keys[index],
@@ -188,36 +167,29 @@ class MemoryBatch:
 
 
 def draw_pairs(
-    token_ids: Sequence[int], shape: PairOptions, generator: np.random.Generator
+    token_ids: Sequence[int], options: PairOptions, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cut an article and draw a trajectory's memory.
 
     Args:
         token_ids: the article's ids, at least `PairOptions.min_article_tokens` of them.
-        shape: lengths and counts.
-        generator: source of randomness for the draw.
 
     Returns:
         The example ``[K + V]``, the memory's chunks ``[M, K + V]`` and their numbers in the article ``[M]``.
     """
-    num_candidates = shape.num_kv_pairs - 1
-    used = len(token_ids) if shape.window == "random" else shape.min_article_tokens
-    chunks = chunk_tokens(torch.tensor(token_ids[:used], dtype=torch.int64), shape.tokens_per_pair)
+    num_candidates = options.num_kv_pairs - 1
+    used = len(token_ids) if options.window == "random" else options.min_article_tokens
+    chunks = chunk_tokens(torch.tensor(token_ids[:used], dtype=torch.int64), options.tokens_per_pair)
     first = 1
-    if shape.window == "random":
+    if options.window == "random":
         first = int(generator.integers(1, chunks.shape[0] - num_candidates + 1))
     candidates = np.arange(first, first + num_candidates)
-    memory, numbers = sample_chunks(chunks, shape.memory_size, candidates, generator)
+    memory, numbers = sample_chunks(chunks, options.memory_size, candidates, generator)
     return chunks[0], memory, numbers
 
 
 def collate_memories(rows: Sequence[MemoryRow], tokens_per_key: int) -> MemoryBatch:
-    """Stack the pairs of several articles into a batch.
-
-    Args:
-        rows: B articles' pairs.
-        tokens_per_key: K, where a chunk is split.
-    """
+    """Stack the pairs of B articles into a batch; chunks are split after ``tokens_per_key`` tokens."""
     example_keys, example_values = split_key_values(torch.stack([row.example for row in rows]), tokens_per_key)
     key_tokens, value_tokens = split_key_values(torch.stack([row.chunks for row in rows]), tokens_per_key)
     return MemoryBatch(
@@ -232,15 +204,7 @@ def collate_memories(rows: Sequence[MemoryRow], tokens_per_key: int) -> MemoryBa
 
 
 def add_embeddings(batch: MemoryBatch, embed_keys: EmbedKeys) -> KeyValuePairs:
-    """Add the keys' attention vectors to a batch of memories.
-
-    Args:
-        batch: the tokens.
-        embed_keys: token ids ``[n, K]`` to vectors ``[n, G, D]``.
-
-    Returns:
-        The memories, on the device of the vectors.
-    """
+    """Add the keys' attention vectors to a batch of memories; the memories are on the device of the vectors."""
     batch_size, num_pairs, _ = batch.key_tokens.shape
     vectors = torch.unflatten(embed_keys(batch.key_tokens.flatten(0, 1)), 0, (batch_size, num_pairs))
     return KeyValuePairs(

@@ -1,8 +1,7 @@
-"""From a data set of articles to an endless stream of them, each with its place in the order.
+"""From a source of articles to an endless stream of them, each with its place in the order (design §3).
 
-Section 3 of the design: no article twice before the source is exhausted, then the next epoch in another order; every
-article carries the position after it, so that a run that stops continues with the next one. The module knows nothing
-about where a data set comes from, nor about tokens.
+No article comes twice before the source is exhausted; the next epoch has another order. Every article carries the
+position after it, so that a run that stops resumes with the next one.
 """
 
 from __future__ import annotations
@@ -12,58 +11,72 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Final, Protocol, TypeAlias, runtime_checkable
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
 from attention_rl_trainer.memories.articles.files import BROKEN_ROW
-from attention_rl_trainer.memories.articles.sources import ArticleTable, load_articles
+from attention_rl_trainer.memories.articles.sources import load_articles
+from attention_rl_trainer.memories.articles.wikipedia import ArticleTable
 from attention_rl_trainer.types import StreamPosition
 
 SKIP_REASON_COLUMN = "skip_reason"
-"""Column in which a source says why a row is no article; "" where it is one."""
+"""Column in which a source says why a row is not an article; "" where it is one."""
 
 READING_ERRORS = (pa.ArrowException, UnicodeDecodeError, EOFError)
 """What a streamed source raises where its files are damaged."""
 
 Row: TypeAlias = Mapping[str, object]
 
+_BEGINNING: Final = StreamPosition()
+
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Article:
-    """The text of an article.
-
-    Args:
-        title: Its title, or "article {row}" where the source has none.
-        text: Plain text, never empty.
-        source: Name or path of the source.
-    """
+    """The text of an article."""
 
     title: str
+    """Its title, or "article {row}" where the source has none."""
     text: str
+    """Plain text, never empty where a stream yields it."""
     source: str
+    """Name or path of the source."""
 
 
 @dataclass(frozen=True, slots=True)
 class PositionedArticle:
-    """An article and its place in the stream.
-
-    Args:
-        article: The article.
-        position: Place before it: its epoch, and its index in the order of that epoch.
-        next_position: Place after it, from which a resumed stream continues.
-        row: Identity of the article: its row in the source, or for a streamed source, which has no numbered rows, its
-            index in the order of the epoch.
-    """
+    """An article and its place in the stream."""
 
     article: Article
     position: StreamPosition
+    """The place before it: its epoch, and its index in the order of that epoch."""
     next_position: StreamPosition
+    """The place after it, from which a stream resumes."""
     row: int
+    """Identity of the article: its row in the source; in a streamed source, whose rows have no numbers, its index in
+    the order of the epoch."""
+
+
+@runtime_checkable
+class ArticleSource(Protocol):
+    """Articles of a user's own: whatever has a length and gives rows by number, such as a list.
+
+    A row is an `Article`, or a mapping with a column of text and, where there are titles, a ``title``. Rows are read in
+    any order and several times; the same number must give the same row.
+    """
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def __getitem__(self, row: int, /) -> Row | Article:
+        """Return a row by its number, from 0."""
+
+
+Articles: TypeAlias = ArticleTable | ArticleSource
 
 
 class ArticleStream:
@@ -71,34 +84,28 @@ class ArticleStream:
 
     A source with a length is read in a permutation of its rows, and entering it anywhere costs nothing. A streamed
     source is shuffled through a buffer, and entered by reading it again up to the position. Both orders depend on
-    `(seed, epoch)` alone. Of several processes, process p takes the rows whose index in the order is p modulo their
-    number; each continues from the position after its own last article. Iterating anew starts again at `position`.
+    ``(seed, epoch)`` alone. Of several processes, process p takes the rows whose index in the order is p modulo their
+    number; each resumes from the position after its own last article. Iterating anew starts again at ``position``.
 
     Args:
-        dataset: A data set of rows, or a sequence of rows or of `Article`.
-        text_column: Column of the text.
-        title_column: Column of the title, used where a row has it.
-        source: Name under which the articles are known.
-        seed: Seed of the order.
-        shuffle: Read in another order in every epoch, the first one included; else in the order of the source.
-        shuffle_buffer_size: Rows of a streamed source from which the next one is drawn.
-        position: Where to start.
-        process_index: Number of this process.
-        num_processes: Number of processes that share the source.
-        num_epochs: Stop after the epoch of this number (counted from the very first); None never stops.
+        source: name under which the articles are known.
+        title_column: column of the title, used where a row has it.
+        shuffle: read in another order in every epoch, the first one included; else in the order of the source.
+        shuffle_buffer_size: rows of a streamed source from which the next one is drawn.
+        num_epochs: stop after the epoch of this number (counted from the very first); None never stops.
 
     Attributes:
-        skipped: How many rows were passed over by this process since the stream was made, by reason: the reason the
+        skipped: how many rows were passed over by this process since the stream was made, by reason: the reason the
             source gives, "not_a_string" (also None, a number or bytes), "empty" (also white space alone), or
             "broken_row" for a row of a table that is not valid UTF-8. The first of the latter is logged.
 
     Raises:
-        ValueError: A number is out of its range.
+        ValueError: a number is out of its range.
     """
 
     def __init__(
         self,
-        dataset: ArticleTable | Sequence[Row] | Sequence[Article],
+        dataset: Articles,
         *,
         source: str,
         seed: int,
@@ -106,7 +113,7 @@ class ArticleStream:
         title_column: str = "title",
         shuffle: bool = True,
         shuffle_buffer_size: int = 1000,
-        position: StreamPosition = StreamPosition(),
+        position: StreamPosition = _BEGINNING,
         process_index: int = 0,
         num_processes: int = 1,
         num_epochs: int | None = None,
@@ -117,9 +124,9 @@ class ArticleStream:
             )
         for name, value in (("shuffle_buffer_size", shuffle_buffer_size), ("num_epochs", num_epochs)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}.")
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         if seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {seed}.")
+            raise ValueError(f"seed must be at least 0, got {seed}.")
         self.position = position
         self.skipped: Counter[str] = Counter()
         self._dataset = dataset
@@ -134,10 +141,10 @@ class ArticleStream:
         self._num_epochs = num_epochs
 
     def __iter__(self) -> Iterator[PositionedArticle]:
-        """Yield the articles of this process from `position` on.
+        """Yield the articles of this process from ``position`` on.
 
         Raises:
-            ValueError: A whole epoch gives this process no article, or a row lacks the column of the text, or a
+            ValueError: a whole epoch gives this process no article, or a row lacks the column of the text, or a
                 streamed source that is not read by `load_articles` from local files is damaged.
         """
         start = self.position.index
@@ -182,7 +189,7 @@ class ArticleStream:
         try:
             return self._dataset[row]
         except UnicodeDecodeError as error:
-            # Arrow takes any bytes for a string; only reading the row shows that they are none.
+            # Arrow takes any bytes for a string; only reading the row shows that they are not UTF-8.
             if not self.skipped[BROKEN_ROW]:
                 _logger.warning("Row %d of %r cannot be read, and is passed over: %s", row, self._source, error)
             return {SKIP_REASON_COLUMN: BROKEN_ROW}
@@ -225,11 +232,11 @@ class ArticleStream:
         return article, "" if text.strip() else "empty"
 
     def _no_article(self, epoch: int, skipped: Counter[str]) -> ValueError:
-        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items())) or "it has no row for it"
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
         share = f" for process {self._process_index} of {self._num_processes}" if self._num_processes > 1 else ""
         return ValueError(
-            f"Epoch {epoch} of {self._source!r} holds no article{share}; rows passed over: {counts}. "
-            "Give a source with at least one article a process."
+            f"Epoch {epoch} of {self._source!r} holds no article{share}; rows passed over: "
+            f"{counts or 'none, there is no row for it'}. Give a source with at least one article per process."
         )
 
 
@@ -249,26 +256,18 @@ def iter_wikipedia_articles(
     shuffle: bool = False,
     num_epochs: int | None = 1,
 ) -> Iterator[Article]:
-    """Iterate over the articles of a source.
+    """Iterate over the articles of a source, opened as `load_articles` does, without the pages that are not articles.
 
     Args:
-        name_or_path: Source, as in `load_articles`.
-        config_name: Configuration of a Hub data set.
-        split: Split of the data set.
-        streaming: Read while iterating, as in `load_articles`.
-        text_column: Column of the text.
-        seed: Seed of the order, used where `shuffle` is set.
-        shuffle: Read in another order in every epoch.
-        num_epochs: Passes over the source; None never stops.
+        seed: seed of the order, used with ``shuffle``.
+        shuffle: read in another order in every epoch.
+        num_epochs: passes over the source; None never stops.
 
     Returns:
-        The articles, without the pages that are none. The source is opened at once, and read while iterating.
+        The articles. The source is opened at once, and read while iterating.
 
     Raises:
-        FileNotFoundError: As in `load_articles`, as the following ones.
-        HubUnreachableError: The Hub is needed and cannot be reached.
-        ImportError: The source needs the `offline` extra.
-        ValueError: The source cannot be read, or holds no article.
+        ValueError: the source cannot be read, or holds no article; and what else `load_articles` raises.
     """
     table = load_articles(name_or_path, config_name, split, streaming, text_column)
     stream = ArticleStream(

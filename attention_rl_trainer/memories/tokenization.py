@@ -1,10 +1,8 @@
-"""Text into token ids as plain text, and the two separators of the prompt (design §3, §4).
+"""Text into token ids as plain text (design §3).
 
 An article is untrusted text: none of it may turn into a control token. ``add_special_tokens=False`` is not enough for
 that, because a tokenizer also *recognizes* its special and added tokens in the text (``<|endoftext|>``), so the text
 goes through a copy of the tokenizer whose added vocabulary was taken out.
-
-Knows nothing about pairs, prompts as a whole, or models.
 """
 
 from __future__ import annotations
@@ -17,33 +15,19 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-_EVERY_UTF8_BYTE = "".join(
+EVERY_UTF8_BYTE = "".join(
     map(chr, (*range(0x801), *range(0x1000, 0xD800, 0x1000), 0xE000, 0xF000, *range(0x10000, 0x110000, 0x30000)))
 )
 """Characters whose UTF-8 holds every byte that any text can hold."""
 
 
 def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Collect the ids that no article text and no query may contain.
-
-    Args:
-        tokenizer: the base model's tokenizer.
-
-    Returns:
-        The ids of the special and of the added tokens.
-    """
+    """Collect the ids of special and added tokens, which no article text and no query may contain."""
     return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
 
 
 def plain_text_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """Copy a tokenizer without its added vocabulary, so that all text is plain text.
-
-    Args:
-        tokenizer: a fast tokenizer.
-
-    Returns:
-        A tokenizer that adds and recognizes no special and no added token. Everything else is unchanged.
-    """
+    """Copy a tokenizer so that all text is plain text: it neither adds nor recognizes special and added tokens."""
     # `str(tokenizer)` on the backend would lose the options; its own serialization is the exact one.
     specification = json.loads(tokenizer.backend_tokenizer.to_str())
     specification.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
@@ -55,9 +39,6 @@ class PlainTextEncoder:
 
     A byte-level tokenizer gives every text back when it decodes. Others give back what they keep of it: a tokenizer
     with ``▁`` for the space makes a space of that sign, and one that normalizes to NFC composes accents.
-
-    Args:
-        tokenizer: the base model's tokenizer; it must be a fast one.
 
     Raises:
         ValueError: the tokenizer is not a fast one, or its model turns the text of a control token into the token, or
@@ -79,30 +60,21 @@ class PlainTextEncoder:
         self._refuse_leaks()
 
     def encode(self, text: str) -> list[int]:
-        """Encode text as plain text.
+        """Encode text as plain text: the texts of control tokens stay text, and no special token is added.
 
-        Args:
-            text: any text; the texts of control tokens in it stay text. A lone surrogate, which stands for no
-                character, is read as ``?``.
-
-        Returns:
-            The token ids, with no special token added.
+        A lone surrogate, which stands for no character, is read as ``?``.
         """
         # Lone surrogates cannot be handed to the tokenizer, which works on UTF-8.
         clean = text.encode("utf-8", errors="replace").decode("utf-8")
         return list(self._plain.encode(clean, add_special_tokens=False).ids)
 
     def decode(self, token_ids: Sequence[int] | Tensor) -> str:
-        """Turn ids into text, for logs and reports only.
-
-        Args:
-            token_ids: ids of one sequence.
-        """
+        """Turn the ids of one sequence into text, for logs and reports only."""
         ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _refuse_unknown_characters(self) -> None:
-        unknown = self.control_ids.intersection(self.encode(_EVERY_UTF8_BYTE))
+        unknown = self.control_ids.intersection(self.encode(EVERY_UTF8_BYTE))
         if unknown:
             token = self.tokenizer.convert_ids_to_tokens(min(unknown))
             raise ValueError(
@@ -129,7 +101,6 @@ def allowed_token_ids(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) 
     """List the ids that a query may contain: neither special, nor added, nor padding of the embedding matrix.
 
     Args:
-        tokenizer: the base model's tokenizer.
         vocabulary_size: rows of the model's output head; those at or beyond ``len(tokenizer)`` are padding.
 
     Returns:

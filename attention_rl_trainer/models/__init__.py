@@ -4,7 +4,9 @@
 `policy` decodes and scores with it, and `readers` lets policy and reference read one context.
 """
 
+from attention_rl_trainer.models.adapters import add_adapter
 from attention_rl_trainer.models.base import load_base_model
+from attention_rl_trainer.models.choice import load_named_model, with_tokenizer
 from attention_rl_trainer.models.policy import PolicyModel
 
-__all__ = ["PolicyModel", "load_base_model"]
+__all__ = ["PolicyModel", "add_adapter", "load_base_model", "load_named_model", "with_tokenizer"]

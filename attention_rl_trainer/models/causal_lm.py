@@ -1,4 +1,4 @@
-"""models.causal_lm."""
+"""What a causal language model consists of, its output head, and the modes in which it computes (design §4, §8)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ _LOGITS_CHUNK_BYTES = 64 * 2**20
 
 @contextmanager
 def deterministic_inference(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode without gradients, and back.
+    """Evaluation mode without gradients, and back.
 
-    Args:
-        model: rolling out in train mode would apply dropout, and activation checkpointing would drop the cache.
+    In train mode a rollout would apply dropout, and activation checkpointing would drop the cache.
     """
     was_training = model.training
     model.eval()
@@ -38,12 +37,9 @@ def deterministic_inference(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def dropout_disabled(model: nn.Module) -> Iterator[None]:
-    """Set every dropout probability to 0, and back; the mode stays as it is.
+    """Set every dropout probability to 0, and back: ``nn.Dropout.p`` and floats such as ``attention_dropout``.
 
     ``model.eval()`` would do it too, but silently switches activation checkpointing off.
-
-    Args:
-        model: modules hold their probability as ``nn.Dropout.p`` or as a float attribute such as ``attention_dropout``.
     """
     saved = []
     for module in model.modules():
@@ -60,37 +56,22 @@ def dropout_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def base_language_model(model: PeftModel) -> PreTrainedModel:
-    """Take the causal language model out of its PEFT wrapper; the LoRA layers stay in it.
-
-    Args:
-        model: a PEFT model over a causal language model.
-    """
+    """Take the causal language model out of its PEFT wrapper; the LoRA layers stay in it."""
     return cast(PreTrainedModel, model.get_base_model())
 
 
 def input_embeddings(model: PreTrainedModel) -> nn.Embedding:
-    """Return the layer that turns ids into hidden states.
-
-    Args:
-        model: a causal language model, without a PEFT wrapper.
-    """
+    """The layer that turns ids into hidden states; ``model`` has no PEFT wrapper."""
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear:
-    """Take the layer that turns hidden states into vocabulary logits.
-
-    Args:
-        model: a causal language model, without a PEFT wrapper.
-    """
+    """The layer that turns hidden states into vocabulary logits; ``model`` has no PEFT wrapper."""
     return cast(nn.Linear, model.get_output_embeddings())  # type: ignore[no-untyped-call]  # not annotated upstream
 
 
 class LogitsHead:
-    """The output head of a causal language model, with what the architecture does to the logits after it.
-
-    Args:
-        model: the model without a PEFT wrapper.
+    """The output head of a model without a PEFT wrapper, with what the architecture does to the logits after it.
 
     Raises:
         UnsupportedArchitectureError: head and backbone together do not give the model's own logits.
@@ -105,14 +86,7 @@ class LogitsHead:
         self._verify(model)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Compute logits.
-
-        Args:
-            hidden: ``[..., C]``.
-
-        Returns:
-            ``[..., vocabulary]`` in float32.
-        """
+        """Compute logits: ``[..., C]`` to ``[..., vocabulary]`` in float32."""
         logits: Tensor = self.linear(hidden.contiguous()).float()
         if self._scale != 1:
             logits = logits * self._scale
@@ -128,16 +102,11 @@ class LogitsHead:
         if own.shape != expected.shape or not torch.allclose(own, expected, rtol=1e-2, atol=1e-2, equal_nan=True):
             raise UnsupportedArchitectureError(
                 f"{type(model).__name__} does something to its logits after the output head that is not known here "
-                "(known: final_logit_softcapping, logit_scale, logits_scaling)"
+                "(known: final_logit_softcapping, logit_scale, logits_scaling); use another base model"
             )
 
 
 def default_logits_chunk_size(vocabulary_size: int, *, on_cpu: bool) -> int:
-    """Positions whose logits take 64 MiB in float32, 40 MiB on a CPU: memory does not grow with the vocabulary.
-
-    Args:
-        vocabulary_size: logits of a position.
-        on_cpu: whether a CPU computes.
-    """
+    """Positions whose logits take 64 MiB in float32, 40 MiB on a CPU: memory does not grow with the vocabulary."""
     chunk_bytes = _LOGITS_CHUNK_BYTES_ON_CPU if on_cpu else _LOGITS_CHUNK_BYTES
     return max(1, chunk_bytes // (4 * vocabulary_size))

@@ -1,4 +1,4 @@
-"""From what a user asks for to a base model that can run here, and the model and tokenizer of that name (design §3).
+"""From what a user asks for to a base model that can run here, loaded with its tokenizer (design §3).
 
 `auto` picks by what there is: the memory of the GPU, the Hub, the local cache.
 """
@@ -12,15 +12,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import auth_check
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-)
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from peft import PeftModel
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attention_rl_trainer.errors import BaseModelError
 from attention_rl_trainer.hub import cached_in_hub_cache, hub_obstacle
@@ -42,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 # A card sold with 16 GB reports 14.6 (T4) to 15.99 GiB, since ECC and the driver keep a part of it.
 LLAMA_MIN_GPU_MEMORY_GIB = 14.5
-_FILES_THAT_LOAD = {
+FILES_THAT_LOAD = {
     LLAMA: (
         "config.json",
         "tokenizer.json",
@@ -52,25 +46,22 @@ _FILES_THAT_LOAD = {
     ),
     GPT2: ("config.json", "tokenizer.json", "model.safetensors"),
 }
+"""What must be in the local cache for the models of `auto` to load without the Hub."""
+_MODEL_OPTIONS = {"attn_implementation", "dtype", "quantization_config", "revision"}
 
 
 @dataclass(frozen=True)
 class AutoFacts:
-    """What `auto` looks at.
-
-    Attributes:
-        gpu_memory_gib: Memory of the CUDA GPU in GiB, or None where training does not run on one.
-        native_dtype: What `native_dtype` says of the device.
-        hub_obstacle: What stands between this machine and the Hub, or None where it answers.
-        llama_refusal: Why the Hub refuses access to Llama-3.2-3B, or None where it grants it or was not asked.
-        llama_is_cached: Whether every file of Llama-3.2-3B is in the local cache.
-        gpt2_is_cached: Whether every file of GPT-2 is in the local cache.
-    """
+    """What `auto` looks at."""
 
     gpu_memory_gib: float | None
+    """Memory of the CUDA GPU in GiB, or None where training does not run on one."""
     native_dtype: torch.dtype
+    """What `native_dtype` says of the device."""
     hub_obstacle: str | None
+    """What stands between this machine and the Hub, or None where it answers."""
     llama_refusal: str | None
+    """Why the Hub refuses access to Llama-3.2-3B, or None where it grants it or was not asked."""
     llama_is_cached: bool
     gpt2_is_cached: bool
 
@@ -81,12 +72,8 @@ def choose_base_model(name_or_path: str, device: torch.device | None = None) -> 
     `offline`, and `auto` where it falls back on the embedded model, convert the embedded model on first use.
 
     Args:
-        name_or_path: `auto`, `offline`, a Hub repository, a local folder or a `.gguf` file. The last three are passed
-            through unchecked; loading checks them.
-        device: Where the base model will run; by default the first CUDA GPU, else the CPU.
-
-    Returns:
-        The model's name or path, its precision, and the reason.
+        name_or_path: `auto`, `offline`, or a Hub repository, local folder or `.gguf` file, which loading checks.
+        device: Where the base model will run; by default `default_device`.
 
     Raises:
         BaseModelError: The embedded model is needed and is not installed, or cannot be converted.
@@ -103,16 +90,10 @@ def choose_base_model(name_or_path: str, device: torch.device | None = None) -> 
 
 
 def decide_auto(facts: AutoFacts) -> BaseModelChoice:
-    """Pick the base model of `auto` from facts alone.
+    """Pick the base model of `auto` from facts alone; the embedded model is called `offline`.
 
     Llama-3.2-3B in bfloat16 on a GPU of 16 GB or more, GPT-2 on a smaller one or on the CPU, the embedded model where
     that one is neither cached nor to be had from the Hub.
-
-    Args:
-        facts: What is there.
-
-    Returns:
-        The choice, in which the embedded model is called `offline`.
     """
     memory = facts.gpu_memory_gib
     if memory is not None and memory >= LLAMA_MIN_GPU_MEMORY_GIB:
@@ -148,7 +129,7 @@ def _auto_facts(device: torch.device) -> AutoFacts:
 
 
 def _is_cached(repo_id: str) -> bool:
-    return all(cached_in_hub_cache(repo_id, filename) for filename in _FILES_THAT_LOAD[repo_id])
+    return all(cached_in_hub_cache(repo_id, filename) for filename in FILES_THAT_LOAD[repo_id])
 
 
 def _access_refusal(repo_id: str) -> str | None:
@@ -168,31 +149,27 @@ def _with_embedded_path(choice: BaseModelChoice) -> BaseModelChoice:
         raise BaseModelError(f"The choice is {choice.reason}. {error}") from error
 
 
-_MODEL_OPTIONS = {"attn_implementation", "dtype", "quantization_config", "revision"}
-
-
 def load_named_model(
     name: str, device: torch.device, options: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model by its name, and its tokenizer unless another is given.
 
     Args:
-        name: a Hub name, a folder, a .gguf file, ``"offline"`` or ``"auto"``.
-        device: where it will run.
-        options: keyword arguments of the loading, such as ``dtype``, also by its name or ``"auto"``.
-        tokenizer: a tokenizer to use instead of the model's own.
+        name: as in `choose_base_model`.
+        options: keyword arguments of `load_base_model`, named ``model_init_kwargs`` in the errors; ``dtype`` also by
+            its name or ``"auto"``.
 
     Raises:
-        ValueError: ``model_init_kwargs`` holds an unknown name or dtype.
+        ValueError: the options hold an unknown name or dtype.
         BaseModelError: the model cannot be loaded.
         HubUnreachableError: it would have to come from the Hub, which cannot be reached.
     """
-    choice = choose_base_model(name, device)
-    logger.warning("Base model %s: %s", choice.name_or_path, choice.reason)
     options = dict(options)
     unknown = sorted(set(options) - _MODEL_OPTIONS)
     if unknown:
         raise ValueError(f"model_init_kwargs takes {', '.join(sorted(_MODEL_OPTIONS))}; got {', '.join(unknown)}")
+    choice = choose_base_model(name, device)
+    logger.warning("Base model %s: %s", choice.name_or_path, choice.reason)
     if isinstance(options.get("dtype"), str):
         options["dtype"] = _parse_dtype(options["dtype"], choice.dtype)
     revision = options.get("revision")
@@ -210,10 +187,7 @@ def _parse_dtype(name: str, default: torch.dtype) -> torch.dtype:
 
 
 def tokenizer_of(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model.
-
-    Args:
-        model: a base model, or one with an adapter.
+    """Load the tokenizer of a base model, with or without an adapter.
 
     Raises:
         ValueError: the model does not say where it was loaded from.
@@ -222,3 +196,22 @@ def tokenizer_of(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
     if not name:
         raise ValueError("the model does not say where it was loaded from; give its tokenizer as processing_class")
     return load_tokenizer(name)
+
+
+def with_tokenizer(
+    model: str | PreTrainedModel | PeftModel,
+    device: torch.device,
+    loading: object,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Load a model that is given by its name, and its tokenizer unless another is given.
+
+    Args:
+        model: a name as `load_named_model` takes it, or a model.
+        device: where it will run.
+        loading: options of the loading, a mapping; ``None`` for none.
+        tokenizer: one to use instead of the model's own.
+    """
+    if isinstance(model, str):
+        return load_named_model(model, device, loading if isinstance(loading, Mapping) else {}, tokenizer)
+    return model, tokenizer or tokenizer_of(model)

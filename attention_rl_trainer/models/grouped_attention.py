@@ -1,8 +1,8 @@
 """Grouped-query attention that reads keys and values once for each group instead of once for each query head.
 
-With few new tokens behind a long context, attention is the reading of the cache. On a CPU, torch's attention kernel
+With few new tokens after a long context, attention is the reading of the cache. On a CPU, torch's attention kernel
 takes as many key heads as query heads: transformers repeats the keys for it, or torch does. The H / G query heads that
-share a group differ in their queries alone, so they can stand behind one another as further queries of one head::
+share a group differ in their queries alone, so they can stand one after the other as further queries of one head::
 
     [B, G · r, S, D]  ->  [B, G, r · S, D]        r = H / G
 
@@ -13,10 +13,10 @@ In bfloat16 even so the kernel takes four times as long as reading the keys. Two
     scores = q · kᵀ,    [B · G, r · S, D] x [B · G, D, C]        attended = softmax(scores) · v
 
 take half of its time, for scores that are rounded to bfloat16, as transformers' "eager" attention rounds them too. The
-products copy whatever is no contiguous buffer, so they run over the whole buffer of which keys and values are the first
-places (`kv_cache` keeps it short), and a bias of -inf takes the places behind out.
+products copy whatever is not a contiguous buffer, so they run over the whole buffer of which keys and values are the
+first places (`kv_cache` keeps it short), and a bias of -inf takes out the places after them.
 
-Registers with transformers as the attention implementation "sdpa_grouped". Knows nothing about caches.
+Registers with transformers as the attention implementation "sdpa_grouped".
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_grouped"
 # In float32 the products take as long as the kernel.
-_DTYPES_OF_PRODUCTS = (torch.bfloat16,)
+DTYPES_OF_PRODUCTS = (torch.bfloat16,)
 # Scores of so many rows are computed at once that they stay in a processor's cache between the passes over them.
-_SCORES_BYTES = 4 * 2**20
+SCORES_BYTES = 4 * 2**20
 
 
 def grouped_attention_forward(
@@ -52,14 +52,11 @@ def grouped_attention_forward(
     """Attend with the query heads of a group as further queries of one head; transformers' interface.
 
     Args:
-        module: the attention module.
         query: ``[B, H, S, D]``.
         key: ``[B, G, C, D]``.
         value: ``[B, G, C, D]``.
         attention_mask: ``[B or 1, 1, S, C]``, or ``None``: one query sees everything, several see a square triangle.
-        dropout: probability of dropping an attention weight.
         scaling: factor of the scores, by default 1 / √D.
-        kwargs: what transformers' own function takes besides.
 
     Returns:
         ``[B, S, H, D]``, and no weights.
@@ -74,7 +71,7 @@ def grouped_attention_forward(
     grouped = query.reshape(batch_size, num_groups, shared * num_queries, -1)
     mask = None if attention_mask is None else attention_mask.repeat(1, 1, shared, 1)
     buffers = None
-    if query.dtype in _DTYPES_OF_PRODUCTS and dropout == 0 and (mask is None or mask.shape[0] == 1):
+    if query.dtype in DTYPES_OF_PRODUCTS and dropout == 0 and (mask is None or mask.shape[0] == 1):
         buffers = _whole_buffers(key, value)
     if buffers is not None:
         scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
@@ -125,7 +122,7 @@ def _whole_buffer(states: Tensor) -> Tensor | None:
 
 
 def _bias(mask: Tensor | None, length: int, num_places: int, dtype: torch.dtype) -> Tensor | None:
-    """Turn a mask into what is added to the scores, with -inf for the places behind; ``[1 or r · S, places]``."""
+    """Turn a mask into what is added to the scores, with -inf for the places after; ``[1 or r · S, places]``."""
     if mask is None and length == num_places:
         return None
     bias = torch.full((1 if mask is None else mask.shape[2], num_places), -math.inf, dtype=dtype)
@@ -139,26 +136,18 @@ def _bias(mask: Tensor | None, length: int, num_places: int, dtype: torch.dtype)
 
 
 def rows_at_once(row_bytes: int) -> int:
-    """Count the rows of a batch whose scores are computed at once.
-
-    Args:
-        row_bytes: bytes of a row's scores.
-    """
-    return max(1, _SCORES_BYTES // row_bytes)
+    """Rows of a batch whose scores, of ``row_bytes`` each, are computed at once."""
+    return max(1, SCORES_BYTES // row_bytes)
 
 
 def attend_by_products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
     """Attend by two batched matrix products, a few rows at a time.
 
     Args:
-        query: ``[B, G, n, D]``.
+        query: ``[B, G, n, D]``, the shape of what is returned.
         key: ``[B, G, C, D]``, contiguous; finite also where the bias is -inf.
-        value: ``[B, G, C, D]``, likewise.
-        bias: what is added to the scores, ``[1 or n, C]``; ``None`` for nothing.
-        scaling: factor of the scores.
-
-    Returns:
-        ``[B, G, n, D]``.
+        value: like ``key``.
+        bias: what is added to the scaled scores, ``[1 or n, C]``.
     """
     batch_size, num_groups, num_queries, _ = query.shape
     rows = rows_at_once(num_groups * num_queries * key.shape[2] * query.element_size())
@@ -174,13 +163,7 @@ def attend_by_products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor |
 
 
 def grouped_mask(batch_size: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """Make transformers' mask, of one row where no row is padded: every layer converts what it is given.
-
-    Args:
-        batch_size: rows of the batch.
-        attention_mask: which tokens are padding; ``None`` for none.
-        kwargs: what transformers' own function takes besides.
-    """
+    """Make transformers' mask, of one row where no row is padded: every layer converts what it is given."""
     rows = 1 if attention_mask is None else batch_size
     mask: Tensor | None = sdpa_mask(batch_size=rows, attention_mask=attention_mask, **kwargs)
     return mask
@@ -194,8 +177,7 @@ AttentionMaskInterface.register(NAME, grouped_mask)
 def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let a model on the CPU attend by groups while the context lasts; other models stay as they are.
 
-    Args:
-        model: a causal language model; only "sdpa", the implementation that is equal to this one, is replaced.
+    Only "sdpa", the implementation that is equal to this one, is replaced.
     """
     config = model.config.get_text_config()
     previous = config._attn_implementation

@@ -2,12 +2,10 @@
 
 transformers' own dynamic cache copies every layer's keys and values for each new token; a static one attends over its
 whole length from the first token on. Here new tokens are written in place and the filled part is attended to. Policy
-and reference own half of the rows each: read together they are one batch, and one can be rolled back without the other.
+and reference own half of the rows each: read together they are one batch, and one is rolled back without the other.
 
 On a CPU matrix products need contiguous memory, so attention runs over all places that are allocated
 (`grouped_attention`). There the memory grows by pieces of some tokens: few places are empty, and few growths copy.
-
-Knows nothing about models beyond what transformers asks of a cache.
 """
 
 from __future__ import annotations
@@ -19,15 +17,23 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from attention_rl_trainer.models.causal_lm import input_embeddings
+
+# Tokens by which a cache grows on a CPU: attention runs over the empty places too, and a growth copies the cache.
+_PIECE_ON_CPU = 128
+
 
 def keeps_every_token(model: PreTrainedModel) -> bool:
-    """Tell whether every layer of a model keeps all tokens' keys and values, so that its cache can be preallocated.
-
-    Args:
-        model: a causal language model; layers with sliding windows or recurrent states keep something else.
-    """
+    """Whether every layer keeps all tokens' keys and values: none has a sliding window or a recurrent state."""
     layers = DynamicCache(config=model.config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def new_cache(model: PreTrainedModel, num_rows: int, capacity: int) -> Cache:
+    """Make an empty cache for ``capacity`` tokens per row, preallocated where the model keeps every token."""
+    if keeps_every_token(model):
+        return PreallocatedCache.of(model, num_rows, capacity)
+    return DynamicCache(config=model.config)
 
 
 class _Storage:
@@ -40,7 +46,7 @@ class _Storage:
         self.tensors: tuple[Tensor, Tensor] | None = None
 
     def with_places(self, length: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the memory with places for ``length`` tokens; what it is made of shows at the first call."""
+        """Return the memory with places for ``length`` tokens; G, D, precision and device are those of the tokens."""
         if length > self.capacity:
             raise ValueError(f"the cache was made for {self.capacity} tokens, got {length}")
         if self.tensors is None or length > self.tensors[0].shape[2]:
@@ -66,97 +72,82 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # trans
 
     def __init__(self, storage: _Storage, rows: slice, length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # not annotated upstream
-        self._storage = storage
-        self._rows = rows
-        self._length = length
+        self.storage = storage
+        self.rows = rows
+        self.length = length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Note what the memory is made of; all views share it, so none holds it."""
+        """Note precision and device; the memory is the storage's, which all views share."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write new tokens behind the present ones.
-
-        Args:
-            key_states: ``[rows, G, S, D]``.
-            value_states: ``[rows, G, S, D]``.
-            args: unused.
-            kwargs: unused.
-
-        Returns:
-            Keys and values of all tokens so far, views of ``[rows, G, length, D]``.
-        """
+        """Write new tokens, ``[rows, G, S, D]``, and return views of all, ``[rows, G, length, D]``."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self._length + key_states.shape[2]
-        keys, values = self._storage.with_places(end, key_states, value_states)
-        keys[self._rows, :, self._length : end] = key_states
-        values[self._rows, :, self._length : end] = value_states
-        self._length = end
-        return keys[self._rows, :, :end], values[self._rows, :, :end]
+        end = self.length + key_states.shape[2]
+        keys, values = self.storage.with_places(end, key_states, value_states)
+        keys[self.rows, :, self.length : end] = key_states
+        values[self.rows, :, self.length : end] = value_states
+        self.length = end
+        return keys[self.rows, :, :end], values[self.rows, :, :end]
 
     def get_seq_length(self) -> int:
         """Return the number of tokens in the cache."""
-        return self._length
+        return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens.
-
-        Args:
-            tokens_to_remove: their number, negative as transformers has it.
-        """
-        self._length -= abs(tokens_to_remove)
+        """Forget the newest tokens; their number is negative, as transformers has it."""
+        self.length -= abs(tokens_to_remove)
 
     def view(self, rows: slice) -> PreallocatedLayer:
         """Read the same memory at some of the rows, from the present length on."""
-        return PreallocatedLayer(self._storage, rows, self._length)
+        return PreallocatedLayer(self.storage, rows, self.length)
 
 
 class PreallocatedCache(Cache):
-    """Keys and values of at most ``capacity`` tokens in ``num_rows`` rows, one buffer of each for every layer.
+    """Keys and values of at most ``capacity`` tokens in each of ``num_rows`` rows, one buffer of each for every layer.
 
-    Args:
-        num_layers: layers of the model.
-        num_rows: rows.
-        capacity: tokens in a row.
-        piece: tokens by which the memory grows; by default all of it is allocated at once.
+    The memory grows by ``piece`` tokens; by default all of it is allocated at once.
     """
 
     def __init__(self, num_layers: int, num_rows: int, capacity: int, piece: int | None = None) -> None:
         storages = [_Storage(num_rows, capacity, piece or capacity) for _ in range(num_layers)]
         super().__init__(layers=[PreallocatedLayer(storage, slice(0, num_rows), 0) for storage in storages])
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, num_rows: int, capacity: int) -> PreallocatedCache:
+        """Make an empty cache for a model that keeps every token."""
+        num_layers: int = model.config.get_text_config().num_hidden_layers
+        on_cpu = input_embeddings(model).weight.device.type == "cpu"
+        return cls(num_layers, num_rows, capacity, _PIECE_ON_CPU if on_cpu else None)
+
     @property
     def _own_layers(self) -> list[PreallocatedLayer]:
         return cast(list[PreallocatedLayer], self.layers)
 
-    def view(self, rows: slice) -> PreallocatedCache:
-        """Make a cache of some of the rows, over the same memory, with a length of its own.
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The memory itself: keys and values of each layer that was written to, ``[num_rows, G, places, D]``."""
+        return [tensor for layer in self._own_layers for tensor in layer.storage.tensors or ()]
 
-        Args:
-            rows: which.
-        """
+    def view(self, rows: slice) -> PreallocatedCache:
+        """Make a cache of some of the rows, over the same memory, with a length of its own."""
         cache = copy.copy(self)
         cache.layers = [layer.view(rows) for layer in self._own_layers]
         return cache
 
     @property
     def length(self) -> int:
-        """Tokens in the cache. Setting it forgets those behind, or takes in those that another view wrote."""
+        """Tokens in the cache. Setting it forgets those after it, or takes in those that another view wrote."""
         return self._own_layers[0].get_seq_length()
 
     @length.setter
     def length(self, length: int) -> None:
         for layer in self._own_layers:
-            layer._length = length
+            layer.length = length
 
 
 def memory_bytes(cache: PreallocatedCache) -> int:
-    """Bytes that a cache has allocated.
-
-    Args:
-        cache: a cache that was written to.
-    """
-    tensors = [tensor for layer in cache._own_layers for tensor in layer._storage.tensors or ()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Bytes that a cache has allocated."""
+    return sum(buffer.numel() * buffer.element_size() for buffer in cache.buffers)

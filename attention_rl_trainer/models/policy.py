@@ -3,26 +3,22 @@
 Turns token ids into hidden states, log-probabilities and decoded queries. The output head runs only where a position is
 scored, and always on contiguous hidden states: with frozen weights and no gradient, a strided slice makes the linear
 layer copy the head's weight for every row.
-
-Knows nothing about memories, rewards or training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
 
 from attention_rl_trainer.errors import logit_sums
 from attention_rl_trainer.memories.tokenization import allowed_token_ids
-from attention_rl_trainer.models.adapters import _adapt_rows, _is_plain_lora
+from attention_rl_trainer.models.adapters import AdapterLayers
 from attention_rl_trainer.models.attention import AttentionLayer, VectorCapture
 from attention_rl_trainer.models.causal_lm import (
     LogitsHead,
@@ -34,34 +30,24 @@ from attention_rl_trainer.models.causal_lm import (
 )
 from attention_rl_trainer.models.grouped_attention import grouped_attention
 from attention_rl_trainer.models.key_vectors import KeyVectorCache, extract_embeddings
-from attention_rl_trainer.models.kv_cache import PreallocatedCache, keeps_every_token
+from attention_rl_trainer.models.kv_cache import keeps_every_token, new_cache
 from attention_rl_trainer.models.sampling import sample_by_inverse
 from attention_rl_trainer.options import Count, Options, Positive, option
-
-# Tokens by which a cache grows on a CPU: attention runs over the empty places too, and a growth copies the cache.
-_CACHE_PIECE_ON_CPU = 128
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedQuery:
-    """A query as it was sampled.
-
-    Attributes:
-        token_ids: ``[B, L]`` int64.
-        logprobs: log-probability of each token, nats, ``[B, L]``.
-        entropy: entropy at each token, nats, ``[B, L]``.
-    """
+    """A query as it was sampled."""
 
     token_ids: Tensor
+    """``[B, L]`` int64."""
     logprobs: Tensor
+    """Log-probability of each token, nats, ``[B, L]``."""
     entropy: Tensor
+    """Entropy at each token, nats, ``[B, L]``."""
 
     def rows(self, rows: slice) -> DecodedQuery:
-        """Take some of the rows.
-
-        Args:
-            rows: which.
-        """
+        """Take some of the rows."""
         return DecodedQuery(self.token_ids[rows], self.logprobs[rows], self.entropy[rows])
 
 
@@ -82,13 +68,11 @@ class PolicyModel:
     """The adapted model (policy) and the same weights with the adapter disabled (reference).
 
     Args:
-        model: a PEFT model over a causal language model.
         allowed_ids: the ids that a query may contain, ascending, int64.
-        options: temperature, layer and sizes.
         key_cache_bytes: memory for the vectors of keys that were embedded before.
 
     Attributes:
-        embedded_tokens: tokens of the keys that were embedded so far.
+        embedded_tokens: tokens of the keys that were embedded so far, those of remembered keys left out.
 
     Raises:
         ValueError: the adapter trains the output head.
@@ -124,8 +108,7 @@ class PolicyModel:
         self.allowed_ids = allowed_ids.to(self.device)
         self._first_id, self._last_id = int(allowed_ids[0]), int(allowed_ids[-1])
         self._is_range = self._last_id - self._first_id + 1 == len(allowed_ids)
-        self._adapter_layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        self._keeps_every_token = keeps_every_token(self.causal_lm)
+        self.adapter = AdapterLayers(model)
 
     @classmethod
     def of(cls, model: PeftModel, tokenizer: PreTrainedTokenizerBase, options: PolicyOptions) -> PolicyModel:
@@ -135,47 +118,21 @@ class PolicyModel:
 
     @property
     def device(self) -> torch.device:
-        """The device that token ids must lie on."""
+        """The device that token ids must be on."""
         return input_embeddings(self.causal_lm).weight.device
 
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Disable the adapter while the context lasts.
+    def reference(self) -> AbstractContextManager[None]:
+        """Let the reference read while the context lasts. May be nested."""
+        return self.adapter.disabled()
 
-        `PeftModel.disable_adapter` does the same but walks the model's status each time, ten times as slow. May be
-        nested.
-        """
-        was_disabled = [layer.disable_adapters for layer in self._adapter_layers]
-        try:
-            for layer in self._adapter_layers:
-                layer.enable_adapters(False)
-            yield
-        finally:
-            for layer, disabled in zip(self._adapter_layers, was_disabled, strict=True):
-                layer.enable_adapters(not disabled)
+    def jointly(self, num_rows: int) -> AbstractContextManager[None]:
+        """Let the policy read the first rows of a batch and the reference the others; without the adapter's dropout."""
+        return self.adapter.on_first_rows(num_rows)
 
     @property
     def can_read_jointly(self) -> bool:
-        """Whether policy and reference can be rows of one batch: plain LoRA, and a cache that keeps every token."""
-        return self._keeps_every_token and all(_is_plain_lora(layer) for layer in self._adapter_layers)
-
-    @contextmanager
-    def jointly(self, num_rows: int) -> Iterator[None]:
-        """Let the policy read the first rows of a batch and the reference the others, while the context lasts.
-
-        In evaluation mode: the adapter's dropout is left out.
-
-        Args:
-            num_rows: rows of the policy.
-        """
-        hook = partial(_adapt_rows, num_rows=num_rows)
-        handles = [layer.register_forward_hook(hook) for layer in self._adapter_layers]
-        try:
-            with self.reference():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        """Whether policy and reference can be rows of one batch."""
+        return keeps_every_token(self.causal_lm) and self.adapter.are_plain_lora
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -184,50 +141,17 @@ class PolicyModel:
             yield
 
     def new_cache(self, num_rows: int, capacity: int) -> Cache:
-        """Make an empty key-value cache.
-
-        Args:
-            num_rows: rows that are read at once.
-            capacity: tokens of the longest context.
-        """
-        if self._keeps_every_token:
-            return self.new_preallocated_cache(num_rows, capacity)
-        return DynamicCache(config=self.causal_lm.config)
-
-    def new_preallocated_cache(self, num_rows: int, capacity: int) -> PreallocatedCache:
-        """Make an empty key-value cache that is allocated once.
-
-        Args:
-            num_rows: rows that are read at once.
-            capacity: tokens of the longest context.
-        """
-        num_layers: int = self.causal_lm.config.get_text_config().num_hidden_layers
-        piece = _CACHE_PIECE_ON_CPU if self.device.type == "cpu" else None
-        return PreallocatedCache(num_layers, num_rows, capacity, piece)
+        """Make an empty key-value cache for at most ``capacity`` tokens per row."""
+        return new_cache(self.causal_lm, num_rows, capacity)
 
     def forward(self, token_ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """Run the decoder without its head.
-
-        Args:
-            token_ids: new tokens, ``[B, S]`` int64.
-            cache: what was read before; the new tokens are added to it.
-
-        Returns:
-            Hidden states of the new tokens, ``[B, S, C]``.
-        """
+        """Hidden states of new tokens, ``[B, S]`` to ``[B, S, C]``; the tokens are added to the cache."""
         output = self.backbone(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None)
         hidden: Tensor = output.last_hidden_state
         return hidden
 
     def embed_keys(self, token_ids: Tensor) -> Tensor:
-        """Compute the keys' vectors, adapters disabled; those of remembered keys are looked up.
-
-        Args:
-            token_ids: ``[n, K]`` int64.
-
-        Returns:
-            ``[n, G, D]`` in float32.
-        """
+        """The keys' vectors, adapters disabled, looked up or computed: ``[n, K]`` int64 to ``[n, G, D]`` float32."""
         return self.key_cache.embed(token_ids.cpu(), self._embed_unseen)
 
     def _embed_unseen(self, token_ids: Tensor) -> Tensor:
@@ -238,25 +162,11 @@ class PolicyModel:
             )
 
     def query_log_probabilities(self, hidden: Tensor) -> Tensor:
-        """Distribution over the next query token, on the axis of the allowed ids.
-
-        Args:
-            hidden: ``[..., C]``.
-
-        Returns:
-            Log-probabilities ``[..., A]`` in float32, A the number of allowed ids.
-        """
+        """Log-probabilities of the next query token, ``[..., C]`` to ``[..., A]``: the softmax of `query_logits`."""
         return torch.log_softmax(self.query_logits(hidden), dim=-1)
 
     def query_logits(self, hidden: Tensor) -> Tensor:
-        """Logits of the next query token, on the axis of the allowed ids, divided by the temperature.
-
-        Args:
-            hidden: ``[..., C]``.
-
-        Returns:
-            ``[..., A]`` in float32.
-        """
+        """Logits of the next query token on the axis of the A allowed ids, divided by the temperature, in float32."""
         logits = self.head(hidden)
         if self._is_range:
             allowed = logits[..., self._first_id : self._last_id + 1]
@@ -267,23 +177,11 @@ class PolicyModel:
         return allowed
 
     def allowed_index(self, token_ids: Tensor) -> Tensor:
-        """Translate allowed ids into places on their axis.
-
-        Args:
-            token_ids: allowed ids, any shape.
-        """
+        """Translate allowed ids, of any shape, into places on their axis."""
         return torch.searchsorted(self.allowed_ids, token_ids.contiguous())
 
     def token_logprobs(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Log-probability of article tokens, over the whole vocabulary, in chunks.
-
-        Args:
-            hidden: the states that predict the tokens, ``[B, n, C]``.
-            token_ids: the tokens, ``[B, n]`` int64.
-
-        Returns:
-            ``[B, n]`` in float32, nats.
-        """
+        """`score_tokens` in chunks: states ``[B, n, C]`` and tokens ``[B, n]`` to ``[B, n]``, nats."""
         chunks = zip(
             torch.split(hidden.flatten(0, 1), self.logits_chunk_size),
             torch.split(token_ids.flatten(), self.logits_chunk_size),
@@ -292,38 +190,22 @@ class PolicyModel:
         return torch.cat([self.score_tokens(states, ids) for states, ids in chunks]).view(token_ids.shape)
 
     def score_tokens(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Log-probability of article tokens, over the whole vocabulary, at once.
+        """Log-probability of article tokens over the whole vocabulary, from the states ``[n, C]`` that predict them.
 
-        Args:
-            hidden: the states that predict the tokens, ``[n, C]``.
-            token_ids: the tokens, ``[n]`` int64.
-
-        Returns:
-            ``[n]`` in float32, nats; NaN where any token's logit is not finite.
+        In nats, ``[n]`` float32; NaN where any token's logit is not finite.
         """
         logits = self.head(hidden)
         logprobs = -nn.functional.cross_entropy(logits, token_ids, reduction="none")
         # A single -inf leaves the other tokens' probabilities finite.
         return logprobs.masked_fill(~logit_sums(logits).isfinite(), torch.nan)
 
-    def decode_query(
-        self,
-        cache: Cache,
-        last_hidden: Tensor,
-        noise: Tensor,
-        *,
-        read_last: bool,
-    ) -> DecodedQuery:
-        """Sample a query token by token.
+    def decode_query(self, cache: Cache, last_hidden: Tensor, noise: Tensor, *, read_last: bool) -> DecodedQuery:
+        """Sample a query token by token, and add its tokens to the context in the cache.
 
         Args:
-            cache: the context; the query's tokens are added to it.
             last_hidden: the state that predicts the first token, ``[B, C]``.
             noise: uniform numbers in [0, 1), ``[B, L]``.
             read_last: whether the last token is run through the decoder too; without it the cache ends before it.
-
-        Returns:
-            The query.
         """
         num_tokens = noise.shape[1]
         columns: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -350,11 +232,9 @@ class PolicyModel:
 
         Args:
             model: the model as the trainer wrapped it; a distributed wrapper must see the forward.
-            token_ids: ``[b, S]`` int64.
-            capture_queries: whether the attention layer's query heads are wanted too.
 
         Returns:
-            Hidden states ``[b, S, C]``, and what was captured.
+            Hidden states ``[b, S, C]`` of tokens ``[b, S]``, and the attention layer's query heads where wanted.
         """
         states: list[Tensor] = []
         handles = [

@@ -3,9 +3,8 @@
 Both hold the context in a key-value cache. A step writes a query with each, lets both read the response, and brings the
 reference, which has read its own query, level with the policy. `JointReaders` does so with policy and reference in one
 batch: a forward of 2B rows of a few tokens costs little more than one of B. `SeparateReaders` does so one after the
-other, for adapters other than plain LoRA and for models whose layers forget tokens.
-
-Knows nothing about memories, separators or rewards.
+other, for adapters other than plain LoRA and for models whose layers forget tokens. All tokens are ``[B, S]`` int64;
+``capacity`` is the number of tokens of the longest context.
 """
 
 from __future__ import annotations
@@ -23,26 +22,18 @@ from attention_rl_trainer.models.policy import DecodedQuery, PolicyModel
 
 @dataclass(frozen=True, eq=False)
 class StepQueries:
-    """What both readers write in the same context.
-
-    Attributes:
-        query: the policy's query.
-        vectors: its attention vectors, averaged over its tokens, ``[B, H, D]`` in float32.
-        counterfactual: the reference's query.
-    """
+    """What both readers write in the same context."""
 
     query: DecodedQuery
+    """The policy's query."""
     vectors: Tensor
+    """Its attention vectors, averaged over its tokens, ``[B, H, D]`` in float32."""
     counterfactual: DecodedQuery
+    """The reference's query."""
 
 
 class Readers(ABC):
-    """Policy and reference with the same context behind them.
-
-    Args:
-        policy: the adapted model and its reference.
-        prompt: ``[B, S]`` int64.
-    """
+    """Policy and reference that have read the same context."""
 
     def __init__(self, policy: PolicyModel, prompt: Tensor) -> None:
         self._policy = policy
@@ -57,48 +48,27 @@ class Readers(ABC):
     @property
     @abstractmethod
     def _context_tokens(self) -> int:
-        """Those of them that were read in the common context."""
+        """Those of them that were read in the shared context."""
 
     @abstractmethod
     def write_queries(self, noise: Tensor, counterfactual_noise: Tensor) -> StepQueries:
-        """Let both write a query.
-
-        Args:
-            noise: uniform numbers for the policy's query, ``[B, L]``.
-            counterfactual_noise: the same for the reference's.
-        """
+        """Let both write a query, each from its own uniform numbers in [0, 1), ``[B, L]``."""
 
     @abstractmethod
     def read_response(self, block: Tensor, num_scored: int) -> tuple[Tensor, Tensor]:
-        """Let each read the response behind its own query.
+        """Let each read the response after its own query; the reference ``num_scored`` tokens of it at least.
 
-        Args:
-            block: ``[B, S]`` int64.
-            num_scored: how much of it the reference must read at least.
-
-        Returns:
-            Hidden states of the policy, ``[B, S, C]``, and of the reference, at least ``[B, num_scored, C]``.
+        Returns the policy's hidden states, ``[B, S, C]``, and the reference's, at least ``[B, num_scored, C]``.
         """
 
     @abstractmethod
     def follow(self, token_ids: Tensor) -> Tensor:
-        """Let the reference forget its query and the response, and read the policy's instead.
-
-        Args:
-            token_ids: the policy's query and the response, ``[B, S]`` int64.
-
-        Returns:
-            The reference's hidden states, ``[B, S, C]``.
-        """
+        """Let the reference read the policy's query and the response in place of its own; returns its hidden states."""
 
     def read_after_prompt(self, token_ids: Tensor) -> Tensor:
-        """Let the reference read tokens right behind the prompt, and forget them.
+        """Let the reference read tokens right after the prompt, as many at each call, and forget them.
 
-        Args:
-            token_ids: as many at each call, ``[B, S]`` int64.
-
-        Returns:
-            Hidden states, ``[B, S, C]``.
+        Returns its hidden states, ``[B, S, C]``.
         """
         num_tokens = token_ids.shape[1]
         with self._policy.reference():
@@ -112,34 +82,25 @@ class Readers(ABC):
 
 
 def open_readers(policy: PolicyModel, prompt: Tensor, capacity: int, *, joint: bool | None = None) -> Readers:
-    """Let policy and reference read a prompt.
-
-    Args:
-        policy: the adapted model and its reference.
-        prompt: ``[B, S]`` int64.
-        capacity: tokens of the longest context.
-        joint: whether both share a batch; by default wherever they can.
+    """Let policy and reference read a prompt, in one batch if ``joint``; by default wherever they can.
 
     Raises:
         ValueError: ``joint`` is asked of a model or an adapter that cannot.
     """
-    if joint and not policy.can_read_jointly:
+    if joint is None:
+        joint = policy.can_read_jointly
+    elif joint and not policy.can_read_jointly:
         raise ValueError(
             "policy and reference share a batch only with plain LoRA on linear layers and a model that keeps every "
             "token in its cache; leave joint unset"
         )
-    if joint is None:
-        joint = policy.can_read_jointly
     return JointReaders(policy, prompt, capacity) if joint else SeparateReaders(policy, prompt, capacity)
 
 
 class ContextReader:
     """One model reading a context: its cache, and the state that predicts the next token.
 
-    Args:
-        policy: the model; the caller sets whether it reads as policy or as reference.
-        prompt: ``[B, S]`` int64.
-        capacity: tokens of the longest context.
+    The caller sets whether it reads as policy or as reference.
     """
 
     def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int) -> None:
@@ -150,7 +111,7 @@ class ContextReader:
         self.mark()
 
     def read(self, token_ids: Tensor) -> Tensor:
-        """Append tokens to the context; returns their hidden states ``[B, S, C]``."""
+        """Add tokens to the context; returns their hidden states ``[B, S, C]``."""
         hidden = self._policy.forward(token_ids, self.cache)
         self.last_hidden = hidden[:, -1]
         self.forward_tokens += token_ids.numel()
@@ -177,13 +138,7 @@ class ContextReader:
 
 
 class SeparateReaders(Readers):
-    """Policy and reference one after the other, each with a cache of its own.
-
-    Args:
-        policy: the adapted model and its reference.
-        prompt: ``[B, S]`` int64.
-        capacity: tokens of the longest context.
-    """
+    """Policy and reference one after the other, each with a cache of its own."""
 
     def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int) -> None:
         super().__init__(policy, prompt)
@@ -212,9 +167,9 @@ class SeparateReaders(Readers):
         """See `Readers`."""
         hidden = self._reader.read(block)
         with self._policy.reference():
-            behind_own = self._reference.read(torch.cat([self._last_token, block[:, :num_scored]], dim=1))
-        self._ahead += behind_own.shape[1]
-        return hidden, behind_own[:, 1:]
+            after_own = self._reference.read(torch.cat([self._last_token, block[:, :num_scored]], dim=1))
+        self._ahead += after_own.shape[1]
+        return hidden, after_own[:, 1:]
 
     def follow(self, token_ids: Tensor) -> Tensor:
         """See `Readers`."""
@@ -224,18 +179,12 @@ class SeparateReaders(Readers):
 
 
 class JointReaders(Readers):
-    """Policy and reference in one batch of 2B rows: the policy's above, the reference's below.
-
-    Args:
-        policy: the adapted model and its reference.
-        prompt: ``[B, S]`` int64.
-        capacity: tokens of the longest context.
-    """
+    """Policy and reference in one batch of 2B rows: the policy's first, then the reference's."""
 
     def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int) -> None:
         super().__init__(policy, prompt)
         self._rows = prompt.shape[0]
-        self._cache = policy.new_preallocated_cache(2 * self._rows, capacity)
+        self._cache = PreallocatedCache.of(policy.causal_lm, 2 * self._rows, capacity)
         self._own_tokens = 0
         self._last_hidden = self._read(prompt)[:, -1]
         self._reference_cache = self._cache.view(slice(self._rows, 2 * self._rows))

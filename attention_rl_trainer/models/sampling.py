@@ -24,30 +24,17 @@ class Purpose(IntEnum):
 
 
 def episode_noise(seed: int, episodes: Sequence[int], purpose: Purpose, shape: Sequence[int]) -> Tensor:
-    """Draw the uniform numbers of some episodes.
-
-    Args:
-        seed: the run's seed.
-        episodes: running numbers of B episodes.
-        purpose: which of the episode's streams.
-        shape: what to draw for each episode.
-
-    Returns:
-        Numbers in [0, 1), ``[B, *shape]`` float64 on the CPU.
-    """
+    """Draw uniform numbers in [0, 1), ``[B, *shape]`` float64 on the CPU, from one stream of each of B episodes."""
     streams = [np.random.default_rng([seed, episode, int(purpose)]).random(tuple(shape)) for episode in episodes]
     return torch.from_numpy(np.stack(streams))
 
 
 def sample_by_inverse(probabilities: Tensor, noise: Tensor) -> Tensor:
-    """Draw one outcome for each row by the inverse distribution function.
+    """Draw one outcome per row by the inverse distribution function, ``[B]`` int64; never one of probability 0.
 
     Args:
         probabilities: ``[B, A]``, non-negative; rows need not be normalized exactly.
         noise: uniform numbers in [0, 1), ``[B]``.
-
-    Returns:
-        Outcomes ``[B]`` int64; never one of probability 0.
     """
     cumulative = probabilities.double().cumsum(dim=-1)
     total = cumulative[:, -1:]
@@ -59,12 +46,5 @@ def sample_by_inverse(probabilities: Tensor, noise: Tensor) -> Tensor:
 
 
 def entropy(probabilities: Tensor) -> Tensor:
-    """Entropy of distributions in nats.
-
-    Args:
-        probabilities: ``[..., A]``.
-
-    Returns:
-        ``[...]``: 0 for a certain outcome, log A for uniform ones.
-    """
+    """Entropy of distributions ``[..., A]`` in nats: 0 for a certain outcome, log A for uniform ones."""
     return -torch.xlogy(probabilities, probabilities).sum(dim=-1)

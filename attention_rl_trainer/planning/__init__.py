@@ -1,7 +1,7 @@
 """What a run will need, before it starts: memory by part, the largest batch that fits, tokens, FLOPs and time.
 
-`shapes` holds what is known beforehand (the model's and the run's sizes), `memory` and `timing` count from them, and
-``attention-rl plan`` prints both. Nothing here loads weights or runs a model.
+`sizes` holds what is known beforehand (the model's and the run's), `footprint` and `timing` count from them without
+loading weights; ``attention-rl plan`` prints both, and `preflight` refuses what cannot work when a run starts.
 """
 
 from attention_rl_trainer.planning.footprint import (

@@ -1,4 +1,4 @@
-"""Sizes into bytes: what lies in memory in each phase of a step, part by part, and the largest run that fits.
+"""Sizes into bytes: what is in memory in each phase of a step, part by part, and the largest run that fits.
 
 The formulas follow the tensors that are alive, not a fit. Per token and layer, in numbers unless bytes are said, with
 e bytes a number, Q = H · D and U = G · D:
@@ -13,7 +13,7 @@ e bytes a number, Q = H · D and U = G · D:
 * **Alive in the backward beside what was saved**: three gradients of I and one of C; with activation
   checkpointing only the layers' inputs were saved, and one layer's share is computed again.
 
-Knows nothing about time, and does not count what a device keeps for itself (context, kernels, fragments).
+What a device keeps for itself (context, kernels, fragments) is not counted.
 """
 
 from __future__ import annotations
@@ -53,52 +53,35 @@ _CACHED_PHASES = ROLLOUT_PHASES[1:]
 
 @dataclass(frozen=True)
 class MemoryPart:
-    """One thing that lies in memory.
-
-    Attributes:
-        name: what it is.
-        num_bytes: its size.
-        phases: when it is there.
-        remedy: what makes it smaller.
-        is_loaded: whether it is there before the first step.
-    """
+    """One thing that is in memory."""
 
     name: str
     num_bytes: int
     phases: tuple[Phase, ...]
+    """When it is there."""
     remedy: str
+    """What makes it smaller."""
     is_loaded: bool = False
+    """Whether it is there before the first step."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What lies in memory during a step.
-
-    Attributes:
-        parts: by the order in which they come.
-    """
+    """What is in memory during a step."""
 
     parts: tuple[MemoryPart, ...]
 
     def parts_in(self, phase: Phase) -> tuple[MemoryPart, ...]:
-        """List the parts that are there in a phase.
-
-        Args:
-            phase: the phase.
-        """
+        """List the parts that are there in a phase."""
         return tuple(part for part in self.parts if phase in part.phases)
 
     def phase_bytes(self, phase: Phase) -> int:
-        """Sum the parts of a phase.
-
-        Args:
-            phase: the phase.
-        """
+        """Sum the parts of a phase."""
         return sum(part.num_bytes for part in self.parts_in(phase))
 
     @property
     def peak_phase(self) -> Phase:
-        """The phase that needs most."""
+        """The phase that needs the most."""
         return max(Phase, key=self.phase_bytes)
 
     @property
@@ -113,12 +96,7 @@ class MemoryPlan:
 
 
 def saved_bytes_per_token(shape: ModelShape, run: RunShape) -> int:
-    """Count the bytes that a layer keeps of each token for the backward, without activation checkpointing.
-
-    Args:
-        shape: the model.
-        run: the run.
-    """
+    """Count the bytes that a layer keeps of each token for the backward, without activation checkpointing."""
     number, hidden, query, key = run.bytes_per_number, shape.hidden_size, shape.query_width, shape.key_width
     is_narrow = number < 4
     norms = 2 * (4 * hidden + 4) if shape.norm == "rms" else 2 * number * (hidden + 2)
@@ -160,25 +138,12 @@ def _attended_bytes(shape: ModelShape, run: RunShape, rows: int, num_tokens: int
 
 
 def cache_bytes_per_token(shape: ModelShape, run: RunShape) -> int:
-    """Count the bytes of a token's keys and values in all layers of one model.
-
-    Args:
-        shape: the model.
-        run: the run.
-    """
+    """Count the bytes of a token's keys and values in all layers of one model."""
     return 2 * shape.num_layers * shape.key_width * run.bytes_per_number
 
 
 def plan_memory(shape: ModelShape, run: RunShape) -> MemoryPlan:
-    """Plan the memory of a step.
-
-    Args:
-        shape: the model.
-        run: the run.
-
-    Returns:
-        Every part, with the phases in which it is there.
-    """
+    """Plan the memory of a step."""
     return MemoryPlan((*_fixed_parts(shape, run), *_rollout_parts(shape, run), *_update_parts(shape, run)))
 
 
@@ -276,7 +241,7 @@ def _update_parts(shape: ModelShape, run: RunShape) -> tuple[MemoryPart, ...]:
 
 
 def _largest(fits: Callable[[int], bool], limit: int | None = None) -> int:
-    """Find the largest number that fits, 0 if not even 1 does; what fits must go on fitting below it."""
+    """Find the largest number that fits, 0 if not even 1 does; whatever is below one that fits must fit too."""
     low, high = 0, 1
     while (limit is None or high <= limit) and fits(high):
         low, high = high, 2 * high
@@ -288,15 +253,12 @@ def _largest(fits: Callable[[int], bool], limit: int | None = None) -> int:
 
 
 def largest_batch(shape: ModelShape, run: RunShape, budget_bytes: int) -> int:
-    """Find the largest generation_batch_size that fits.
+    """Find the largest generation_batch_size that fits, 0 if not even one trajectory does.
 
     Args:
         shape: the model.
         run: everything else.
         budget_bytes: memory that a step may use, weights included.
-
-    Returns:
-        B; 0 if not even one trajectory fits.
     """
     return _largest(
         lambda batch: plan_memory(shape, replace(run, generation_batch_size=batch)).peak_bytes <= budget_bytes
@@ -304,15 +266,12 @@ def largest_batch(shape: ModelShape, run: RunShape, budget_bytes: int) -> int:
 
 
 def largest_num_steps(shape: ModelShape, run: RunShape, budget_bytes: int) -> int:
-    """Find the largest number of steps that fits into memory and into the model's context.
+    """Find the largest T that fits into memory and into the model's context, 0 if not even one step does.
 
     Args:
         shape: the model.
         run: everything else; its memory grows to as many pairs as steps.
         budget_bytes: memory that a step may use, weights included.
-
-    Returns:
-        T; 0 if not even one step fits.
     """
 
     def fits(num_steps: int) -> bool:
@@ -325,20 +284,17 @@ def largest_num_steps(shape: ModelShape, run: RunShape, budget_bytes: int) -> in
 
 
 def memory_warning(plan: MemoryPlan, free_bytes: int, *, model_is_loaded: bool = False) -> str | None:
-    """Say what to lower where a run will not fit.
+    """Say what to lower, or ``None`` if the plan fits.
 
     Args:
         plan: the run's memory.
         free_bytes: memory that is free.
         model_is_loaded: whether the weights and the adapter are in memory already, and so not in what is free.
-
-    Returns:
-        A sentence, or ``None`` if the plan fits.
     """
     needed = plan.peak_bytes - (plan.loaded_bytes if model_is_loaded else 0)
     if needed <= free_bytes:
         return None
-    # What is loaded already cannot be made smaller any more.
+    # What is loaded already can no longer be made smaller.
     present = [part for part in plan.parts_in(plan.peak_phase) if not (model_is_loaded and part.is_loaded)]
     part = max(present, key=lambda item: item.num_bytes)
     return (

@@ -1,14 +1,11 @@
-"""What was found and what will run, printed before the first step; what cannot work is refused here (design §10).
-
-Knows nothing about training itself: facts come in, a table and errors come out.
-"""
+"""What was found and what will run, printed before the first step; what cannot work is refused here (design §10)."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -23,7 +20,8 @@ from transformers import PreTrainedModel
 
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.errors import free_memory_gib
-from attention_rl_trainer.models.causal_lm import base_language_model
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder
+from attention_rl_trainer.models.causal_lm import base_language_model, input_embeddings
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.planning.footprint import memory_warning, plan_memory
 from attention_rl_trainer.planning.sizes import ModelShape, RunShape, WeightBits, context_length_of
@@ -33,12 +31,33 @@ from attention_rl_trainer.rollout.layout import Layout, Separators
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
-def expect_one_process(world_size: int, num_gpus: int) -> None:
-    """Refuse what would filter and normalize each process's trajectories by themselves.
+def expect_usable_machine(args: AttentionGuidedRLConfig) -> None:
+    """Refuse several processes, a device without float64, and a folder that cannot be written.
 
-    Args:
-        world_size: processes that train together.
-        num_gpus: GPUs that this process would spread each forward over.
+    Raises:
+        ValueError: names which, and the way out.
+    """
+    expect_one_process(args.world_size, args.n_gpu)
+    expect_double_precision(args.device)
+    expect_writable(Path(str(args.output_dir)))
+
+
+def expect_fitting(
+    model: PeftModel, layout: Layout, encoder: PlainTextEncoder, config: AttentionGuidedRLConfig, *, with_orders: bool
+) -> None:
+    """Refuse a tokenizer or lengths that the model cannot take; ``with_orders`` whether an evaluation may come.
+
+    Raises:
+        ValueError: says the arithmetic.
+    """
+    expect_fitting_vocabulary(encoder.max_token_id, input_embeddings(base_language_model(model)))
+    expect_fitting_context(layout, model)
+    if with_orders:
+        expect_fitting_orders(layout, model, config)
+
+
+def expect_one_process(world_size: int, num_gpus: int) -> None:
+    """Refuse several processes, which would each filter their own trajectories, and GPUs that would share a forward.
 
     Raises:
         ValueError: there is more than one of either.
@@ -58,9 +77,6 @@ def expect_one_process(world_size: int, num_gpus: int) -> None:
 def expect_double_precision(device: torch.device) -> None:
     """Refuse a device without float64, in which draws and thresholds are computed.
 
-    Args:
-        device: where the model would run.
-
     Raises:
         ValueError: it is an Apple GPU.
     """
@@ -71,17 +87,14 @@ def expect_double_precision(device: torch.device) -> None:
 def expect_writable(folder: Path) -> None:
     """Refuse an output folder that cannot be made or written, before anything is computed.
 
-    Args:
-        folder: the run's output_dir.
-
     Raises:
-        ValueError: names the folder and what the system says, or that its name cannot be written down.
+        ValueError: names the folder and what the system says, or that its name is not valid UTF-8.
     """
     try:
         str(folder).encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"output_dir {str(folder)!r} is not valid UTF-8, so that no file could name it; rename it"
+            f"output_dir {str(folder)!r} is not valid UTF-8, so no file could name it; rename it"
         ) from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,25 +107,13 @@ def expect_writable(folder: Path) -> None:
         ) from error
 
 
-def context_length(model: PeftModel) -> int | None:
-    """Read how many positions the model was made for, or ``None`` where its config does not say.
-
-    Args:
-        model: the model.
-    """
-    return context_length_of(base_language_model(model).config)
-
-
-def expect_fitting_context(layout: Layout, available: int | None) -> None:
-    """Refuse trajectories that are longer than the model's context.
-
-    Args:
-        layout: where the tokens of a trajectory stand.
-        available: positions of the model, or ``None`` if unknown.
+def expect_fitting_context(layout: Layout, model: PeftModel) -> None:
+    """Refuse trajectories that are longer than the model's context, where its config says how long that is.
 
     Raises:
         ValueError: says the arithmetic.
     """
+    available = context_length_of(base_language_model(model).config)
     needed, frame = layout.trajectory_tokens, layout.frame_tokens
     if available is None or needed <= available:
         return
@@ -125,26 +126,22 @@ def expect_fitting_context(layout: Layout, available: int | None) -> None:
     )
 
 
-def expect_fitting_orders(layout: Layout, available: int | None, config: AttentionGuidedRLConfig) -> None:
+def expect_fitting_orders(layout: Layout, model: PeftModel, config: AttentionGuidedRLConfig) -> None:
     """Refuse to score orders that are longer than the model's context: they read all M pairs, not T of them.
-
-    Args:
-        layout: where the tokens of a trajectory stand.
-        available: positions of the model, or ``None`` if unknown.
-        config: the run's options.
 
     Raises:
         ValueError: says the arithmetic.
     """
+    available = context_length_of(base_language_model(model).config)
     if available is None or not config.eval_tables or config.eval_order_episodes == 0:
         return
     needed = replace(layout, num_steps=config.memory_size).trajectory_tokens
     if needed > available:
         raise ValueError(
             f"an evaluation reads all {config.memory_size} pairs of a memory to score orders, which takes {needed} "
-            f"tokens, but the model's context holds {available}. Set eval_order_episodes to 0 (queries are measured all "
-            "the same) or eval_tables to false, or lower subset_fraction, num_kv_pairs or the tokens per query, key or "
-            "value"
+            f"tokens, but the model's context holds {available}. Set eval_order_episodes to 0 (queries are measured "
+            "nevertheless) or eval_tables to false, or lower subset_fraction, num_kv_pairs or the tokens per query, "
+            "key or value"
         )
 
 
@@ -176,14 +173,10 @@ def expect_no_mixed_precision(mixed_precision: str) -> None:
 
 
 def expect_fitting_vocabulary(max_token_id: int, embeddings: nn.Embedding) -> None:
-    """Refuse a tokenizer whose ids the model cannot embed.
-
-    Args:
-        max_token_id: the largest id that text can turn into.
-        embeddings: the model's input embeddings.
+    """Refuse a tokenizer whose ids the model cannot embed; ``max_token_id`` is the largest that text can turn into.
 
     Raises:
-        ValueError: the id is beyond them.
+        ValueError: the id is beyond the embeddings.
     """
     if max_token_id >= embeddings.weight.shape[0]:
         raise ValueError(
@@ -193,17 +186,11 @@ def expect_fitting_vocabulary(max_token_id: int, embeddings: nn.Embedding) -> No
 
 
 def memory_shortage(config: AttentionGuidedRLConfig, policy: PolicyModel, separators: Separators) -> str | None:
-    """Plan the run's memory and say what to lower if the device has too little, or ``None``.
-
-    Args:
-        config: the run's options.
-        policy: the loaded model.
-        separators: the separators' ids.
-    """
+    """Plan the memory of a run whose model is loaded; say what to lower if the device has too little, or ``None``."""
     free = free_memory_gib(policy.device)
     base = policy.causal_lm
-    # Set on the model by the quantizer alone.
     weight_bits: WeightBits = 32 if base.dtype.itemsize == 4 else 16
+    # Only the quantizer sets it on the model.
     if getattr(base, "is_loaded_in_4bit", False):
         weight_bits = 4
     ranks = [int(getattr(item, "r", 0)) for item in policy.model.peft_config.values()]
@@ -225,49 +212,43 @@ def memory_shortage(config: AttentionGuidedRLConfig, policy: PolicyModel, separa
 
 
 def run_facts(
-    config: AttentionGuidedRLConfig, policy: PolicyModel, layout: Layout, num_processes: int
+    config: AttentionGuidedRLConfig, policy: PolicyModel, layout: Layout
 ) -> dict[str, str | int | float | bool | None]:
-    """Collect what was found and what will run.
-
-    Args:
-        config: the run's options.
-        policy: the adapted model.
-        layout: where the tokens of a trajectory stand.
-        num_processes: that train together.
-    """
-    model, heads, device = policy.model, policy.attention.heads, policy.device
-    base = base_language_model(model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    free = free_memory_gib(device)
+    """Collect what was found and what will run."""
+    heads, device, base = policy.attention.heads, policy.device, policy.causal_lm
+    trainable = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    total = sum(parameter.numel() for parameter in policy.model.parameters())
+    free, context = free_memory_gib(device), context_length_of(base.config)
+    # Outside of a run the steps of one from the start.
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_episodes / config.episodes_per_step)
+    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES if name in installed]
     return {
         "model": _model_name(base),
         "architecture": f"{type(base).__name__}, {base.config.get_text_config().num_hidden_layers} layers",
-        "attention": f"layer {policy.attention.layer}: {heads.num_query_heads} query heads, {heads.num_key_value_groups} key-value "
-        f"groups of {heads.head_dim}",
-        "precision": f"weights {str(base.dtype).removeprefix('torch.')}, adapter "
-        f"{'/'.join(sorted({str(p.dtype).removeprefix('torch.') for p in model.parameters() if p.requires_grad}))}",
-        "device": f"{device} ({_device_name(device)}), {num_processes} process(es)",
+        "attention": f"layer {policy.attention.layer}: {heads.num_query_heads} query heads, "
+        f"{heads.num_key_value_groups} key-value groups of {heads.head_dim}",
+        "precision": f"weights {_dtype_names([base.dtype])}, adapter {_dtype_names([p.dtype for p in trainable])}",
+        "device": f"{device} ({_device_name(device)}), {config.world_size} process(es)",
         "memory free": "unknown" if free is None else f"{free:.1f} GiB",
-        "parameters": f"{trainable:,} trainable of {total:,}",
+        "parameters": f"{sum(parameter.numel() for parameter in trainable):,} trainable of {total:,}",
         "optimizer": f"{getattr(config.optim, 'value', config.optim)}, learning rate {config.learning_rate:g}",
-        "pairs": f"{config.num_kv_pairs} per article, each of {config.tokens_per_key} + {config.tokens_per_value} tokens, "
-        f"{config.memory_size} in a memory, {config.steps_per_trajectory} read",
-        "trajectory": f"{layout.trajectory_tokens} tokens of a context of {context_length(model) or 'unknown length'}",
-        "run": f"{config.num_episodes} episodes in {_num_steps(config)} steps of {config.episodes_per_step}",
+        "pairs": f"{config.num_kv_pairs} per article, each of {config.tokens_per_key} + {config.tokens_per_value} "
+        f"tokens, {config.memory_size} in a memory, {layout.num_steps} read",
+        "trajectory": f"{layout.trajectory_tokens} tokens of a context of {context or 'unknown length'}",
+        "run": f"{config.num_episodes} episodes in {steps} steps of {config.episodes_per_step}",
         "selection": f"temperature {config.selection_temperature:g}, heads averaged as {config.head_aggregation}",
         "seed": config.seed,
-        "versions": f"python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in _versions().items()),
+        "versions": ", ".join([f"python {platform.python_version()}", *versions]),
     }
 
 
-def _num_steps(config: AttentionGuidedRLConfig) -> int:
-    """Read the steps of the present run, or, outside of one, count those of a run from the start."""
-    return config.max_steps if config.max_steps > 0 else math.ceil(config.num_episodes / config.episodes_per_step)
+def _dtype_names(dtypes: Iterable[torch.dtype]) -> str:
+    return "/".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
 
 
 def _model_name(model: PreTrainedModel) -> str:
-    """Name the model; a local folder by its last part, because a report is read elsewhere too."""
+    """Name the model; a local folder by its last part, because a report is read on other machines too."""
     name = str(model.config.name_or_path)
     return (Path(name).name if Path(name).is_dir() else name) or type(model).__name__
 
@@ -278,18 +259,8 @@ def _device_name(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def _versions() -> dict[str, str]:
-    installed = {distribution.name for distribution in importlib.metadata.distributions()}
-    return {name: importlib.metadata.version(name) for name in _PACKAGES if name in installed}
-
-
 def print_facts(facts: Mapping[str, str | int | float | bool | None], console: Console | None = None) -> None:
-    """Print the facts as a table.
-
-    Args:
-        facts: what `run_facts` collected.
-        console: where to; standard error by default.
-    """
+    """Print what `run_facts` collected as a table, by default to standard error."""
     table = Table(title="What will run", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")

@@ -1,13 +1,12 @@
 """The sizes that a plan counts from: those of a model, read off its config, and those of a run, read off its options.
 
 Letters are those of `attention_rl_trainer.types`; besides, C is the hidden size, I the intermediate size of the MLP.
-Knows nothing about memory or time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from transformers import PreTrainedConfig
 from transformers.training_args import OptimizerNames
@@ -33,14 +32,12 @@ _CONFIG_NAMES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "voc
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 # bitsandbytes packs two weights into a byte and keeps one float32 scale for each block of 64.
 _BITS_OF_A_QUANTIZED_WEIGHT = 4 + 32 / 64
+# " Query:" and " Response:" have two tokens each in the vocabularies of GPT-2 and Llama; here only the number matters.
+_USUAL_SEPARATORS = Separators((0, 0), (0, 0))
 
 
 def context_length_of(config: PreTrainedConfig) -> int | None:
-    """Read how many positions a model was made for, or ``None`` where its config does not say.
-
-    Args:
-        config: the model's config.
-    """
+    """Read how many positions a model was made for, or ``None`` where its config does not say."""
     options = config.get_text_config().to_dict()
     return next((int(options[name]) for name in _CONTEXT_NAMES if options.get(name)), None)
 
@@ -48,21 +45,6 @@ def context_length_of(config: PreTrainedConfig) -> int | None:
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes of a decoder.
-
-    Attributes:
-        num_layers: decoder layers.
-        hidden_size: C.
-        intermediate_size: I.
-        num_query_heads: H.
-        num_key_value_heads: G.
-        head_dim: D.
-        vocabulary_size: rows of the output head.
-        tied_embeddings: whether the output head is the embedding matrix.
-        mlp: ``"gated"``, three matrices, or ``"plain"``, two.
-        norm: ``"rms"``, or ``"layer"``, which has a bias, as have all linear layers beside it (GPT-2, GPT-NeoX).
-        fused_projections: whether one matrix gives queries, keys and values.
-        learned_positions: rows of a position embedding; 0 for rotary positions.
-        context_length: positions that the model was made for; ``None`` if unknown.
 
     Raises:
         ValueError: a size is not positive, the heads cannot be shared, or a kind is unknown.
@@ -76,11 +58,17 @@ class ModelShape:
     head_dim: int
     vocabulary_size: int
     tied_embeddings: bool = True
+    """Whether the output head is the embedding matrix."""
     mlp: MLP = "gated"
+    """``"gated"``, three matrices, or ``"plain"``, two."""
     norm: Norm = "rms"
+    """``"rms"``, or ``"layer"``, which has a bias, as have all linear layers beside it (GPT-2, GPT-NeoX)."""
     fused_projections: bool = False
+    """Whether one matrix gives queries, keys and values."""
     learned_positions: int = 0
+    """Rows of a position embedding; 0 for rotary positions."""
     context_length: int | None = None
+    """Positions that the model was made for; ``None`` if unknown."""
 
     def __post_init__(self) -> None:
         names = ("num_layers", "hidden_size", "intermediate_size", "num_query_heads", "num_key_value_heads")
@@ -98,13 +86,10 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> ModelShape:
-        """Read the sizes off a model's config.
+        """Read the sizes off the config of a causal language model.
 
         Exact for Llama and GPT-2. Norms of queries and keys and biases of single projections, which some of the others
         have, are left out: less than a thousandth of the weights.
-
-        Args:
-            config: the config of a causal language model.
 
         Raises:
             ValueError: the architecture is not known here, or its config lacks a name.
@@ -184,19 +169,11 @@ class ModelShape:
         return self.linear_parameters + (2 * self.num_layers + 1) * vectors + biases + embeddings + positions
 
     def adapter_parameters(self, rank: int) -> int:
-        """Count the weights of LoRA on all attention projections.
-
-        Args:
-            rank: r.
-        """
+        """Count the weights of LoRA of rank r on all attention projections."""
         return self.num_layers * rank * sum(a + b for a, b in self.projections)
 
     def weight_bytes(self, bits: WeightBits) -> int:
-        """Count the bytes of the base model's weights.
-
-        Args:
-            bits: 32 and 16 of all weights; with 4, the decoder's matrices are quantized, the others have 16.
-        """
+        """Count the bytes of the base model's weights: with 4 bits, all but the decoder's matrices have 16."""
         if bits != 4:
             return self.parameters * bits // 8
         quantized = self.linear_parameters * _BITS_OF_A_QUANTIZED_WEIGHT / 8
@@ -227,8 +204,8 @@ class RunShape(RolloutOptions, PolicyOptions, UpdateOptions):
     optimizer_bytes_per_parameter: Count = option(2, "8 for Adam, 2 for Adam in 8 bits.")
     joint: bool = option(True, "Whether policy and reference are rows of one batch; so for plain LoRA.")
     on_cpu: bool = option(False, "Whether a CPU computes; its attention reads keys once for each group.")
-    query_separator_tokens: Count = option(2, 'Tokens of " Query:".')
-    response_separator_tokens: Count = option(2, 'Tokens of " Response:".')
+    query_separator_tokens: Count = option(len(_USUAL_SEPARATORS.query), 'Tokens of " Query:".')
+    response_separator_tokens: Count = option(len(_USUAL_SEPARATORS.response), 'Tokens of " Response:".')
 
     @classmethod
     def from_config(
@@ -239,25 +216,21 @@ class RunShape(RolloutOptions, PolicyOptions, UpdateOptions):
         lora_rank: int = 8,
         joint: bool = True,
         on_cpu: bool = False,
-        separators: Separators | None = None,
+        separators: Separators = _USUAL_SEPARATORS,
     ) -> RunShape:
-        """Read the sizes off a run's options.
-
-        Args:
-            config: the options.
-            weight_bits: of the base model's weights.
-            lora_rank: r.
-            joint: whether policy and reference are rows of one batch.
-            on_cpu: whether a CPU computes.
-            separators: the separators' ids; without them two tokens each, as in the vocabularies of GPT-2 and Llama.
-        """
-        changes: dict[str, Any] = {"weight_bits": weight_bits, "lora_rank": lora_rank, "joint": joint, "on_cpu": on_cpu}
-        if separators is not None:
-            changes["query_separator_tokens"] = len(separators.query)
-            changes["response_separator_tokens"] = len(separators.response)
-        changes["activation_checkpointing"] = bool(config.activation_checkpointing)
-        changes["optimizer_bytes_per_parameter"] = 2 if "8bit" in OptimizerNames(config.optim).value else 8
-        return take_options(cls, config, **changes)
+        """Read the sizes off a run's options; the other arguments are what the options do not say."""
+        return take_options(
+            cls,
+            config,
+            weight_bits=weight_bits,
+            lora_rank=lora_rank,
+            activation_checkpointing=bool(config.activation_checkpointing),
+            optimizer_bytes_per_parameter=2 if "8bit" in OptimizerNames(config.optim).value else 8,
+            joint=joint,
+            on_cpu=on_cpu,
+            query_separator_tokens=len(separators.query),
+            response_separator_tokens=len(separators.response),
+        )
 
     @property
     def layout(self) -> Layout:
@@ -286,9 +259,5 @@ class RunShape(RolloutOptions, PolicyOptions, UpdateOptions):
         return min(self.training_batch_size, self.generation_batch_size)
 
     def logits_positions(self, vocabulary_size: int) -> int:
-        """Count the positions whose logits are held at once.
-
-        Args:
-            vocabulary_size: logits of a position.
-        """
+        """Count the positions whose logits are held at once."""
         return self.logits_chunk_size or default_logits_chunk_size(vocabulary_size, on_cpu=self.on_cpu)

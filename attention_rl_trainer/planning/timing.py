@@ -8,8 +8,6 @@ not counted; `Accelerator.attained` scales it.
 Operations: 2 for each weight and token, 4 · layers · H · D for each token and token attended to, and 2 · C · vocabulary
 for each position whose logits are computed. A backward through frozen weights computes the gradient of inputs alone: as
 many as the forward, and twice the attention's.
-
-Knows nothing about memory.
 """
 
 from __future__ import annotations
@@ -29,85 +27,58 @@ KEPT_BY_DEFAULT_FILTER = 0.16
 class Accelerator:
     """What a device can do.
 
-    Attributes:
-        bandwidth: of its memory, bytes per second.
-        flops: floating-point operations per second in the precision of the weights.
-        attained: share of both that is reached, in (0, 1].
-
     Raises:
         ValueError: a figure is out of range.
     """
 
     bandwidth: float
+    """Of its memory, bytes per second."""
     flops: float
+    """Floating-point operations per second in the precision of the weights."""
     attained: float = 1.0
+    """Share of both that is reached, in (0, 1]."""
 
     def __post_init__(self) -> None:
         for name in ("bandwidth", "flops"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 < self.attained <= 1:
-            raise ValueError(f"attained must lie in (0, 1], got {self.attained}")
+            raise ValueError(f"attained must be in (0, 1], got {self.attained}")
 
     def seconds(self, flops: float, num_bytes: float) -> float:
-        """Time of a forward, in seconds.
-
-        Args:
-            flops: its floating-point operations.
-            num_bytes: bytes that it reads.
-        """
+        """Time of a forward of so many operations, which reads so many bytes."""
         return max(flops / self.flops, num_bytes / self.bandwidth) / self.attained
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Forwards of one kind in a rollout batch.
-
-    Attributes:
-        kind: what they are for.
-        count: how many.
-        num_tokens: tokens in each.
-        num_rows: rows in each.
-        cached: tokens of a row that are read from the cache.
-        context: tokens that a token attends to, on average.
-        positions: positions in each whose logits are computed.
-    """
+    """Forwards of one kind in a rollout batch."""
 
     kind: str
     count: int
     num_tokens: int
+    """Tokens in each, of all rows."""
     num_rows: int
     cached: float
+    """Tokens of a row that are read from the cache."""
     context: float
+    """Tokens that a token attends to, on average."""
     positions: int = 0
+    """Positions in each whose logits are computed."""
 
     def flops(self, shape: ModelShape, lora_rank: int) -> float:
-        """Floating-point operations of one; the adapter is counted for half of the tokens, the policy's.
-
-        Args:
-            shape: the model.
-            lora_rank: r.
-        """
+        """Floating-point operations of one; the adapter is counted for half of the tokens, the policy's."""
         linear = 2 * self.num_tokens * (shape.linear_parameters + shape.adapter_parameters(lora_rank) / 2)
         attention = 4 * shape.num_layers * shape.query_width * self.num_tokens * self.context
         return linear + attention + 2 * self.positions * shape.head_parameters
 
     def bytes_read(self, shape: ModelShape, run: RunShape) -> float:
-        """Bytes that one reads.
-
-        Args:
-            shape: the model.
-            run: the run.
-        """
+        """Bytes that one reads."""
         return shape.weight_bytes(run.weight_bits) + self.num_rows * self.cached * cache_bytes_per_token(shape, run)
 
 
 def rollout_forwards(run: RunShape) -> Iterator[Forward]:
-    """List the forwards of a rollout batch, as `rollout` and `reading` do them.
-
-    Args:
-        run: the run.
-    """
+    """List the forwards of a rollout batch, as the sampler and its readers do them."""
     batch, prompt, query = run.generation_batch_size, run.layout.prompt_tokens, run.tokens_per_query
     num_keys = batch * run.memory_size
     for start in range(0, num_keys, run.embedding_batch_size):
@@ -122,12 +93,12 @@ def rollout_forwards(run: RunShape) -> Iterator[Forward]:
         context, block = run.layout.context_tokens(step), run.layout.block_tokens(step)
         cached, attended = context + (query - 1) / 2, context + (query + 1) / 2
         yield Forward("decode", apart * query, together, together, cached, attended, together)
-        behind_query = context + query
+        after_query = context + query
         if run.joint:
-            yield _reading("read", 2 * batch, block, behind_query, run)
+            yield _reading("read", 2 * batch, block, after_query, run)
         else:
-            yield _reading("read", batch, block, behind_query, run)
-            yield _reading("read", batch, run.layout.scored_tokens, behind_query, run)
+            yield _reading("read", batch, block, after_query, run)
+            yield _reading("read", batch, run.layout.scored_tokens, after_query, run)
         yield _reading("follow", batch, query + block, context, run)
         if run.compute_order_gain and step > 0:
             yield _reading("order gain", batch, query + run.layout.scored_tokens, prompt, run)
@@ -140,21 +111,15 @@ def _reading(kind: str, rows: int, num_tokens: int, cached: int, run: RunShape) 
 
 @dataclass(frozen=True)
 class TimePlan:
-    """What an episode takes; the update's share is that of the kept trajectories, spread over all.
-
-    Attributes:
-        forward_tokens: tokens through either model in the rollout, for each episode; what `Trajectory` counts.
-        rollout_flops: floating-point operations of an episode's rollout.
-        update_flops: of its share of the update.
-        decode_seconds: time of an episode's query tokens.
-        rollout_seconds: of its whole rollout.
-        update_seconds: of its share of the update.
-    """
+    """What an episode takes; the update's share is that of the kept trajectories, spread over all."""
 
     forward_tokens: float
+    """Tokens through either model in the rollout; what `Trajectory` counts."""
     rollout_flops: float
+    """Floating-point operations."""
     update_flops: float
     decode_seconds: float
+    """Of the rollout's seconds those that write query tokens."""
     rollout_seconds: float
     update_seconds: float
 
@@ -169,21 +134,12 @@ class TimePlan:
         return self.rollout_seconds + self.update_seconds
 
     def hours(self, num_episodes: int) -> float:
-        """Time of a run, in hours.
-
-        Args:
-            num_episodes: its episodes.
-        """
+        """Time of a run."""
         return self.seconds * num_episodes / 3600
 
 
 def update_flops(shape: ModelShape, run: RunShape) -> float:
-    """Floating-point operations that one kept trajectory takes in the update.
-
-    Args:
-        shape: the model.
-        run: the run.
-    """
+    """Floating-point operations that one kept trajectory takes in the update."""
     tokens = run.layout.trajectory_tokens
     linear = 2 * tokens * (shape.linear_parameters + shape.adapter_parameters(run.lora_rank))
     attention = 4 * shape.num_layers * shape.query_width * tokens * (tokens + 1) / 2
@@ -197,19 +153,13 @@ def update_flops(shape: ModelShape, run: RunShape) -> float:
 def plan_time(
     shape: ModelShape, run: RunShape, accelerator: Accelerator, kept_fraction: float = KEPT_BY_DEFAULT_FILTER
 ) -> TimePlan:
-    """Plan the time of an episode.
-
-    Args:
-        shape: the model.
-        run: the run.
-        accelerator: the device.
-        kept_fraction: share of the trajectories that are trained on, in [0, 1].
+    """Plan the time of an episode; ``kept_fraction`` of the trajectories, in [0, 1], are trained on.
 
     Raises:
         ValueError: ``kept_fraction`` is out of range.
     """
     if not 0 <= kept_fraction <= 1:
-        raise ValueError(f"kept_fraction must lie in [0, 1], got {kept_fraction}")
+        raise ValueError(f"kept_fraction must be in [0, 1], got {kept_fraction}")
     batch, forwards = run.generation_batch_size, list(rollout_forwards(run))
 
     def seconds(forward: Forward) -> float:

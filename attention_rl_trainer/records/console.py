@@ -1,26 +1,18 @@
-"""Turn trajectories into tables on the terminal, and logged metrics into a progress bar in episodes.
-
-Implements the console part of the design's section 10: a bar that counts episodes, since a Trainer step is a whole
-batch of them, with reward, kept fraction and query gain beside it; every so often, the steps of one trajectory as a
-table above the bar.
-
-Knows nothing about models, rollouts or files: the trainer hands over rows and metrics.
-"""
+"""Trajectories into tables on the terminal, and logged metrics into a progress bar in episodes (design §10)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from attention_rl_trainer.records.ledger import LedgerRow
 from attention_rl_trainer.records.summary import escape_control_characters
-
-__all__ = ["EpisodeProgressCallback", "trajectory_table"]
 
 _POSTFIX = {"reward": "reward {:+.4f}", "kept_fraction": "kept {:.0%}", "query_gain": "query gain {:+.4f}"}
 
@@ -31,11 +23,8 @@ def trajectory_table(row: LedgerRow, max_characters: int = 60) -> Table:
     Texts are printed literally: square brackets are not markup, control characters are shown as escapes.
 
     Args:
-        row: the trajectory.
+        row: the trajectory, one row of the table per step.
         max_characters: length to which a text is shortened, the closing ellipsis counted.
-
-    Returns:
-        A table with one row for each step.
 
     Raises:
         ValueError: `max_characters` is below 1.
@@ -58,7 +47,8 @@ def trajectory_table(row: LedgerRow, max_characters: int = 60) -> Table:
 class EpisodeProgressCallback(TrainerCallback):
     """A progress bar that counts episodes, with an occasional table of one trajectory above it.
 
-    Draws on the local main process alone. It replaces the Trainer's own bar, which counts steps: remove
+    A step of the Trainer is a whole batch of episodes. Reward, kept fraction and query gain are beside the bar. Nothing
+    is drawn outside the local main process. It replaces the Trainer's own bar, which counts steps: remove
     `transformers.trainer_callback.ProgressCallback` when this one is added. `disable_tqdm=True` hides the bar and
     leaves the tables.
 
@@ -82,12 +72,7 @@ class EpisodeProgressCallback(TrainerCallback):
         latest_trajectory: Callable[[], LedgerRow | None] | None = None,
         console: Console | None = None,
     ) -> None:
-        """Check and keep the settings; the bar opens in `on_train_begin`."""
-        counts = {
-            "num_episodes": num_episodes,
-            "table_episodes": table_episodes,
-        }
-        for name, count in counts.items():
+        for name, count in {"num_episodes": num_episodes, "table_episodes": table_episodes}.items():
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if (table_episodes is None) != (latest_trajectory is None):
@@ -148,11 +133,7 @@ class EpisodeProgressCallback(TrainerCallback):
         self._close()
 
     def show_trajectory(self, row: LedgerRow) -> None:
-        """Print a trajectory's steps above the bar.
-
-        Args:
-            row: the trajectory.
-        """
+        """Print a trajectory's steps above the bar."""
         with tqdm.external_write_mode(file=self.console.file):
             self.console.print(trajectory_table(row))
 
@@ -201,3 +182,8 @@ def _literal(text: str, max_characters: int) -> Text:
 def _shown(text: str, max_characters: int) -> str:
     shown = escape_control_characters(text).strip()
     return shown if len(shown) <= max_characters else shown[: max_characters - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def without_trainers_bar(callbacks: Iterable[TrainerCallback]) -> list[TrainerCallback]:
+    """Leave out the Trainer's own bar, by exact type: a user's subclass stays, as does the printer without a bar."""
+    return [item for item in callbacks if type(item) is not DEFAULT_PROGRESS_CALLBACK]

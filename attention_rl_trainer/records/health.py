@@ -1,9 +1,7 @@
-"""The numbers of a run's steps into warnings: what goes wrong without an error.
+"""The logged numbers of a run's steps into warnings: what goes wrong without an error.
 
 Each kind of warning has a paragraph in `docs/health.md` that says what it means and what to change. A warning is given
 when its condition begins to hold, and again only after it has ceased in between.
-
-Knows nothing about models; it sees what is logged.
 """
 
 from __future__ import annotations
@@ -37,15 +35,11 @@ class Ailment(StrEnum):
 
 @dataclass(frozen=True)
 class HealthWarning:
-    """One warning.
-
-    Attributes:
-        ailment: its kind.
-        message: what was seen, and what to try.
-    """
+    """One warning."""
 
     ailment: Ailment
     message: str
+    """What was seen, and what to try."""
 
     def __str__(self) -> str:
         """Format with its kind, under which the documentation explains it."""
@@ -54,20 +48,16 @@ class HealthWarning:
 
 @dataclass(frozen=True)
 class HealthLimits:
-    """What is out of the ordinary.
-
-    Attributes:
-        max_selector_entropy: entropy of a uniform selector, nats, mean over the steps.
-        expected_kept: share of the trajectories that the filter keeps of a steady normal distribution; ``None`` where
-            every trajectory is kept.
-        has_kl: whether the loss has a KL to the adapter before the last update.
-        window: steps that are looked at together; as many before them are compared with them.
-    """
+    """What is out of the ordinary."""
 
     max_selector_entropy: float
+    """Entropy of a uniform selector, nats, mean over the steps."""
     expected_kept: float | None
+    """Share of the trajectories that the filter keeps of a steady normal distribution; ``None`` where all are kept."""
     has_kl: bool
+    """Whether the loss has a KL to the adapter before the last update."""
     window: int = 20
+    """Steps that are looked at together; as many before them are compared with them."""
 
     @classmethod
     def of(cls, layout: LayoutOptions, verdicts: FilterOptions, loss: LossOptions) -> HealthLimits:
@@ -84,23 +74,14 @@ class HealthLimits:
 
 
 def max_selector_entropy(num_pairs: int, num_steps: int) -> float:
-    """Compute the entropy of a uniform selector: the mean over the steps of log(pairs left).
-
-    Args:
-        num_pairs: M.
-        num_steps: T.
-    """
+    """Compute the entropy of a uniform selector: the mean over T steps of log(pairs left of M)."""
     return sum(math.log(num_pairs - step) for step in range(num_steps)) / num_steps
 
 
 def expected_kept_fraction(filter_threshold: float | None) -> float | None:
-    """Compute the share of a normal distribution above mean + threshold · SD.
+    """Compute the share of a normal distribution above mean + ``filter_threshold`` · SD.
 
-    Args:
-        filter_threshold: in standard deviations; ``None`` and -inf keep every trajectory.
-
-    Returns:
-        A share, or ``None`` where there is no filter.
+    ``None`` where every trajectory is kept: for ``None`` and -inf.
     """
     if filter_threshold is None or math.isinf(filter_threshold):
         return None
@@ -116,11 +97,7 @@ _WATCHED = frozenset(
 
 
 class HealthMonitor:
-    """Looks at the metrics of the last steps.
-
-    Args:
-        limits: what is out of the ordinary.
-    """
+    """Looks at the metrics of the last steps."""
 
     def __init__(self, limits: HealthLimits) -> None:
         self._limits = limits
@@ -139,14 +116,7 @@ class HealthMonitor:
         }
 
     def observe(self, metrics: Mapping[str, float]) -> list[HealthWarning]:
-        """Take in the metrics of a step.
-
-        Args:
-            metrics: by the names under which they are logged; those that a step does not have are left out.
-
-        Returns:
-            Warnings whose condition began to hold with this step.
-        """
+        """Take in what a step logged, and return the warnings whose condition began to hold with it."""
         for name in _WATCHED & metrics.keys():
             self._values[name].append(metrics[name])
         found = {ailment: check() for ailment, check in self._checks.items()}
@@ -166,11 +136,7 @@ class HealthMonitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to what `state_dict` returned.
-
-        Args:
-            state: the mapping; an empty one for a monitor that has seen nothing.
-        """
+        """Go back to what `state_dict` returned; an empty mapping is a monitor that has seen nothing."""
         self._values.clear()
         for name, values in state.get("values", {}).items():
             self._values[name].extend(values)

@@ -1,7 +1,7 @@
 """What makes a run the same run: model, adapter, tokens, articles and their order.
 
-A checkpoint keeps these facts, and a run that differs in one of them does not go on from it (design §10). Large things
-are told apart by a hash of samples of them.
+A checkpoint keeps these facts, and a run that differs in one of them does not resume from it (design §10). Large things
+are distinguished by a hash of samples of them.
 """
 
 from __future__ import annotations
@@ -24,20 +24,42 @@ from attention_rl_trainer.models.adapters import sampled_weights
 from attention_rl_trainer.rollout.layout import LayoutOptions
 
 _LISTED = {"r", "lora_alpha", "target_modules", "peft_type"}
-# Where the base model lies, which version of PEFT made the adapter, and what a loaded one is for.
+# Where the base model is, which version of PEFT made the adapter, and what a loaded one is for.
 _UNIMPORTANT = {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping", "task_type"}
 # All rows of a small data set.
 _SAMPLED_ROWS = 1024
 _FIRST_ROWS = 64
 
 
-def model_facts(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Fact]:
-    """Describe the base model, the tokenizer and the adapter's shape.
+def identity_facts(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    articles: Any,
+    layout: LayoutOptions,
+    reading: ReadingOptions,
+    num_workers: int,
+) -> dict[str, Fact]:
+    """Collect what makes a run the same run: model, adapter, tokenizer, articles, and how they are cut and ordered.
 
     Args:
         model: the adapted model.
         tokenizer: its tokenizer.
+        articles: a (streamed) data set, or a list of rows or of articles.
+        layout: how articles are cut, and how long queries are.
+        reading: in which order articles come.
+        num_workers: processes that read ahead.
     """
+    cut = option_facts(layout, reading)
+    return model_facts(model, tokenizer) | cut | article_facts(articles, reading.dataset_text_column, num_workers)
+
+
+def kind_of(part: object) -> str:
+    """Name a part that a user can exchange."""
+    return str(getattr(part, "__qualname__", type(part).__qualname__))
+
+
+def model_facts(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Fact]:
+    """Describe the base model, the tokenizer and the adapter's shape."""
     base = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     adapter = {name: p for name, p in model.named_parameters() if p.requires_grad}
     config = model.peft_config[model.active_adapter]
@@ -92,7 +114,7 @@ def article_facts(articles: Any, text_column: str, num_workers: int) -> dict[str
 
     Args:
         articles: a (streamed) data set, or a list of rows or of articles.
-        text_column: column of the articles.
+        text_column: column that holds the text.
         num_workers: processes that read ahead.
     """
     if isinstance(articles, IterableDataset):
@@ -131,7 +153,7 @@ def _text_of(row: Mapping[str, object] | Article, text_column: str) -> str:
 
 
 def _digest(parts: Iterable[object]) -> str:
-    """Sixteen hexadecimal digits: enough to tell two runs apart, short enough to be read."""
+    """Sixteen hexadecimal digits: enough to distinguish two runs, short enough to be read."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(json.dumps(part, ensure_ascii=True).encode("ascii"))

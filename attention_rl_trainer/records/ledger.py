@@ -1,7 +1,6 @@
-"""The ledger of a run: one row for every trajectory, with its reward, threshold and verdict (design §8).
+"""The ledger of a run: one row per trajectory, with its reward, threshold and verdict (design §8).
 
-JSON Lines, so that a run that was cut off leaves every row but perhaps the last readable. Knows nothing about how a
-reward came about or what the rows are used for.
+JSON Lines, so that a run that was cut off leaves every row but perhaps the last readable.
 """
 
 from __future__ import annotations
@@ -41,51 +40,43 @@ class LedgerError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
-    """One trajectory as the ledger stores it.
-
-    Attributes:
-        episode: number of the trajectory in the run.
-        step: Trainer step that rolled it out, from 1.
-        epoch: pass over the articles.
-        article_index: row of the article in its source.
-        title: title of the article.
-        source: name of the data set.
-        pair_numbers: the M pairs of the subset, as numbers in the article.
-        order: the T pair numbers chosen, in order.
-        reward: mean of `step_rewards`, nats per value token.
-        step_rewards: T rewards, nats per value token.
-        query_gains: T gains of the policy's query over the counterfactual, both scored by the base model.
-        model_gains: T gains of the policy over the base model, both given the policy's query.
-        order_gains: T gains of the context over pair 0 alone, or None where not computed.
-        history_mean: mean reward of the history that judged it, None for an empty history.
-        history_std: standard deviation of that history.
-        threshold: reward above which a trajectory was kept, None during warm-up.
-        verdict: what the filter decided.
-        selection_probabilities: T rows of M, columns in the order of `pair_numbers`, 0 for pairs already used.
-        queries: T query texts.
-        keys: T chosen key texts.
-        values: T chosen value texts.
-    """
+    """One trajectory as the ledger stores it."""
 
     episode: int
+    """Number of the trajectory in the run."""
     step: int
+    """Trainer step that rolled it out, from 1."""
     epoch: int
+    """Pass over the articles."""
     article_index: int
+    """Row of the article in its source."""
     title: str
     source: str
+    """Name of the data set."""
     pair_numbers: tuple[int, ...]
+    """The M pairs of the subset, as numbers in the article."""
     order: tuple[int, ...]
+    """The T pair numbers chosen, in order."""
     reward: float
+    """Mean of `step_rewards`, nats per value token."""
     step_rewards: tuple[float, ...]
+    """T rewards, nats per value token; so are the gains."""
     query_gains: tuple[float, ...]
+    """T gains of the policy's query over the counterfactual, both scored by the base model."""
     model_gains: tuple[float, ...]
+    """T gains of the policy over the base model, both given the policy's query."""
     order_gains: tuple[float, ...] | None
+    """T gains of the context over pair 0 alone, or None where not computed."""
     history_mean: float | None
+    """Mean reward of the history that judged it, None for an empty history."""
     history_std: float | None
     threshold: float | None
+    """Reward above which a trajectory was kept, None during warm-up."""
     verdict: VerdictName
     selection_probabilities: tuple[tuple[float, ...], ...]
+    """T rows of M, columns in the order of `pair_numbers`, 0 for pairs already used."""
     queries: tuple[str, ...]
+    """T texts; so are the chosen keys and values."""
     keys: tuple[str, ...]
     values: tuple[str, ...]
 
@@ -111,17 +102,11 @@ class LedgerRow:
         for probabilities in self.selection_probabilities:
             _check_length("selection_probabilities", probabilities, len(self.pair_numbers), "one for each pair")
             if not all(0.0 <= probability <= _LARGEST_PROBABILITY for probability in probabilities):
-                raise LedgerError(f"'selection_probabilities' must lie in [0, 1], got {list(probabilities)}")
+                raise LedgerError(f"'selection_probabilities' must be in [0, 1], got {list(probabilities)}")
 
     @classmethod
     def from_json(cls, record: Mapping[str, object]) -> Self:
         """Build a row from a decoded JSON object; keys that are not fields are ignored.
-
-        Args:
-            record: one object of the ledger.
-
-        Returns:
-            The row.
 
         Raises:
             LedgerError: a key is missing, or a value has the wrong type, length or range.
@@ -178,13 +163,7 @@ class LedgerRow:
 
 
 def read_ledger(path: Path) -> list[LedgerRow]:
-    """Read a run's ledger, one trajectory a line.
-
-    Args:
-        path: the `trajectories.jsonl` of a run.
-
-    Returns:
-        The rows in file order; an empty file gives an empty list.
+    """Read the `trajectories.jsonl` of a run, in file order.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -271,32 +250,22 @@ def _verdict(value: object) -> VerdictName:
 
 @dataclass(frozen=True, slots=True)
 class LedgerGaps:
-    """What a ledger lacks up to a checkpoint.
-
-    Attributes:
-        missing: rows that are not there.
-        copy: the ledger as it was, where lines of it were left out because they were damaged or there twice.
-    """
+    """What a ledger lacks up to a checkpoint."""
 
     missing: int
+    """Rows that are not there."""
     copy: Path | None
+    """The ledger as it was, where lines of it were left out because they were damaged or repeated."""
 
 
 class Ledger:
-    """The ledger file of a run, written row by row.
-
-    Args:
-        folder: the run's output_dir.
-    """
+    """The ledger file in a run's output_dir, written row by row."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LEDGER_NAME
 
     def append(self, rows: Sequence[LedgerRow]) -> None:
-        """Write rows and hand them to the operating system.
-
-        Args:
-            rows: in the order of their episodes.
+        """Write rows, in the order of their episodes, and hand them to the operating system.
 
         Raises:
             OSError: the system refused; names the file.
@@ -316,15 +285,12 @@ class Ledger:
                 os.fsync(file.fileno())
 
     def cut(self, num_episodes: int) -> LedgerGaps:
-        """Forget the rows past a checkpoint, so that a resumed run does not write them twice.
+        """Remove the rows past a checkpoint, so that a resumed run does not write them twice.
 
-        Lines that are no rows, and rows that are there twice, are left out too; the file as it was stays beside it.
+        Lines that are not rows, and repeated rows, are left out too; the file as it was stays beside it.
 
         Args:
             num_episodes: rows of this and later episodes go, and so does a last line that a kill left unfinished.
-
-        Returns:
-            What is not as it was written.
         """
         episodes: set[int] = set()
         spoilt = 0
@@ -348,20 +314,9 @@ class Ledger:
         os.replace(staged, self.path)
         return LedgerGaps(num_episodes - len(episodes), copy)
 
-    def take_over(self, other: Path) -> None:
-        """Begin with the rows of another run's ledger, if there is one.
-
-        Args:
-            other: the other run's ledger.
-        """
-        if other.is_file():
-            staged = self.path.with_name(f"_staging-{self.path.name}")
-            shutil.copy2(other, staged)
-            os.replace(staged, self.path)
-
 
 def _episode_of(line: bytes) -> int | None:
-    """Read the episode of a ledger's line, or ``None`` where it is no row."""
+    """Read the episode of a ledger's line, or ``None`` where it is not a row."""
     try:
         return LedgerRow.from_json(_decode_object(line)).episode if line.endswith(b"\n") else None
     except (ValueError, OverflowError, RecursionError):

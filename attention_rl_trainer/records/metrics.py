@@ -1,7 +1,4 @@
-"""A rolled-out batch into what is written down: rows of the ledger, metrics, and metrics joined between two logs.
-
-Knows nothing about files or trackers.
-"""
+"""A rolled-out batch into metrics, and the metrics of the steps between two logs into one number each."""
 
 from __future__ import annotations
 
@@ -16,14 +13,13 @@ from attention_rl_trainer.types import Trajectory
 
 
 def repetition(token_ids: Tensor) -> Tensor:
-    """Measure how much of each sequence repeats what stands in it before.
+    """Measure how much of each sequence repeats what comes earlier in it.
 
     Args:
         token_ids: ``[..., L]`` int64.
 
     Returns:
-        Share of the tokens that occurred earlier in their sequence, ``[...]``; 0 where all differ, 1 - 1/L where none
-        does.
+        Share of the tokens that occurred before, ``[...]``; 0 where all differ, 1 - 1/L where all are the same.
     """
     is_same = token_ids[..., :, None] == token_ids[..., None, :]
     earlier = torch.ones(token_ids.shape[-1:] * 2, dtype=torch.bool, device=token_ids.device).tril(-1)
@@ -31,14 +27,7 @@ def repetition(token_ids: Tensor) -> Tensor:
 
 
 def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
-    """Summarize a rollout batch.
-
-    Args:
-        trajectory: the batch.
-
-    Returns:
-        Means over trajectories and steps, by the names under which they are logged.
-    """
+    """Summarize a rollout batch: means over trajectories and steps, by the names under which they are logged."""
     probabilities = trajectory.stack("selection_probabilities")
     metrics = {
         "reward": trajectory.avg_reward.mean(),
@@ -80,11 +69,7 @@ class MetricsBuffer:
         self._values: dict[str, list[float]] = defaultdict(list)
 
     def add(self, values: Mapping[str, float | None]) -> None:
-        """Collect some numbers.
-
-        Args:
-            values: numbers by name; ``None`` stands for one that does not exist this time.
-        """
+        """Collect numbers by name; ``None`` stands for one that does not exist this time."""
         for name, value in values.items():
             if value is not None:
                 self._values[name].append(float(value))
@@ -94,15 +79,11 @@ class MetricsBuffer:
         return {name: list(values) for name, values in self._values.items()}
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Go back to what `state_dict` returned.
-
-        Args:
-            state: numbers by name.
-        """
+        """Go back to what `state_dict` returned."""
         self._values = defaultdict(list, {name: list(values) for name, values in state.items()})
 
     def drain(self) -> dict[str, float]:
-        """Join what was collected, one number for each name, and forget it."""
+        """Join what was collected into one number per name, and forget it."""
         joined = {name: float(_REDUCTIONS.get(name, _mean)(values)) for name, values in self._values.items()}
         self._values.clear()
         return joined

@@ -1,11 +1,8 @@
-"""Turn a run's logged metrics and trajectories into PNG files.
+"""A run's logged metrics and trajectories into PNG files (design §5, §7 to §9).
 
-Implements the plots of the design's reward (section 7), filter (section 8), KL (section 9) and selection (section 5):
-the reward with its threshold and kept fraction, the query and model gain, the KL divergence, and heat maps of the
-selection probabilities at the first and at the last batch. Each function reads plain numbers and writes one file.
-
-Knows nothing about trainers, models or how a ledger is stored; matplotlib is used through its object interface, so no
-window, backend or pyplot state of the caller is touched.
+Each ``plot_*`` writes one file and returns its path; it raises an `ImportError` where matplotlib is not installed.
+``log_history`` holds the metrics as logged, one mapping per step. matplotlib is used through its object interface, so
+no window, backend or pyplot state of the caller is touched.
 """
 
 from __future__ import annotations
@@ -23,11 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-__all__ = ["SelectionRow", "plot_gains", "plot_kl", "plot_rewards", "plot_selection"]
-
 Series = NDArray[np.float64]
 
-# Okabe and Ito's palette: told apart with every common form of colour blindness.
+# Okabe and Ito's palette: distinguishable with every common form of colour blindness.
 _BLUE, _GREEN, _VERMILION, _GREY = "#0072B2", "#009E73", "#D55E00", "#595959"
 _PIXELS_PER_INCH = 150
 _MARKERS_UP_TO = 40
@@ -72,23 +67,14 @@ class SelectionRow(Protocol):
 def plot_rewards(log_history: Sequence[Mapping[str, float]], path: Path) -> Path:
     """Plot the reward with its spread, history mean and threshold, and below it the fraction kept.
 
-    Args:
-        log_history: metrics as logged, one mapping a step; entries without `episodes` (evaluation, the closing
-            summary) are left out, and a metric absent from a step is a gap.
-        path: PNG file to write.
-
-    Returns:
-        `path`.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+    Entries without `episodes` (evaluation, the closing summary) are left out, and a metric absent from a step is a gap.
     """
     steps = _training_steps(log_history)
     figure = _new_figure(8.0, 5.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 1.0])
     _draw_reward(upper, steps)
     _frame(upper, "Reward of the rolled-out trajectories", "reward (nats per token)")
-    _draw_trend(lower, *_points(steps, "kept_fraction"), colour=_GREEN)
+    _draw_trend(lower, *finite_points(steps, "kept_fraction"), colour=_GREEN)
     _start_at_zero(lower)
     _frame(lower, "Fraction of each batch above the threshold and trained on", "kept fraction")
     _label_episodes(lower)
@@ -96,47 +82,25 @@ def plot_rewards(log_history: Sequence[Mapping[str, float]], path: Path) -> Path
 
 
 def plot_gains(log_history: Sequence[Mapping[str, float]], path: Path) -> Path:
-    """Plot the query gain and the model gain, the two parts of the reward, with a trailing mean.
-
-    Args:
-        log_history: metrics as logged, one mapping a step.
-        path: PNG file to write.
-
-    Returns:
-        `path`.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Plot the query gain and the model gain, the two parts of the reward, with a trailing mean."""
     steps = _training_steps(log_history)
     figure = _new_figure(8.0, 5.6)
     upper, lower = figure.subplots(2, 1, sharex=True, sharey=True)
-    _draw_gain(upper, *_points(steps, "query_gain"), colour=_BLUE)
+    _draw_gain(upper, *finite_points(steps, "query_gain"), colour=_BLUE)
     _frame(upper, "Query gain: better queries, judged by the frozen base model", "nats per token")
-    _draw_gain(lower, *_points(steps, "model_gain"), colour=_VERMILION)
+    _draw_gain(lower, *finite_points(steps, "model_gain"), colour=_VERMILION)
     _frame(lower, "Model gain: a better reader of the same context", "nats per token")
     _label_episodes(lower)
     return _save(figure, path)
 
 
 def plot_kl(log_history: Sequence[Mapping[str, float]], path: Path) -> Path:
-    """Plot the KL divergence of the steps that trained on something.
-
-    Args:
-        log_history: metrics as logged, one mapping a step; `kl` is absent where nothing was kept.
-        path: PNG file to write.
-
-    Returns:
-        `path`.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Plot the KL divergence of the steps that trained on something; `kl` is absent where nothing was kept."""
     figure = _new_figure(8.0, 3.4)
     axes = figure.subplots()
     steps = _training_steps(log_history)
     missing = "no step kept a trajectory: no KL was computed" if steps else _NOTHING_LOGGED
-    _draw_trend(axes, *_points(steps, "kl"), colour=_BLUE, missing=missing)
+    _draw_trend(axes, *finite_points(steps, "kl"), colour=_BLUE, missing=missing)
     _start_at_zero(axes)
     _frame(
         axes,
@@ -150,20 +114,15 @@ def plot_kl(log_history: Sequence[Mapping[str, float]], path: Path) -> Path:
 def plot_selection(rows: Sequence[SelectionRow], path: Path, trajectories_per_batch: int = 2) -> Path:
     """Draw the selection probabilities of a few trajectories of the first and of the last batch side by side.
 
-    A heat map has one row for each step and one column for each pair, in article order. The chosen cell is outlined;
-    pairs already used are grey. All panels share one colour scale, which leaves out steps with a single pair left
-    (their probability is 1 by definition).
+    A heat map has one row per step and one column per pair, in article order. The chosen cell is outlined; pairs
+    already read are grey.
 
     Args:
         rows: trajectories of a run, in any order.
         path: PNG file to write.
         trajectories_per_batch: how many trajectories of each batch are drawn, those with the lowest episode numbers.
 
-    Returns:
-        `path`.
-
     Raises:
-        ImportError: matplotlib is not installed.
         ValueError: `trajectories_per_batch` is below 1.
     """
     if trajectories_per_batch < 1:
@@ -174,12 +133,12 @@ def plot_selection(rows: Sequence[SelectionRow], path: Path, trajectories_per_ba
         _say(axes, "the ledger holds no trajectory")
         _frame(axes, _SELECTION_TITLE, "step")
         return _save(figure, path)
-    columns = _first_and_last_batch(rows, trajectories_per_batch)
+    columns = first_and_last_batch(rows, trajectories_per_batch)
     shown = [row for _, batch in columns for row in batch]
     num_panels = max(len(batch) for _, batch in columns)
     figure = _new_figure(1.6 + 4.6 * len(columns), 0.9 + num_panels * _panel_inches(shown))
     grid = figure.subplots(num_panels, len(columns), squeeze=False)
-    scale = _shared_scale(shown)
+    scale = selection_scale(shown)
     for panel in grid.flat:
         panel.set_axis_off()
     for column, (name, batch) in enumerate(columns):
@@ -213,8 +172,8 @@ def _column(steps: Sequence[Mapping[str, float]], name: str) -> Series:
     return np.array([step.get(name, np.nan) for step in steps], dtype=np.float64)
 
 
-def _points(steps: Sequence[Mapping[str, float]], name: str) -> tuple[Series, Series]:
-    """Return episodes and values of the steps that have a finite value."""
+def finite_points(steps: Sequence[Mapping[str, float]], name: str) -> tuple[Series, Series]:
+    """Return episodes and values of a metric in the steps where it is finite."""
     values = _column(steps, name)
     present = np.isfinite(values)
     return _column(steps, "episodes")[present], values[present]
@@ -236,7 +195,7 @@ def _draw_trend(axes: Axes, episodes: Series, values: Series, *, colour: str, mi
         return
     axes.plot(episodes, values, color=colour, alpha=0.35, linewidth=0.9, label="each logged step")
     label = f"trailing mean of {window} steps"
-    axes.plot(episodes, _trailing_mean(values, window), color=colour, linewidth=2.0, label=label)
+    axes.plot(episodes, trailing_mean(values, window), color=colour, linewidth=2.0, label=label)
     _legend(axes)
 
 
@@ -255,7 +214,7 @@ def _draw_reward(axes: Axes, steps: Sequence[Mapping[str, float]]) -> None:
         ("history_mean", "mean of all history", _GREY, ":"),
         ("threshold", "threshold", _VERMILION, "--"),
     ):
-        episodes, values = _points(steps, name)
+        episodes, values = finite_points(steps, name)
         if len(values):
             _draw_line(axes, episodes, values, label=label, colour=colour, style=style)
     _legend(axes)
@@ -269,7 +228,7 @@ def _draw_spread(axes: Axes, episodes: Series, mean: Series, spread: Series) -> 
         axes.fill_between(episodes, mean - spread, mean + spread, color=_BLUE, alpha=0.18, linewidth=0, label=label)
 
 
-def _trailing_mean(values: Series, window: int) -> Series:
+def trailing_mean(values: Series, window: int) -> Series:
     """Average each value with those before it, up to `window` of them."""
     sums = np.concatenate([np.zeros(1), np.cumsum(values)])
     stop = np.arange(1, len(values) + 1)
@@ -304,9 +263,10 @@ def _say(axes: Axes, message: str) -> None:
     axes.set_yticks([])
 
 
-def _first_and_last_batch(
+def first_and_last_batch(
     rows: Sequence[SelectionRow], trajectories_per_batch: int
 ) -> list[tuple[str, list[SelectionRow]]]:
+    """Choose trajectories of the first batch and of the last, those of the lowest episodes, under a heading each."""
     ordered = sorted(rows, key=lambda row: row.episode)
     first, last = min(row.step for row in rows), max(row.step for row in rows)
     steps = {"Only batch": first} if first == last else {"First batch": first, "Last batch": last}
@@ -321,18 +281,19 @@ def _panel_inches(rows: Sequence[SelectionRow]) -> float:
     return 1.1 + min(max(0.27 * most_steps, 1.0), 4.0)
 
 
-def _open_cells(row: SelectionRow) -> NDArray[np.bool_]:
-    """Mark the pairs not yet used at each step, `[T, M]`."""
+def unread_pairs(row: SelectionRow) -> NDArray[np.bool_]:
+    """Mark the pairs not yet read at each step, `[T, M]`."""
     numbers = np.array(row.pair_numbers)
     return np.array([~np.isin(numbers, row.order[:step]) for step in range(len(row.order))], dtype=np.bool_)
 
 
-def _shared_scale(rows: Sequence[SelectionRow]) -> Normalize:
+def selection_scale(rows: Sequence[SelectionRow]) -> Normalize:
+    """Scale the colours of all panels alike, up to the largest probability of a step with more than one pair left."""
     from matplotlib.colors import PowerNorm
 
     largest = 0.0
     for row in rows:
-        contested = _open_cells(row).sum(axis=1) > 1
+        contested = unread_pairs(row).sum(axis=1) > 1
         largest = max(largest, float(np.max(np.array(row.selection_probabilities)[contested], initial=0.0)))
     # With many pairs nearly all probabilities are small; a square-root scale keeps their differences visible.
     return PowerNorm(0.5, vmin=0.0, vmax=largest or 1.0)
@@ -342,7 +303,7 @@ def _draw_selection(axes: Axes, row: SelectionRow, batch_name: str, scale: Norma
     import matplotlib
 
     by_number = np.argsort(np.array(row.pair_numbers), kind="stable")
-    probabilities = np.where(_open_cells(row), np.array(row.selection_probabilities), np.nan)[:, by_number]
+    probabilities = np.where(unread_pairs(row), np.array(row.selection_probabilities), np.nan)[:, by_number]
     palette = matplotlib.colormaps["viridis"].with_extremes(bad="#e4e4e4")
     image = axes.imshow(probabilities, aspect="auto", cmap=palette, norm=scale, interpolation="nearest")
     numbers = [row.pair_numbers[column] for column in by_number]
@@ -380,12 +341,12 @@ def _label_selection(axes: Axes, row: SelectionRow, numbers: Sequence[int], batc
     )
     axes.set_xlabel("pair number in the article", fontsize=9)
     axes.set_ylabel("step", fontsize=9)
-    subject = f"{_drawable(row.title)}, episode {row.episode}, reward {row.reward:+.3f}"
+    subject = f"{drawable_title(row.title)}, episode {row.episode}, reward {row.reward:+.3f}"
     # An article title may hold dollar signs, which would otherwise be set as mathematics.
     axes.set_title(f"{batch_name}\n{subject}", fontsize=9, family=_FONT, parse_math=False)
 
 
-def _drawable(title: str, max_characters: int = 32) -> str:
+def drawable_title(title: str, max_characters: int = 32) -> str:
     """Shorten a title and replace what the font has no glyph for, which matplotlib would warn about."""
     from matplotlib.font_manager import findfont, get_font
 

@@ -1,7 +1,6 @@
 """How far a run has come, and what a checkpoint holds of this method, as safetensors and JSON (design §10).
 
-``attention_rl_state.json`` holds the state of every part of the run, ``previous_adapter.safetensors`` the adapter before
-the last update. What belongs to any Trainer is in `durability`.
+What belongs to any Trainer is in `durability`.
 """
 
 from __future__ import annotations
@@ -16,41 +15,43 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attention_rl_trainer.durability.discovery import CheckpointError
+from attention_rl_trainer.durability.states import Stateful
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.types import StreamPosition
 
 STATE_NAME = "attention_rl_state.json"
+"""The state of every part of the run."""
 PREVIOUS_ADAPTER_NAME = "previous_adapter.safetensors"
+CHECKPOINT_PARTS = (STATE_NAME, PREVIOUS_ADAPTER_NAME)
+"""The adapter before the last update."""
 _FORMAT = 4
 
 
 class Progress:
-    """Episodes done, and the place in the articles.
-
-    Args:
-        total_episodes: of the whole run.
-
-    Attributes:
-        num_episodes: trajectories rolled out.
-        position: place in the articles right after the last batch used.
-        skipped: articles passed over, by reason.
-    """
+    """Episodes done of ``total_episodes``, and the place in the articles."""
 
     def __init__(self, total_episodes: int) -> None:
         self.total_episodes = total_episodes
         self.num_episodes = 0
+        """Trajectories rolled out."""
         self.position = StreamPosition()
+        """Place in the articles right after the last batch used."""
         self.skipped: dict[str, int] = {}
+        """Articles passed over, by reason."""
         self._skipped_before: dict[str, int] = {}
 
     @property
     def episodes_left(self) -> int:
-        """Episodes that are still to be run."""
+        """Episodes that are still to run."""
         return max(0, self.total_episodes - self.num_episodes)
 
     def next_episodes(self, batch: MemoryBatch) -> range:
         """Number the episodes of the next batch."""
         return range(self.num_episodes, self.num_episodes + len(batch))
+
+    def read(self, checkpoint: Path) -> None:
+        """Go to where a checkpoint's run stood."""
+        self.load_state_dict(load_parts(checkpoint)["progress"])
 
     def open_stream(self) -> StreamPosition:
         """Return where a stream of articles begins; what it skips is added to what was skipped so far."""
@@ -64,7 +65,7 @@ class Progress:
         self.skipped = dict(Counter(self._skipped_before) + Counter(batch.skipped))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as a JSON-able mapping."""
+        """Return the state, JSON-able."""
         return {"num_episodes": self.num_episodes, "position": self.position.to_dict(), "skipped": self.skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -75,13 +76,7 @@ class Progress:
 
 
 def save_parts(folder: Path, states: Mapping[str, Any], previous_adapter: Mapping[str, Tensor]) -> None:
-    """Write the two files into a checkpoint's folder.
-
-    Args:
-        folder: it exists.
-        states: of the run's parts by name, JSON-able.
-        previous_adapter: tensors of the adapter before the last update.
-    """
+    """Write the states of the run's parts, JSON-able, and the previous adapter's tensors into a checkpoint's folder."""
     save_file({name: tensor.contiguous() for name, tensor in previous_adapter.items()}, folder / PREVIOUS_ADAPTER_NAME)
     text = json.dumps({"format": _FORMAT, **states}, indent=2)
     (folder / STATE_NAME).write_text(text + "\n", encoding="utf-8")
@@ -96,8 +91,9 @@ def load_parts(folder: Path) -> dict[str, Any]:
     states: dict[str, Any] = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
     found = states.pop("format", None)
     if found != _FORMAT:
+        stated = "no format" if found is None else f"format {found!r}"
         raise CheckpointError(
-            f"{folder / STATE_NAME} has format {found!r}, but this version of attention_rl_trainer reads {_FORMAT}; "
+            f"{folder / STATE_NAME} has {stated}, but this version of attention_rl_trainer reads format {_FORMAT}; "
             "resume with the version that wrote it, or start anew in another output_dir"
         )
     return states
@@ -106,3 +102,27 @@ def load_parts(folder: Path) -> dict[str, Any]:
 def load_previous_adapter(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of the adapter before the last update."""
     return load_file(folder / PREVIOUS_ADAPTER_NAME)
+
+
+def save_run(folder: Path, parts: Mapping[str, Stateful], previous_adapter: Stateful) -> None:
+    """Write the present states of a run's parts, and the adapter before the last update."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    save_parts(folder, states, previous_adapter.state_dict())
+
+
+def restore_run(folder: Path, parts: Mapping[str, Stateful], previous_adapter: Stateful) -> None:
+    """Go back to what `save_run` wrote."""
+    states = load_parts(folder)
+    for name, part in parts.items():
+        part.load_state_dict(states[name])
+    previous_adapter.load_state_dict(load_previous_adapter(folder))
+
+
+def expect_format(folder: Path) -> None:
+    """Refuse a checkpoint whose parts were written in another format; one without parts is for others to refuse.
+
+    Raises:
+        CheckpointError: names both formats.
+    """
+    if (folder / STATE_NAME).is_file():
+        load_parts(folder)

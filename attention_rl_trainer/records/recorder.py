@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attention_rl_trainer.durability.discovery import Fact
 from attention_rl_trainer.errors import RunContext, peak_memory_gib
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
@@ -22,8 +23,6 @@ from attention_rl_trainer.types import Trajectory
 from attention_rl_trainer.update.filter import Verdict
 
 logger = logging.getLogger(__name__)
-
-Fact = str | int | float | bool | None
 
 
 @dataclass
@@ -40,13 +39,9 @@ class Recorder:
     Args:
         folder: the run's output_dir.
         encoder: turns ids into text.
-        progress: how far the run has come.
-        limits: what is out of the ordinary.
+        progress: the trainer's; it counts a batch before the batch is added here.
+        limits: what the health monitor warns of.
         context: the present step, the device, and how long each phase took.
-
-    Attributes:
-        ledger: the run's ledger.
-        latest_row: of the last rollout batch, the trajectory with the highest reward.
     """
 
     def __init__(
@@ -54,7 +49,9 @@ class Recorder:
     ) -> None:
         self.ledger = Ledger(folder)
         self.latest_row: LedgerRow | None = None
+        """Of the last rollout batch, the trajectory with the highest reward."""
         self._folder = folder
+        self._summary = folder / REPORT_FOLDER / SUMMARY_NAME
         self._encoder = encoder
         self._progress = progress
         self._context = context
@@ -87,7 +84,7 @@ class Recorder:
         self._metrics.add(values)
 
     def add_times(self, trajectories: Trajectory) -> None:
-        """Collect how long the phases of the step took."""
+        """Collect how long the phases of the step took, and the peak memory."""
         seconds = self._context.seconds
         self._metrics.add(
             {
@@ -108,27 +105,23 @@ class Recorder:
         self._metrics.add({"updates": num_updates})
         joined = {**logs, **self._metrics.drain()}
         for warning in self._health.observe(joined):
+            # The Trainer logs a step after it has counted it.
             logger.warning("Step %d: %s", self._context.step - 1, warning)
         return joined
 
     # ---- A run ----
 
     def forget_report(self) -> None:
-        """Remove the summary of an earlier end: a report is of a run's end."""
-        (self._folder / REPORT_FOLDER / SUMMARY_NAME).unlink(missing_ok=True)
+        """Remove the summary of an earlier end: a run that is under way has no report."""
+        self._summary.unlink(missing_ok=True)
 
     @property
     def has_report(self) -> bool:
         """Whether the run's report is there."""
-        return (self._folder / REPORT_FOLDER / SUMMARY_NAME).is_file()
+        return self._summary.is_file()
 
     def write_report(self, log_history: Sequence[Mapping[str, float]], facts: Mapping[str, Fact]) -> None:
-        """Write summary and plots of the ledger.
-
-        Args:
-            log_history: metrics as logged.
-            facts: what ran.
-        """
+        """Write summary and plots of the ledger, with ``facts`` about what ran as they are."""
         if not self.ledger.path.is_file():
             logger.warning("No report: %s is missing", self.ledger.path)
             return
@@ -167,15 +160,7 @@ class Recorder:
 def ledger_rows(
     trajectory: Trajectory, batch: MemoryBatch, encoder: PlainTextEncoder, verdict: Verdict, step: int
 ) -> list[LedgerRow]:
-    """Write a rollout batch down, one row per trajectory.
-
-    Args:
-        trajectory: the batch as it was rolled out.
-        batch: the articles' pairs that it read.
-        encoder: turns ids into text.
-        verdict: how it was judged.
-        step: the trainer's step, from 1.
-    """
+    """Write a rollout batch down, one row per trajectory; ``step`` is the trainer's, from 1."""
     columns = {
         "step_rewards": trajectory.stack("reward").tolist(),
         "query_gains": trajectory.stack("query_gain").tolist(),

@@ -1,10 +1,7 @@
-"""Turn a run's ledger and logged metrics into a Markdown summary and a folder of plots.
+"""A run's ledger and logged metrics into ``report/``: a Markdown summary and plots.
 
-Reads back `trajectories.jsonl`, the ledger of the design's section 8, as typed rows; compares the first third of the
-episodes with the last third (reward, query gain, model gain: section 7) and says in plain words what changed and what
-did not; writes `report/` with the summary and the plots.
-
-Knows nothing about trainers, models or tokenizers: everything comes from the files of a run.
+Compares the first third of the episodes with the last third (reward, query gain, model gain: design §7) and says in
+plain words what changed and what did not.
 """
 
 from __future__ import annotations
@@ -13,111 +10,29 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
+from attention_rl_trainer.durability.discovery import Fact
 from attention_rl_trainer.durability.staging import staged_files
 from attention_rl_trainer.records.ledger import LEDGER_NAME, LedgerRow, read_ledger
 from attention_rl_trainer.records.plots import plot_gains, plot_kl, plot_rewards, plot_selection
-
-__all__ = ["Change", "Mean", "compare_thirds", "escape_control_characters", "summarize_run", "write_report"]
+from attention_rl_trainer.records.thirds import MIN_EPISODES_PER_THIRD, Change, Mean, compare_thirds
 
 REPORT_FOLDER = "report"
 SUMMARY_NAME = "summary.md"
 
-_MIN_EPISODES_PER_THIRD = 4
-_CONFIDENCE = 0.95
 _NOT_LOGGED = "not logged"
 
 
-@dataclass(frozen=True, slots=True)
-class Mean:
-    """A sample mean with its standard error.
-
-    Attributes:
-        value: the mean.
-        standard_error: sample standard deviation (ddof 1) over the square root of `count`.
-        count: number of values.
-    """
-
-    value: float
-    standard_error: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Self:
-        """Take the mean of at least two values."""
-        return cls(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)), len(values))
-
-    def __str__(self) -> str:
-        """Show the mean with its sign and its standard error."""
-        return f"{self.value:+.4f} ± {self.standard_error:.4f}"
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """The first third of a run's episodes against the last third.
-
-    Attributes:
-        first: mean over the first third.
-        last: mean over the last third.
-    """
-
-    first: Mean
-    last: Mean
-
-    @property
-    def difference(self) -> float:
-        """Last minus first."""
-        return self.last.value - self.first.value
-
-    @property
-    def standard_error(self) -> float:
-        """Standard error of the difference of two independent means."""
-        return math.hypot(self.first.standard_error, self.last.standard_error)
-
-    @property
-    def half_width(self) -> float:
-        """Half the width of the 95% interval around the difference (Welch's t)."""
-        if self.standard_error == 0.0:
-            return 0.0
-        return self.standard_error * _student_quantile(_welch_degrees(self.first, self.last))
-
-    @property
-    def direction(self) -> int:
-        """+1 or -1 where the 95% interval of the difference excludes 0, else 0."""
-        if abs(self.difference) <= self.half_width:
-            return 0
-        return 1 if self.difference > 0.0 else -1
-
-
-def compare_thirds(values: Sequence[float]) -> Change | None:
-    """Compare the first third of a series with its last third.
-
-    Args:
-        values: one value for each episode, in episode order; taken as independent draws.
-
-    Returns:
-        The comparison, or None where a third would hold fewer than four values.
-    """
-    third = len(values) // 3
-    if third < _MIN_EPISODES_PER_THIRD:
-        return None
-    return Change(Mean.of(values[:third]), Mean.of(values[-third:]))
-
-
 def summarize_run(
-    rows: Sequence[LedgerRow],
-    log_history: Sequence[Mapping[str, float]],
-    run: Mapping[str, str | int | float | bool | None],
+    rows: Sequence[LedgerRow], log_history: Sequence[Mapping[str, float]], run: Mapping[str, Fact]
 ) -> str:
     """Say in Markdown what a run changed, with the uncertainty of each figure.
 
     Args:
-        rows: the run's ledger.
-        log_history: metrics as logged, one mapping a step; a metric absent everywhere is reported as not logged.
-        run: names and values to list beside the figures (model, data set, commit, seed, settings).
+        rows: the run's ledger, in any order.
+        log_history: metrics as logged, one mapping per step; a metric absent everywhere is reported as not logged.
+        run: names and values to list as they are (model, data set, commit, seed, settings).
 
     Returns:
         A Markdown document that ends in a newline. Rewards and gains are in nats per value token.
@@ -126,22 +41,20 @@ def summarize_run(
     parts = ["# What this run changed", ""]
     if not ordered:
         parts += ["The ledger holds no trajectories: nothing was rolled out, so there is nothing to compare.", ""]
-        parts += [*_settings_section(run)]
-        return "\n".join(parts)
+        return "\n".join([*parts, *_settings_section(run)])
     changes = _measure_changes(ordered)
     parts += [" ".join(_verdict_section(ordered, changes, _num_updates(log_history))), ""]
     if changes:
         parts += [*_changes_section(ordered, changes), ""]
     parts += [*_run_section(ordered, log_history), ""]
     parts += [*_best_section(ordered), ""]
-    parts += [*_settings_section(run)]
-    return "\n".join(parts)
+    return "\n".join([*parts, *_settings_section(run)])
 
 
 def write_report(
     output_dir: Path,
     log_history: Sequence[Mapping[str, float]],
-    run: Mapping[str, str | int | float | bool | None] | None = None,
+    run: Mapping[str, Fact] | None = None,
     *,
     with_plots: bool = True,
 ) -> list[Path]:
@@ -149,8 +62,8 @@ def write_report(
 
     Args:
         output_dir: folder of the run, which holds its ledger.
-        log_history: metrics as logged, one mapping a step.
-        run: names and values for the summary's list of settings.
+        log_history: metrics as logged, one mapping per step.
+        run: see `summarize_run`.
         with_plots: whether to draw, which needs matplotlib.
 
     Returns:
@@ -184,28 +97,11 @@ def _draw(rows: Sequence[LedgerRow], log_history: Sequence[Mapping[str, float]],
 def escape_control_characters(text: str) -> str:
     r"""Show control, formatting and unpaired characters as escapes, so that text cannot act on a terminal or page.
 
-    Args:
-        text: any text, such as a decoded query.
-
     Returns:
         The text with every unprintable character as `\n`, `\x1b` or `\u202e`; a no-break space becomes a space.
     """
     spaced = text.replace("\N{NO-BREAK SPACE}", " ")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in spaced)
-
-
-def _welch_degrees(first: Mean, last: Mean) -> float:
-    a, b = first.standard_error**2, last.standard_error**2
-    return (a + b) ** 2 / (a**2 / (first.count - 1) + b**2 / (last.count - 1))
-
-
-def _student_quantile(degrees: float) -> float:
-    """Two-sided 95% quantile of Student's t by its expansion around the normal one (within 1% from 3 degrees up)."""
-    z = statistics.NormalDist().inv_cdf(0.5 + _CONFIDENCE / 2.0)
-    first = (z**3 + z) / 4.0
-    second = (5.0 * z**5 + 16.0 * z**3 + 3.0 * z) / 96.0
-    third = (3.0 * z**7 + 19.0 * z**5 + 17.0 * z**3 - 15.0 * z) / 384.0
-    return z + first / degrees + second / degrees**2 + third / degrees**3
 
 
 def _measure_changes(ordered: Sequence[LedgerRow]) -> dict[str, Change]:
@@ -239,7 +135,7 @@ def _verdict_section(rows: Sequence[LedgerRow], changes: Mapping[str, Change], u
     if not changes:
         sentences.append(
             f"**Too short to tell**: {len(rows)} episodes; a comparison of the first with the last third needs at "
-            f"least {3 * _MIN_EPISODES_PER_THIRD}."
+            f"least {3 * MIN_EPISODES_PER_THIRD}."
         )
         return sentences
     sentences += [_reward_sentence(changes["reward"]), _parts_sentence(changes["query gain"], changes["model gain"])]
@@ -249,7 +145,7 @@ def _verdict_section(rows: Sequence[LedgerRow], changes: Mapping[str, Change], u
 
 def _reward_sentence(change: Change) -> str:
     amount = f"{change.difference:+.4f} ± {change.standard_error:.4f} nats per token"
-    outcome = {1: "rose", 0: "did not change distinguishably", -1: "**fell**"}[change.direction]
+    outcome = "**fell**" if change.direction < 0 else _moved(change)
     return f"From the first to the last third of the episodes the reward {outcome} ({amount})."
 
 
@@ -274,8 +170,7 @@ def _moved(change: Change) -> str:
 
 
 def _level_sentence(query_gain: Mean) -> str:
-    half_width = query_gain.standard_error * _student_quantile(query_gain.count - 1)
-    if abs(query_gain.value) <= half_width:
+    if abs(query_gain.value) <= query_gain.half_width:
         standing = "not distinguishable from those the base model samples for itself"
     else:
         standing = f"{'better' if query_gain.value > 0.0 else 'worse'} than those the base model samples for itself"
@@ -336,7 +231,7 @@ def _selector_figure(rows: Sequence[LedgerRow]) -> str:
         if limit == 0.0:
             return "nothing to choose: every step had a single pair left"
         parts.append(
-            f"{total / len(part):.3f} of at most {limit / len(part):.3f} nats a trajectory ({total / limit:.1%}) "
+            f"{total / len(part):.3f} of at most {limit / len(part):.3f} nats per trajectory ({total / limit:.1%}) "
             f"in the {name} third"
         )
     return ", ".join(parts)
@@ -396,7 +291,7 @@ def _fenced(lines: Sequence[str]) -> list[str]:
     return [f"{fence}text", *lines, fence]
 
 
-def _settings_section(run: Mapping[str, str | int | float | bool | None]) -> list[str]:
+def _settings_section(run: Mapping[str, Fact]) -> list[str]:
     if not run:
         return []
     rows = [f"| {_table_cell(name)} | {_table_cell(str(value))} |" for name, value in run.items()]

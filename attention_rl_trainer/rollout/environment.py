@@ -1,8 +1,7 @@
 """The environment of the episode: a memory of key-value pairs that is read without replacement (design §5).
 
-`KVMemoryEnvironment` joins the selector with the availability of the pairs. There is no model inside: query vectors
-come in, pairs go out. A user's own environment has the methods of `MemoryEnvironment`, and `log_prob` if its choices are
-to be trained (`DifferentiableEnvironment`).
+Query vectors come in, pairs go out. A user's own environment has the methods of `MemoryEnvironment`, and `log_prob` if
+its choices are to be trained (`DifferentiableEnvironment`).
 """
 
 from __future__ import annotations
@@ -25,17 +24,13 @@ from attention_rl_trainer.types import KeyValuePair, KeyValuePairs
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What one step of an environment draws.
-
-    Attributes:
-        pairs: the drawn pair of each row.
-        index: its column in the memory, ``[B]`` int64.
-        probabilities: the distribution it was drawn from, ``[B, M]``; 0 for pairs already read.
-    """
+    """What one step of an environment draws."""
 
     pairs: KeyValuePair
     index: Tensor
+    """The pairs' columns in the memory, ``[B]`` int64."""
     probabilities: Tensor
+    """The distribution that they were drawn from, ``[B, M]``; 0 for pairs already read."""
 
 
 @runtime_checkable
@@ -59,11 +54,11 @@ class DifferentiableEnvironment(MemoryEnvironment, Protocol):
     """An environment whose choices have a differentiable log-probability, which ``selector_coef`` > 0 needs."""
 
     def log_prob(self, memory: KeyValuePairs, query_vectors: Tensor, index: Tensor) -> Tensor:
-        """Log-probability of whole orders of reading, whatever the present episodes are.
+        """Log-probability of whole orders of reading; a pure function, which reads and changes no present episode.
 
         Args:
-            memory: the memories as they were at `reset`, of B trajectories.
-            query_vectors: the query vector of each step, ``[B, T, H, D]``.
+            memory: the memories as they were at `reset`.
+            query_vectors: ``[B, T, H, D]``.
             index: the column drawn at each step, ``[B, T]`` int64.
 
         Returns:
@@ -82,11 +77,7 @@ class SelectionOptions(Options):
 
 
 class KVMemoryEnvironment:
-    """A memory that is read through grouped-query attention, each pair at most once.
-
-    Args:
-        options: temperature, and how the query heads are joined (`selector`).
-    """
+    """A memory that is read through grouped-query attention (`selector`), each pair at most once."""
 
     def __init__(self, options: SelectionOptions | None = None) -> None:
         self._options = options or SelectionOptions()
@@ -95,11 +86,7 @@ class KVMemoryEnvironment:
 
     @property
     def pairs(self) -> KeyValuePairs:
-        """The memory of the current episodes.
-
-        Raises:
-            RuntimeError: `reset` was not called.
-        """
+        """The memory of the present episodes."""
         if self._pairs is None:
             raise RuntimeError("call reset(pairs) before using the environment")
         return self._pairs
@@ -129,7 +116,7 @@ class KVMemoryEnvironment:
         return Selection(self.pairs.gather(index), index, probabilities)
 
     def log_prob(self, memory: KeyValuePairs, query_vectors: Tensor, index: Tensor) -> Tensor:
-        """See `DifferentiableEnvironment`; reads and changes nothing of the present episodes."""
+        """See `DifferentiableEnvironment`."""
         batch_size, num_steps = index.shape
         available = torch.ones_like(memory.pair_numbers, dtype=torch.bool)
         masks = []

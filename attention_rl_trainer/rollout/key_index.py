@@ -1,13 +1,11 @@
 """One large memory, scored at the speed at which its keys can be read (design §5).
 
 `selector` compares each trajectory with a handful of keys of its own. Here any number of queries share 10⁴ to 10⁷ keys.
-The keys lie in blocks, group by group, so that a block is one small matrix product; what it gives stays in the cache
-while it is turned into exponentials, and only block sums are normalized. A draw picks a block, then a key within it:
+The keys are stored in blocks, group by group, so that a block is one small matrix product; what it gives stays in the
+cache while it is turned into exponentials, and only block sums are normalized. A draw picks a block, then a key of it:
 the same inverse distribution function, in the same order of keys, as over all of them.
 
     p(k) = mean over h of exp(score[h, k]) / Σ_k' exp(score[h, k'])        (or one softmax of the heads' mean score)
-
-Pure tensors. Knows nothing about tokens, models or what a pair holds.
 """
 
 from __future__ import annotations
@@ -25,11 +23,7 @@ _CHUNK_ELEMENTS = 2**20
 
 
 class KeyIndex:
-    """The keys of one memory, laid out for scoring.
-
-    Args:
-        key_vectors: ``[M, G, D]`` float32; they are copied.
-        block_size: keys of a block.
+    """The keys of one memory, ``[M, G, D]`` float32, copied into blocks of ``block_size`` keys.
 
     Raises:
         ValueError: there is no key.
@@ -50,15 +44,7 @@ class KeyIndex:
     def score(
         self, query_vectors: Tensor, temperature: float = 1.0, head_aggregation: HeadAggregation = "probabilities"
     ) -> KeyDistribution:
-        """Compare queries with every key.
-
-        Args:
-            query_vectors: ``[Q, H, D]``.
-            temperature: divides the scores; below 1 sharpens.
-            head_aggregation: average the heads' ``"probabilities"`` or their ``"scores"``.
-
-        Returns:
-            The queries' distributions over the keys.
+        """Compare queries ``[Q, H, D]`` with every key.
 
         Raises:
             ValueError: the heads cannot share the groups, or the dimension differs from the keys'.
@@ -73,15 +59,7 @@ class KeyIndex:
         return KeyDistribution(self, torch.unflatten(scaled, 1, (self.num_groups, -1)), head_aggregation)
 
     def block_scores(self, scaled_queries: Tensor, blocks: slice) -> Tensor:
-        """Score some blocks.
-
-        Args:
-            scaled_queries: ``[Q, G, r, D]``.
-            blocks: which, n of them.
-
-        Returns:
-            ``[n, Q, G · r, block]``; -inf where the last block is filled up.
-        """
+        """Score n blocks with queries ``[Q, G, r, D]``: ``[n, Q, G · r, block]``, -inf where the last is filled up."""
         num_queries, _, shared, _ = scaled_queries.shape
         keys = self.blocks[blocks]
         rows = scaled_queries.transpose(0, 1).flatten(1, 2)
@@ -93,13 +71,7 @@ class KeyIndex:
 
 
 class KeyDistribution:
-    """Queries' distributions over the keys of an index, made by `KeyIndex.score`.
-
-    Args:
-        index: the keys.
-        scaled_queries: ``[Q, G, r, D]``, divided by √D · temperature.
-        head_aggregation: how the heads are joined.
-    """
+    """Distributions over the keys of an index, one for each query ``[Q, G, r, D]`` divided by √D · temperature."""
 
     def __init__(self, index: KeyIndex, scaled_queries: Tensor, head_aggregation: HeadAggregation) -> None:
         self._index = index
@@ -120,7 +92,7 @@ class KeyDistribution:
         self._maxima, self._sums = torch.cat(maxima), torch.cat(sums)
 
     def _scores(self, blocks: slice, queries: Tensor) -> Tensor:
-        """Score some blocks, ``[n, Q, heads, block]``; the heads' mean counts as one head."""
+        """Score some blocks, ``[n, Q, heads, block]``; the heads' mean is one head."""
         scores = self._index.block_scores(queries, blocks)
         return scores.mean(dim=2, keepdim=True) if self._aggregation == "scores" else scores
 
@@ -139,16 +111,12 @@ class KeyDistribution:
         return torch.cat(parts).transpose(0, 1).flatten(1)[:, : self._index.num_keys]
 
     def draw(self, noise: Tensor) -> Tensor:
-        """Draw keys without replacement: after each, the heads' distributions are normalized over those that are left.
+        """Draw n keys with noise ``[Q, n]`` in [0, 1): their numbers in the order of the draws, ``[Q, n]`` int64.
 
-        Args:
-            noise: uniform numbers in [0, 1), ``[Q, n]``.
-
-        Returns:
-            Numbers of the keys in the order in which they were drawn, ``[Q, n]`` int64.
+        Without replacement: after each draw the heads' distributions are normalized over the keys that are left.
 
         Raises:
-            ValueError: more keys are asked for than there are.
+            ValueError: there are fewer than n keys.
         """
         if noise.shape[1] > self._index.num_keys:
             raise ValueError(f"cannot draw {noise.shape[1]} different keys from {self._index.num_keys}")

@@ -1,8 +1,7 @@
-"""Where each token of a trajectory stands (design §4).
+"""Where each token of a trajectory is (design §4).
 
 A trajectory is ``[" Query:"] key_0 [" Response:"] value_0``, the in-context example, and then for each step
-``[" Query:"] query [" Response:"] (key) value``. The separators are encoded alone and once. Whoever needs a position, a
-length or a piece of a trajectory asks here.
+``[" Query:"] query [" Response:"] (key) value``. Every position, length and piece of a trajectory comes from here.
 """
 
 from __future__ import annotations
@@ -51,34 +50,20 @@ class LayoutOptions(PairOptions):
 
 @dataclass(frozen=True)
 class Separators:
-    """Token ids of the two separators, each encoded alone and once.
-
-    Attributes:
-        query: ids of ``" Query:"``.
-        response: ids of ``" Response:"``.
-    """
+    """Token ids of ``" Query:"`` and ``" Response:"``, each encoded alone and once."""
 
     query: tuple[int, ...]
     response: tuple[int, ...]
 
     @classmethod
     def encode(cls, encoder: PlainTextEncoder) -> Separators:
-        """Encode the separators with the base model's tokenizer."""
+        """Encode both with the base model's tokenizer."""
         return cls(tuple(encoder.encode(QUERY_SEPARATOR)), tuple(encoder.encode(RESPONSE_SEPARATOR)))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The lengths that fix the place of every token.
-
-    Attributes:
-        separators: ids of the separators.
-        num_steps: T.
-        tokens_per_query: L.
-        tokens_per_key: K.
-        tokens_per_value: V.
-        include_key_in_context: whether a drawn key stands before its value.
-    """
+    """The lengths T, L, K and V that fix the place of every token."""
 
     separators: Separators
     num_steps: int
@@ -127,7 +112,7 @@ class Layout:
 
     @property
     def step_tokens(self) -> int:
-        """What a step adds to the context: query, response and the separator after it."""
+        """What a step adds to the context: query, response and the next query separator."""
         return self.tokens_per_query + self.scored_tokens + len(self.separators.query)
 
     @property
@@ -141,8 +126,13 @@ class Layout:
         return self.prompt_tokens + self.num_steps * self.step_tokens
 
     def block_tokens(self, step: int) -> int:
-        """Tokens that follow the query of a step, counted from 0: the response, and a separator unless it is the last."""
+        """Tokens after the query of a step, counted from 0: the response, and a separator unless it is the last."""
         return self.scored_tokens + (0 if step == self.num_steps - 1 else len(self.separators.query))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What matters for memory, by name."""
+        return {"steps": self.num_steps, "tokens per trajectory": self.trajectory_tokens}
 
     # ---- Positions ----
 
@@ -194,16 +184,10 @@ def _repeated(token_ids: tuple[int, ...], rows: int, device: torch.device) -> Te
 
 
 def positions(starts: Sequence[int], length: int, device: torch.device) -> Tensor:
-    """List the positions of runs of tokens that begin at T starts, ``[T · length]``."""
+    """List the positions of runs of tokens from T starts on, ``[T · length]``."""
     return (torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)).flatten()
 
 
 def predicting(hidden: Tensor, start: int, count: int) -> Tensor:
-    """Take the states that predict the tokens ``start .. start + count - 1``: those one position earlier.
-
-    Args:
-        hidden: ``[B, S, C]``.
-        start: position of the first predicted token, at least 1.
-        count: number of tokens.
-    """
+    """Take the states, of ``[B, S, C]``, that predict ``count`` tokens from ``start`` >= 1 on: one position earlier."""
     return hidden[:, start - 1 : start - 1 + count]

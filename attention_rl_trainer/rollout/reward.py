@@ -1,4 +1,4 @@
-"""Log-probabilities of the values into rewards and their parts (design §7).
+"""From log-probabilities of values to rewards and their parts (design §7).
 
     reward      = log p_θ(value | policy's query)    - log p_base(value | counterfactual query)
     query_gain  = log p_base(value | policy's query) - log p_base(value | counterfactual query)
@@ -10,13 +10,13 @@ all in nats per value token. The first is the sum of the next two; the last is n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
 from attention_rl_trainer.options import Coefficient, Options, option
-from attention_rl_trainer.types import TrajectoryStep
+from attention_rl_trainer.types import TrajectoryStep, expect_tensor
 
 
 @dataclass
@@ -30,48 +30,32 @@ class RewardFunction(Protocol):
     """A user's own reward, given to the trainer as ``reward_fn``."""
 
     def __call__(self, step: TrajectoryStep, /) -> Tensor:
-        """Judge a step of B trajectories.
+        """Judge a step, whose ``reward`` is the default one, of B trajectories: ``[B]``, floating, finite."""
 
-        Args:
-            step: all that the rollout knows of it; its ``reward`` is the default one.
 
-        Returns:
-            Nats per token or whatever else, ``[B]``, finite.
-        """
+def judge_step(reward_fn: RewardFunction, step: TrajectoryStep) -> TrajectoryStep:
+    """Replace a step's default reward by a user's own.
+
+    Raises:
+        ValueError: ``reward_fn`` does not return a floating tensor ``[B]``.
+    """
+    reward = reward_fn(step)
+    if not isinstance(reward, Tensor):
+        raise ValueError(f"reward_fn must return a tensor of shape {list(step.reward.shape)}, got {reward!r}")
+    expect_tensor("what reward_fn returns", reward, step.reward.shape, floating=True)
+    return replace(step, reward=reward.to(step.reward))
 
 
 def calculate_reward(policy_value_logprob: Tensor, counterfactual_value_logprob: Tensor) -> Tensor:
-    """Compute a step's reward: the value's log-probability, normalized by the base model's own query.
-
-    Args:
-        policy_value_logprob: mean log p_θ(value | context, policy's query), nats per token, any shape.
-        counterfactual_value_logprob: mean log p_base(value | context, counterfactual query), the same shape.
-
-    Returns:
-        Nats per token, the same shape.
-    """
+    """Normalize a value's log-probability by that after the base model's own query; nats per token, any shape."""
     return policy_value_logprob - counterfactual_value_logprob
 
 
 def value_logprob(token_logprobs: Tensor) -> Tensor:
-    """Average the log-probabilities of a value's tokens.
-
-    Args:
-        token_logprobs: log-probability of each value token given what comes before it, nats, ``[..., V]``.
-
-    Returns:
-        Nats per token, ``[...]``.
-    """
+    """Average the log-probabilities of a value's tokens, nats, ``[..., V]``, into nats per token, ``[...]``."""
     return token_logprobs.mean(dim=-1)
 
 
 def trajectory_reward(step_rewards: Tensor) -> Tensor:
-    """Average the rewards of a trajectory's steps.
-
-    Args:
-        step_rewards: ``[B, T]``.
-
-    Returns:
-        ``[B]``.
-    """
+    """Average the rewards of a trajectory's steps, ``[B, T]``, into ``[B]``."""
     return step_rewards.mean(dim=-1)

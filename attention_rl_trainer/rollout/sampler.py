@@ -1,18 +1,18 @@
-"""Articles' pairs into trajectories: the one place that joins policy, environment and reward (design §6).
+"""From memories to trajectories: the one place that joins policy, environment and reward (design §6).
 
 Policy and reference each keep a key-value cache over the whole trajectory, so every token of the context passes through
-each of them once (`reading`). Where a step's cost goes:
+each of them once (`models.readers`). The cost of a step:
 
 1. L single tokens decode the policy's query, whose attention vectors draw a pair, and the reference's counterfactual;
-2. one forward of ``[" Response:"] value [" Query:"]`` scores the value behind either query and opens the next step;
+2. one forward of ``[" Response:"] value [" Query:"]`` scores the value after either query and opens the next step;
 3. the reference, rolled back, reads ``query [" Response:"] value [" Query:"]``, which brings it level with the context
-   and scores the value behind the policy's query.
+   and scores the value after the policy's query.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from attention_rl_trainer.rollout.reward import (
     RewardFunction,
     RewardOptions,
     calculate_reward,
+    judge_step,
     trajectory_reward,
     value_logprob,
 )
@@ -49,10 +50,10 @@ class TrajectorySampler:
 
     Args:
         policy: the adapted model and its reference.
-        environment: where queries draw pairs from.
-        separators: the separators' ids.
-        options: steps, lengths and what is paid for.
-        seed: seed of the episodes' streams.
+        environment: what queries draw pairs from.
+        separators: their ids.
+        options: what is rolled out.
+        seed: of the episodes' random streams.
         reward_fn: a reward in place of the default one.
         compute_order_gain: whether `TrajectoryStep.order_gain` is wanted, which costs T more forwards of the reference;
             by default where it is paid for.
@@ -81,20 +82,16 @@ class TrajectorySampler:
         self.joint = joint
 
     def sample(self, batch: MemoryBatch, episodes: Sequence[int]) -> Trajectory:
-        """Roll one batch out, in evaluation mode and without gradients.
-
-        Args:
-            batch: the pairs of B articles.
-            episodes: the running number of each row's episode, which seeds its streams.
+        """Roll one batch out, in evaluation mode and without gradients; the episodes' numbers seed the rows' streams.
 
         Raises:
-            NonFiniteError: a logit, vector, probability or reward is not finite; names which, the step of the
-                trajectory and the article.
-            ValueError: the memory holds fewer pairs than steps.
+            NonFiniteError: a logit, vector, probability or reward is not finite; names which, the step, the article.
+            ValueError: a memory has fewer pairs than there are steps, or ``reward_fn`` does not return ``[B]`` numbers.
         """
         if self.layout.num_steps > batch.pair_numbers.shape[1]:
             raise ValueError(
-                f"num_steps is {self.layout.num_steps}, but a memory holds {batch.pair_numbers.shape[1]} pairs"
+                f"num_steps is {self.layout.num_steps}, but a memory holds {batch.pair_numbers.shape[1]} pairs; lower "
+                "num_steps, or sample from larger memories"
             )
         with self.policy.inference():
             return self._sample(batch, episodes)
@@ -124,14 +121,9 @@ class TrajectorySampler:
         )
 
     def noise(self, episodes: Sequence[int], num_steps: int) -> dict[Purpose, Tensor]:
-        """Draw the uniform numbers of episodes; more steps leave those of the first ones as they are.
+        """Draw the uniform numbers of episodes: ``[B, T, L]`` for the queries, ``[B, T]`` for the draws of pairs.
 
-        Args:
-            episodes: running numbers of the episodes.
-            num_steps: T.
-
-        Returns:
-            ``[B, T, L]`` for the queries, ``[B, T]`` for the draws of pairs.
+        More steps leave the numbers of the first ones as they are.
         """
         tokens = self.layout.tokens_per_query
         shapes = {
@@ -145,7 +137,7 @@ class TrajectorySampler:
         }
 
     def score(self, hidden: Tensor, start: int, value_tokens: Tensor) -> Tensor:
-        """Mean log-probability of a value whose first token stands at ``start``, ``[B]``."""
+        """Mean log-probability of a value whose first token is at ``start``, ``[B]``."""
         states = predicting(hidden, start, value_tokens.shape[1])
         return value_logprob(self.policy.token_logprobs(states, value_tokens))
 
@@ -210,13 +202,13 @@ class _Run:
             order_gain=order_gain,
         )
         if sampler.reward_fn is not None:
-            step = replace(step, reward=sampler.reward_fn(step))
+            step = judge_step(sampler.reward_fn, step)
         quantities = {
             "selection probability": selection.probabilities,
             "policy logit or log-probability of a value": policy_logprob,
             "base model logit or log-probability of a value": base_logprob,
             "base model logit or log-probability of a value after its own query": counterfactual_logprob,
-            "reward": step.reward,
+            "reward" if sampler.reward_fn is None else "what reward_fn returns": step.reward,
         }
         expect_finite(quantities, self.articles, trajectory_step=number + 1)
         self.blocks += [query.token_ids, block]
@@ -225,7 +217,7 @@ class _Run:
     def _order_gain(
         self, number: int, counterfactual: Tensor, block: Tensor, value: Tensor, in_context: Tensor
     ) -> Tensor | None:
-        """What the pairs read so far brought to the reference, under the same counterfactual query."""
+        """What the pairs read so far brought to the reference, after the same counterfactual query."""
         if not self.sampler.compute_order_gain:
             return None
         if number == 0:

@@ -4,8 +4,6 @@
 
 ``"probabilities"`` takes the softmax over the keys for each head and averages the heads' distributions (the seed
 document's text); ``"scores"`` averages the scores first and takes one softmax (its sample code).
-
-Pure functions of tensors. Knows nothing about tokens, models or what a pair holds.
 """
 
 from __future__ import annotations
@@ -22,14 +20,10 @@ HeadAggregation = Literal["probabilities", "scores"]
 
 
 def compute_similarity(query_vectors: Tensor, key_vectors: Tensor) -> Tensor:
-    """Compare each query head with the key group that it attends to.
-
-    Args:
-        query_vectors: ``[B, H, D]``.
-        key_vectors: ``[B, M, G, D]``.
+    """Compare query heads ``[B, H, D]`` with the key groups that they attend to, of ``[B, M, G, D]``.
 
     Returns:
-        Scaled dot products ``[B, H, M]``.
+        Dot products divided by √D, ``[B, H, M]``.
 
     Raises:
         ValueError: the shapes do not fit each other.
@@ -54,16 +48,10 @@ def selection_log_probabilities(
     temperature: float = 1.0,
     head_aggregation: HeadAggregation = "probabilities",
 ) -> Tensor:
-    """Turn similarities into log-probabilities over the pairs that are still available.
-
-    Args:
-        similarity: ``[B, H, M]``.
-        available_mask: true where a pair may still be drawn, ``[B, M]`` bool.
-        temperature: divides the similarity; below 1 sharpens.
-        head_aggregation: average the heads' ``"probabilities"`` or their ``"scores"``.
+    """Turn similarities ``[B, H, M]`` into log-probabilities over the pairs that are available, ``[B, M]`` bool.
 
     Returns:
-        Log-probabilities ``[B, M]``, -inf where a pair is not available. Their gradient is finite wherever they are.
+        ``[B, M]``, -inf where a pair is not available. Their gradient is finite wherever they are.
 
     Raises:
         ValueError: a row has no pair available.
@@ -82,13 +70,8 @@ def selection_log_probabilities(
 
 
 def sample_key_value(probabilities: Tensor, noise: Tensor) -> Tensor:
-    """Draw one pair for each row by the inverse distribution function.
+    """Draw columns ``[B]`` of probabilities ``[B, M]``, never one of probability 0, by noise ``[B]`` in [0, 1).
 
-    Args:
-        probabilities: ``[B, M]``, non-negative; rows need not be normalized exactly.
-        noise: uniform numbers in [0, 1), ``[B]``.
-
-    Returns:
-        The drawn columns ``[B]`` int64; never one of probability 0.
+    Rows need not be normalized exactly.
     """
     return sample_by_inverse(probabilities, noise)

@@ -1,14 +1,12 @@
 """How far a policy got between the random and the best one, both known by enumeration (design §11).
 
 What a query is worth is measured by the untouched base model alone, exactly and not by sampling: the log-probability of
-the value behind the query, less its expectation behind the base model's own queries, which are names of topics:
+the value after the query, less its expectation after the base model's own queries, which are names of topics:
 
     gain(context, query, value) = log p(value | query) - Σ_c p(name_c | context) · log p(value | name_c)
 
 Plans, that is, ordered choices of topics, are enumerated with their names as queries. The best policy follows the plan
 of the highest mean gain; the random one asks as the base model does.
-
-Knows nothing about training.
 """
 
 from __future__ import annotations
@@ -36,46 +34,31 @@ _ROWS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class KnownPolicies:
-    """The best and the random policy of a taught model.
-
-    Attributes:
-        best_plan: topics in the order in which the best policy asks for them.
-        best: its mean gain, nats per token.
-        random: mean gain of the policy that asks as the base model does.
-    """
+    """The best and the random policy of a taught model."""
 
     best_plan: Plan
+    """Topics in the order in which the best policy asks for them."""
     best: float
+    """Its mean gain, nats per token."""
     random: float
+    """Mean gain of the policy that asks as the base model does."""
 
     def gap_closed(self, gain: float) -> float:
-        """Return how far a policy of a given mean gain got: 0 for the random one, 1 for the best.
-
-        Args:
-            gain: nats per token.
-        """
+        """Return how far a policy of a given mean gain got: 0 for the random one, 1 for the best."""
         return (gain - self.random) / (self.best - self.random)
 
 
 class BaseReader:
-    """The untouched base model as a judge of queries.
-
-    Args:
-        policy: the adapted model; its reference is the base model.
-    """
+    """The untouched base model, a policy's reference, as a judge of queries."""
 
     def __init__(self, policy: PolicyModel) -> None:
         self._policy = policy
 
     def read(self, contexts: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Read queries.
-
-        Args:
-            contexts: everything before the query, ``[n, C]`` int64.
-            queries: ``[n, 2]`` int64.
+        """Read queries, ``[n, 2]`` int64, in contexts ``[n, P]`` int64.
 
         Returns:
-            Log-probability of each query, ``[n]``, and of every value behind it, ``[n, vocabulary]``, nats.
+            Log-probability of each query, ``[n]``, and of every value after it, ``[n, vocabulary]``, nats.
         """
         response = step_of(queries, queries[:, :VALUE_LENGTH])[:, NAME_LENGTH : NAME_LENGTH + 1]
         sequences = torch.cat([contexts, queries, response], dim=1)
@@ -90,14 +73,11 @@ class BaseReader:
         return torch.cat(query_parts), torch.cat(value_parts)
 
     def read_names(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
-        """Read every topic's name as a query.
-
-        Args:
-            contexts: ``[n, C]`` int64.
+        """Read every topic's name as a query in contexts ``[n, P]`` int64.
 
         Returns:
             Probability of each name as the base model's query, ``[n, topics + 1]``, and log-probability of every value
-            behind it, ``[n, topics + 1, vocabulary]``.
+            after it, ``[n, topics + 1, vocabulary]``.
         """
         names = topic_names()
         count = len(names)
@@ -105,43 +85,26 @@ class BaseReader:
         return asked.view(-1, count).softmax(dim=1), torch.unflatten(values, 0, (-1, count))
 
     def gains(self, contexts: Tensor, queries: Tensor, values: Tensor) -> Tensor:
-        """Judge queries.
-
-        Args:
-            contexts: ``[n, C]`` int64.
-            queries: ``[n, 2]`` int64.
-            values: what was read behind each, ``[n, 1]`` int64.
-
-        Returns:
-            Nats per token, ``[n]``.
-        """
-        probabilities, behind_names = self.read_names(contexts)
-        _, behind_query = self.read(contexts, queries)
-        behind_names = behind_names.gather(2, values[:, None].expand(-1, behind_names.shape[1], -1)).squeeze(2)
-        expected = (probabilities * behind_names).sum(dim=1)
-        return behind_query.gather(1, values)[:, 0] - expected
+        """Judge queries ``[n, 2]`` in contexts ``[n, P]`` by the values ``[n, 1]`` read after them: gains, ``[n]``."""
+        probabilities, after_names = self.read_names(contexts)
+        _, after_query = self.read(contexts, queries)
+        after_names = after_names.gather(2, values[:, None].expand(-1, after_names.shape[1], -1)).squeeze(2)
+        expected = (probabilities * after_names).sum(dim=1)
+        return after_query.gather(1, values)[:, 0] - expected
 
 
 def enumerate_policies(reader: BaseReader, values: Tensor) -> KnownPolicies:
-    """Score every plan on some articles.
-
-    Args:
-        reader: the base model.
-        values: every topic's value in each article, ``[m, topics + 1, 1]`` int64.
-
-    Returns:
-        The best and the random policy.
-    """
+    """Score every plan on m articles, by every topic's value in each, ``[m, topics + 1, 1]`` int64."""
     num_articles, names = len(values), topic_names()
     plans: list[Plan] = [()]
     contexts = prompt_of(values)[:, None]
     gains = torch.zeros(num_articles, 1)
     probabilities = torch.ones(num_articles, 1)
     for _ in range(NUM_STEPS):
-        asked, behind_names = reader.read_names(contexts.flatten(0, 1))
-        # Of every topic's value behind every name, [m, plans, names, topics].
+        asked, after_names = reader.read_names(contexts.flatten(0, 1))
+        # Of every topic's value after every name, [m, plans, names, topics].
         present = values[:, None, None, :NUM_TOPICS, 0].expand(-1, len(plans), len(names), -1)
-        read = torch.unflatten(behind_names, 0, (num_articles, -1)).gather(3, present)
+        read = torch.unflatten(after_names, 0, (num_articles, -1)).gather(3, present)
         asked = asked.view(num_articles, len(plans), -1)
         step_gains = read.diagonal(dim1=2, dim2=3) - torch.einsum("mpn,mpnt->mpt", asked, read)
         # What was drawn cannot be drawn again.
@@ -161,15 +124,7 @@ def enumerate_policies(reader: BaseReader, values: Tensor) -> KnownPolicies:
 
 
 def trajectory_gains(reader: BaseReader, trajectory: Trajectory) -> Tensor:
-    """Judge the queries of trajectories.
-
-    Args:
-        reader: the base model.
-        trajectory: the trajectories.
-
-    Returns:
-        Mean over the steps, nats per token, ``[B]``.
-    """
+    """Judge the queries of trajectories: mean gain over the steps, nats per token, ``[B]``."""
     steps = [
         reader.gains(step.context_tokens, step.query_tokens, step.selected_pair.value_tokens)
         for step in trajectory.steps

@@ -1,7 +1,7 @@
 """A language with a planted signal: topics, of which some are worth asking for, and one that must be read first.
 
 An article is nine pairs. A key is the two-word name of a topic, a value one symbol out of 64. Pair 0 is always of
-the example topic; the other eight pairs, one of each topic, stand in random order:
+the example topic; the other eight pairs, one of each topic, are in random order:
 
 =========== ====== ================================================================================
 role        topics value
@@ -15,13 +15,9 @@ noise       3      a random symbol
 A reader who knows the language predicts a value the better, the better the query named its topic. With three values to
 read the best plan is the three related topics, in any order: its first step earns no more than noise does, less than
 a predictable topic would, and the next two earn most.
-
-Knows nothing about models or training.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,7 +28,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from attention_rl_trainer.rollout.layout import QUERY_SEPARATOR, RESPONSE_SEPARATOR
+from attention_rl_trainer.rollout.layout import QUERY_SEPARATOR, RESPONSE_SEPARATOR, Layout, Separators
 
 NUM_TOPICS, NUM_SYMBOLS = 8, 64
 EXAMPLE_TOPIC = NUM_TOPICS
@@ -47,10 +43,12 @@ _FIRST_NAME = 3
 _SECOND_NAME = _FIRST_NAME + NUM_TOPICS + 1
 _SYMBOL = _SECOND_NAME + NUM_TOPICS + 1
 VOCABULARY_SIZE = _SYMBOL + NUM_SYMBOLS
+LAYOUT = Layout(Separators((_QUERY,), (_RESPONSE,)), NUM_STEPS, NAME_LENGTH, NAME_LENGTH, VALUE_LENGTH)
+"""Of a trajectory; what the base model is taught has a step for each topic."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer of the language's words; whatever is no word of it becomes ``unknown``."""
+    """Make a tokenizer of the language's words; whatever is not one of them becomes ``unknown``."""
     words = ["unknown", QUERY_SEPARATOR.strip(), RESPONSE_SEPARATOR.strip()]
     words += [f"{first}{topic}" for first in ("topic", "part") for topic in range(NUM_TOPICS + 1)]
     words += [f"symbol{number}" for number in range(NUM_SYMBOLS)]
@@ -66,15 +64,7 @@ def topic_names() -> Tensor:
 
 
 def topic_values(count: int, generator: np.random.Generator) -> Tensor:
-    """Draw every topic's value in some articles.
-
-    Args:
-        count: articles.
-        generator: source of randomness.
-
-    Returns:
-        ``[count, topics + 1, 1]`` int64, the example topic's last.
-    """
+    """Draw every topic's value in some articles, ``[count, topics + 1, 1]`` int64, the example topic's last."""
     symbols: NDArray[np.int64] = generator.integers(0, NUM_SYMBOLS, (count, NUM_TOPICS + 1, VALUE_LENGTH))
     symbols[:, RELATED] = symbols[:, RELATED[:1]]
     # A quarter of the symbols for each of the two, its own.
@@ -82,58 +72,26 @@ def topic_values(count: int, generator: np.random.Generator) -> Tensor:
     return torch.from_numpy(symbols) + _SYMBOL
 
 
-@dataclass(frozen=True)
-class Articles:
-    """Articles of the language.
-
-    Attributes:
-        texts: as a data set holds them.
-    """
-
-    texts: list[str]
-
-    @property
-    def rows(self) -> list[dict[str, str]]:
-        """The rows of a data set."""
-        return [{"title": f"article {number}", "text": text} for number, text in enumerate(self.texts)]
-
-
 def article_values(count: int, seed: int) -> Tensor:
-    """Return the values of the articles that `write_articles` writes, ``[count, topics + 1, 1]`` int64.
-
-    Args:
-        count: how many.
-        seed: seed of values and orders.
-    """
+    """Return the values of the articles that `write_articles` writes, ``[count, topics + 1, 1]`` int64."""
     return topic_values(count, np.random.default_rng([seed, 0]))
 
 
-def write_articles(count: int, seed: int) -> Articles:
-    """Write articles.
-
-    Args:
-        count: how many.
-        seed: seed of values and orders.
-    """
+def write_articles(count: int, seed: int) -> list[dict[str, str]]:
+    """Write articles with values and orders of a seed, as rows of a data set."""
     tokenizer, names, values = build_tokenizer(), topic_names(), article_values(count, seed)
     generator = np.random.default_rng([seed, 1])
-    texts = []
+    rows = []
     for number in range(count):
         order = [EXAMPLE_TOPIC, *generator.permutation(NUM_TOPICS).tolist()]
         ids = torch.cat([torch.cat([names[topic], values[number, topic]]) for topic in order])
-        texts.append(" ".join(tokenizer.convert_ids_to_tokens(ids.tolist())))
-    return Articles(texts)
+        text = " ".join(tokenizer.convert_ids_to_tokens(ids.tolist()))
+        rows.append({"title": f"article {number}", "text": text})
+    return rows
 
 
 def prompt_of(values: Tensor) -> Tensor:
-    """Lay out the in-context example and the separator of the first query.
-
-    Args:
-        values: every topic's value, ``[n, topics + 1, 1]`` int64.
-
-    Returns:
-        ``[n, 6]`` int64.
-    """
+    """Lay out the example, of every topic's values ``[n, topics + 1, 1]``, and a query separator, ``[n, 6]``."""
     rows = len(values)
     name = topic_names()[EXAMPLE_TOPIC].expand(rows, -1)
     query, response = (torch.full((rows, 1), separator) for separator in (_QUERY, _RESPONSE))
@@ -141,15 +99,7 @@ def prompt_of(values: Tensor) -> Tensor:
 
 
 def step_of(names: Tensor, values: Tensor) -> Tensor:
-    """Lay out a query, the response to it, and the separator of the next query.
-
-    Args:
-        names: the queries, ``[n, 2]`` int64.
-        values: the values, ``[n, 1]`` int64.
-
-    Returns:
-        ``[n, 5]`` int64.
-    """
+    """Lay out queries ``[n, 2]``, responses of values ``[n, 1]``, and the separator of the next query, ``[n, 5]``."""
     query, response = (torch.full((len(names), 1), separator) for separator in (_QUERY, _RESPONSE))
     return torch.cat([names, response, values, query], dim=1)
 
@@ -158,10 +108,6 @@ def draw_sequences(count: int, generator: np.random.Generator) -> tuple[Tensor, 
     """Draw what the base model is taught: every topic asked for once, in random order, and a value after each.
 
     With probability `MISMATCH` a value is that of another topic.
-
-    Args:
-        count: sequences.
-        generator: source of randomness.
 
     Returns:
         The sequences, ``[count, 6 + 5 · topics]`` int64, and the topics asked for, ``[count, topics]`` int64.

@@ -45,27 +45,22 @@ _FRESH_SEED_OFFSET = 10**6
 
 @dataclass(frozen=True)
 class SelfTestResult:
-    """What one seed gave.
-
-    Attributes:
-        seed: the seed.
-        known: the best and the random policy.
-        untrained: mean gain of the policy before training, nats per token.
-        trained: after it.
-        model_gain: what the adapted reader itself gained, which does not count, nats per token.
-        plans: how often each plan was followed after training, most frequent first.
-        lesson: what the base model had learned.
-        seconds: time of teaching, training and measuring.
-    """
+    """What one seed gave; gains in nats per token."""
 
     seed: int
     known: KnownPolicies
     untrained: float
+    """Mean gain of the policy before training."""
     trained: float
+    """The same after it."""
     model_gain: float
+    """What the adapted reader itself gained, which does not count."""
     plans: dict[Plan, float]
+    """Shares of the trajectories that followed each plan after training, most frequent first."""
     lesson: dict[str, float]
+    """What the base model had learned (`lesson_learned`)."""
     seconds: float
+    """Time of teaching, training and measuring."""
 
     @property
     def gap_closed(self) -> float:
@@ -74,13 +69,7 @@ class SelfTestResult:
 
 
 def selftest_config(folder: Path, seed: int, **changes: Any) -> AttentionGuidedRLConfig:
-    """Make the options of a run: the defaults, but for sizes, learning rate, optimizer and output.
-
-    Args:
-        folder: where the run writes.
-        seed: its seed.
-        changes: other options.
-    """
+    """Make the options of a run: the defaults, but for sizes, learning rate, optimizer, output and ``changes``."""
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "seed": seed,
@@ -94,7 +83,7 @@ def selftest_config(folder: Path, seed: int, **changes: Any) -> AttentionGuidedR
         "training_batch_size": 128,
         "num_episodes": 128 * 150,
         "save_episodes": 128 * 150,
-        # Held constant, it goes on moving a policy that is nearly certain, and some seeds fall back in the end.
+        # Held constant, it keeps moving a policy that is nearly certain, and some seeds fall back in the end.
         "learning_rate": 1.5e-3,
         "lr_scheduler_type": "linear",
         # Training queries alone wears the reader down, which takes away what the right queries earn.
@@ -109,27 +98,6 @@ def selftest_config(folder: Path, seed: int, **changes: Any) -> AttentionGuidedR
     return AttentionGuidedRLConfig(**options | changes)
 
 
-def run_seed(
-    seed: int,
-    folder: Path,
-    *,
-    base: PreTrainedModel | None = None,
-    trainer_class: type[AttentionGuidedRLTrainer] = AttentionGuidedRLTrainer,
-    **changes: Any,
-) -> SelfTestResult:
-    """Teach, train and measure.
-
-    Args:
-        seed: seed of everything.
-        folder: where the run writes; what it would print goes into ``run.log`` there.
-        base: a model that was taught with the same seed, which stays as it is; by default one is taught.
-        trainer_class: the trainer.
-        changes: options of the run that differ from `selftest_config`.
-    """
-    with _one_thread():
-        return _run_seed(seed, folder, base, trainer_class, changes)
-
-
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Compute in one thread while the context lasts: matrices of 64 rows are too small for two."""
@@ -141,13 +109,22 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _run_seed(
+@_one_thread()
+def run_seed(
     seed: int,
     folder: Path,
-    base: PreTrainedModel | None,
-    trainer_class: type[AttentionGuidedRLTrainer],
-    changes: dict[str, Any],
+    *,
+    base: PreTrainedModel | None = None,
+    trainer_class: type[AttentionGuidedRLTrainer] = AttentionGuidedRLTrainer,
+    **changes: Any,
 ) -> SelfTestResult:
+    """Teach, train and measure, all from one seed.
+
+    Args:
+        folder: where the run writes; what it would print goes into ``run.log`` there.
+        base: a model that was taught with the same seed, which stays as it is; by default one is taught.
+        changes: options of the run that differ from `selftest_config`.
+    """
     started = time.perf_counter()
     base = teach(seed) if base is None else copy.deepcopy(base)
     lesson = lesson_learned(base, seed)
@@ -156,7 +133,7 @@ def _run_seed(
         trainer = trainer_class(
             model=base,
             args=selftest_config(folder, seed, **changes),
-            train_dataset=write_articles(_NUM_ARTICLES, seed).rows,
+            train_dataset=write_articles(_NUM_ARTICLES, seed),
             processing_class=build_tokenizer(),
         )
         reader = BaseReader(trainer.policy)
@@ -169,11 +146,6 @@ def _run_seed(
 
 def measure(trainer: AttentionGuidedRLTrainer, reader: BaseReader, seed: int) -> tuple[float, float, dict[Plan, float]]:
     """Let a policy read fresh articles, those on which the best and the random policy are known, a few times each.
-
-    Args:
-        trainer: its policy is measured.
-        reader: the base model.
-        seed: seed of the run; the articles are others.
 
     Returns:
         Mean gain of the queries, mean model gain, nats per token, and the share of the trajectories that followed
@@ -191,9 +163,7 @@ def measure(trainer: AttentionGuidedRLTrainer, reader: BaseReader, seed: int) ->
 
 
 def _fresh_batches(trainer: AttentionGuidedRLTrainer, seed: int) -> Iterator[tuple[int, MemoryBatch]]:
-    stream = ArticleStream(
-        write_articles(_NUM_FRESH, seed).rows, source="fresh articles", seed=seed, num_epochs=_READINGS
-    )
+    stream = ArticleStream(write_articles(_NUM_FRESH, seed), source="fresh articles", seed=seed, num_epochs=_READINGS)
     pairs = iter_article_pairs(stream, trainer.encoder, trainer.args, seed, Counter())
     rows = list(pairs)
     for first in range(0, len(rows), 256):

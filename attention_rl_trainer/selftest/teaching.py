@@ -2,11 +2,11 @@
 
 Two things are taught together: to continue the language (cross-entropy over every token), and that the attention layer
 which selects draws the pair whose key a query names (cross-entropy of the shipped selector's distribution over keys).
-
-Knows nothing about reinforcement learning.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from attention_rl_trainer.models.attention import AttentionLayer
+from attention_rl_trainer.rollout.layout import positions
 from attention_rl_trainer.rollout.selector import compute_similarity, selection_log_probabilities
 from attention_rl_trainer.selftest.language import (
+    LAYOUT,
     NAME_LENGTH,
     NUM_TOPICS,
     RELATED,
@@ -28,20 +30,12 @@ from attention_rl_trainer.selftest.language import (
     topic_values,
 )
 
-_PROMPT_TOKENS = 2 + NAME_LENGTH + VALUE_LENGTH + 1
-_STEP_TOKENS = NAME_LENGTH + VALUE_LENGTH + 2
 # To look a value up in the context is the one thing that is hard to learn; without it 1,000 steps are too few.
 _WEIGHT_OF_RELATED = 5.0
 
 
 def teach(seed: int, *, num_steps: int = 1600, batch_size: int = 64, learning_rate: float = 5e-3) -> PreTrainedModel:
-    """Teach a new model the language.
-
-    Args:
-        seed: seed of weights and sequences.
-        num_steps: optimizer steps.
-        batch_size: sequences of a step.
-        learning_rate: its highest value; rises and falls once.
+    """Teach a new model the language, with a learning rate that rises to its highest value and falls once.
 
     Returns:
         The model, in evaluation mode.
@@ -79,7 +73,7 @@ def _loss(model: PreTrainedModel, layer: AttentionLayer, sequences: Tensor, aske
     with layer.capture_queries() as queries:
         logits = model(input_ids=sequences, use_cache=False).logits
     # The prompt's own name and value are never predicted.
-    start = _PROMPT_TOKENS - 1
+    start = LAYOUT.prompt_tokens - 1
     token_losses = torch.nn.functional.cross_entropy(
         logits[:, start:-1].flatten(0, 1), sequences[:, start + 1 :].flatten(), reduction="none"
     )
@@ -88,8 +82,8 @@ def _loss(model: PreTrainedModel, layer: AttentionLayer, sequences: Tensor, aske
     with layer.capture_keys() as keys:
         model.base_model(input_ids=topic_names()[:NUM_TOPICS], use_cache=False)
     key_vectors = keys.mean()[None].expand(asked.numel(), -1, -1, -1)
-    places = _PROMPT_TOKENS + torch.arange(NUM_TOPICS)[:, None] * _STEP_TOKENS + torch.arange(NAME_LENGTH)
-    query_vectors = queries.heads()[:, places].mean(dim=2).flatten(0, 1)
+    places = positions(replace(LAYOUT, num_steps=NUM_TOPICS).query_starts, NAME_LENGTH, sequences.device)
+    query_vectors = torch.unflatten(queries.heads()[:, places], 1, (NUM_TOPICS, -1)).mean(dim=2).flatten(0, 1)
     available = torch.ones(asked.numel(), NUM_TOPICS, dtype=torch.bool)
     chosen = selection_log_probabilities(compute_similarity(query_vectors, key_vectors), available)
     return reading - chosen.gather(1, asked.flatten()[:, None]).mean()
@@ -97,7 +91,7 @@ def _loss(model: PreTrainedModel, layer: AttentionLayer, sequences: Tensor, aske
 
 def _token_weights(asked: Tensor) -> Tensor:
     """Weigh the tokens of the steps, flattened: the values of the related topics count more."""
-    weights = torch.ones(*asked.shape, _STEP_TOKENS)
+    weights = torch.ones(*asked.shape, LAYOUT.step_tokens)
     is_related = torch.isin(asked, torch.tensor(RELATED))
     weights[is_related, NAME_LENGTH + 1 : -1] = _WEIGHT_OF_RELATED
     return weights.flatten()
@@ -106,11 +100,6 @@ def _token_weights(asked: Tensor) -> Tensor:
 @torch.no_grad()
 def lesson_learned(model: PreTrainedModel, seed: int, count: int = 256) -> dict[str, float]:
     """Examine a taught model on new sequences.
-
-    Args:
-        model: the model.
-        seed: seed of the sequences.
-        count: sequences.
 
     Returns:
         ``"copied"``: probability of a related topic's value right after another one's was read; ``"drawn"``:
@@ -125,15 +114,15 @@ def lesson_learned(model: PreTrainedModel, seed: int, count: int = 256) -> dict[
         probabilities = model(input_ids=sequence, use_cache=False).logits.softmax(-1)
     with layer.capture_keys() as keys:
         model.base_model(input_ids=names[:NUM_TOPICS], use_cache=False)
-    first = _PROMPT_TOKENS + _STEP_TOKENS
-    value_places = torch.arange(first + NAME_LENGTH, first + NAME_LENGTH + VALUE_LENGTH)
-    copied = probabilities[:, value_places].gather(2, sequence[:, value_places + 1, None]).prod(dim=1)
-    query_vectors = queries.heads()[:, first : first + NAME_LENGTH].mean(dim=1)
+    start, value_start = LAYOUT.query_starts[1], LAYOUT.value_starts[1]
+    value_places = torch.arange(value_start, value_start + VALUE_LENGTH)
+    copied = probabilities[:, value_places - 1].gather(2, sequence[:, value_places, None]).prod(dim=1)
+    query_vectors = queries.heads()[:, start : start + NAME_LENGTH].mean(dim=1)
     chosen = selection_log_probabilities(
         compute_similarity(query_vectors, keys.mean()[None].expand(count, -1, -1, -1)),
         torch.ones(count, NUM_TOPICS, dtype=torch.bool),
     ).exp()
-    named = probabilities[:, first - 1, names[:, 0]].sum(dim=1)
+    named = probabilities[:, start - 1, names[:, 0]].sum(dim=1)
     return {
         "copied": copied.mean().item(),
         "drawn": chosen[:, RELATED[1]].mean().item(),

@@ -25,10 +25,7 @@ ABLATIONS: tuple[dict[str, Any], ...] = (
 def judge(num_seeds: int, folder: Path, *, ablate: bool = False) -> bool:
     """Run the self-test, and print ``gap_closed: <share>`` for each seed and, last of all, their minimum.
 
-    Args:
-        num_seeds: seeds 0, 1, ..., one run each.
-        folder: where the runs write.
-        ablate: also run with one option changed at a time, and say what each is worth.
+    With ``ablate`` it also runs with one option changed at a time, and says what each is worth.
 
     Returns:
         Whether every seed closed enough of the gap.
@@ -37,7 +34,7 @@ def judge(num_seeds: int, folder: Path, *, ablate: bool = False) -> bool:
         ValueError: there is no seed.
     """
     if num_seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {num_seeds}")
+        raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
     shares: list[float] = []
     ablated: dict[str, list[float]] = {}
     for seed in range(num_seeds):
@@ -61,11 +58,7 @@ def judge(num_seeds: int, folder: Path, *, ablate: bool = False) -> bool:
 
 
 def describe(result: SelfTestResult) -> str:
-    """Put one run of the self-test into words.
-
-    Args:
-        result: the run.
-    """
+    """Put one run of the self-test into words."""
     plans = ", ".join(f"{'-'.join(map(str, plan))} {share:.0%}" for plan, share in result.plans.items())
     return (
         f"seed {result.seed}: query gain {result.untrained:+.3f} before training, {result.trained:+.3f} after it; "

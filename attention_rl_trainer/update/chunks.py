@@ -1,4 +1,4 @@
-"""update.chunks."""
+"""A sum over chunks of hidden states, each differentiated at once, so that nothing of a chunk's size outlives it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """What is summed over a chunk, and where its gradient enters the graph.
+    """A chunk of m tokens: its share of the sum, numbers to look at, and where its gradient enters the graph.
 
     Attributes:
-        loss: the chunk's share of the sum, a scalar without graph.
-        parts: parts of it to look at, ``[k]``, without graph.
+        loss: a scalar; like ``parts`` ``[k]`` and ``per_token`` ``[j, m]`` without graph.
         outputs: what was computed from the chunk's hidden states with a graph.
-        output_gradients: the gradient of the loss with respect to it; ``None`` for 1, where it is the loss.
-        per_token: numbers of each token to look at, ``[j, m]``, without graph.
+        output_gradients: the gradient of the loss with respect to ``outputs``; ``None`` where they are the loss.
     """
 
     loss: Tensor
@@ -33,8 +31,6 @@ ChunkTerms = Callable[[Tensor, slice], Chunk]
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """A sum over chunks of hidden states; see `chunked_sum`."""
-
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, terms: ChunkTerms, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
         needs_gradient: bool = ctx.needs_input_grad[0]  # type: ignore[attr-defined]  # torch sets it, untyped
@@ -69,13 +65,12 @@ def chunked_sum(hidden: Tensor, terms: ChunkTerms, chunk_size: int) -> tuple[Ten
     Each chunk is differentiated at once, which costs no second forward, as recomputation in the backward would.
 
     Args:
-        hidden: ``[n, C]``; the only thing that gets a gradient.
-        terms: the states of a chunk and its rows, to the chunk's share of the sum.
-        chunk_size: rows of a chunk.
+        hidden: ``[n, C]``, n > 0; nothing else gets a gradient.
+        terms: given a chunk's states, ``[chunk_size, C]`` or fewer at the end, and their rows.
 
     Returns:
-        The sum, a scalar that can be differentiated once, and, which cannot, the sums of the parts and the numbers of
-        each token, ``[j, n]``.
+        The sum, a scalar that can be differentiated once; and without graph the sums of the parts, ``[k]``, and the
+        numbers of each token, ``[j, n]``.
     """
     loss, parts, per_token = _ChunkedSum.apply(hidden, terms, chunk_size)  # type: ignore[no-untyped-call]  # upstream
     return loss, parts, per_token

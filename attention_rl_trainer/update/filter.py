@@ -1,7 +1,6 @@
 """Rewards into a verdict on each trajectory: history, warm-up, threshold (design §8).
 
-A batch is judged by the history *before* it. Knows nothing about how a reward came about or what becomes of a kept
-trajectory.
+A batch is judged by the history *before* it.
 """
 
 from __future__ import annotations
@@ -9,25 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from attention_rl_trainer.durability.states import Stateful
 from attention_rl_trainer.errors import NonFiniteError
 from attention_rl_trainer.options import Count, Options, option
 
 
 @dataclass
 class RewardStatistics:
-    """Count, mean and variance of every trajectory reward ever, in float64.
+    """Count, mean and sum of squared deviations of every trajectory reward so far, nats per token, in float64.
 
     Batches are merged by the pairwise update of Chan, Golub and LeVeque (1979), which is Welford's for one value.
-
-    Attributes:
-        count: rewards so far.
-        mean: their mean, nats per token.
-        sum_of_squares: sum of squared deviations from the mean.
     """
 
     count: int = 0
@@ -36,18 +31,15 @@ class RewardStatistics:
 
     @property
     def std(self) -> float:
-        """Standard deviation with ddof 0, nats per token; 0 before the first reward."""
+        """Standard deviation with ddof 0; 0 before the first reward."""
         return math.sqrt(self.sum_of_squares / self.count) if self.count else 0.0
 
     def update(self, rewards: Tensor) -> None:
-        """Add a batch of rewards.
-
-        Args:
-            rewards: any shape; may be empty.
+        """Add rewards, of any shape or none.
 
         Raises:
-            ValueError: a reward is not finite; nothing is added then.
-            NonFiniteError: mean or SD would not be finite; nothing is added then.
+            ValueError: a reward is not finite; nothing is added, as in the next case.
+            NonFiniteError: mean or SD would not be finite.
         """
         values = rewards.detach().to("cpu", torch.float64).flatten()
         if not bool(values.isfinite().all()):
@@ -57,14 +49,7 @@ class RewardStatistics:
             self.merge(RewardStatistics(len(values), mean.item(), (values - mean).square().sum().item()))
 
     def merge(self, other: RewardStatistics) -> None:
-        """Add the rewards that another object counted.
-
-        Args:
-            other: unchanged.
-
-        Raises:
-            NonFiniteError: mean or SD would not be finite; nothing is added then.
-        """
+        """Add the rewards that another object counted; see `update`."""
         count = self.count + other.count
         if count == 0:
             return
@@ -79,10 +64,7 @@ class RewardStatistics:
         self.count, self.mean, self.sum_of_squares = count, mean, sum_of_squares
 
     def threshold(self, num_stds: float) -> float:
-        """Reward that a trajectory must exceed, mean + ``num_stds`` · SD.
-
-        Args:
-            num_stds: ``filter_threshold``; -inf is below every reward, even where all were equal.
+        """Mean + ``num_stds`` · SD, which a reward must exceed; -inf stays -inf, also where SD is 0.
 
         Raises:
             NonFiniteError: it is not finite although ``num_stds`` is.
@@ -100,11 +82,7 @@ class RewardStatistics:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, float | int]) -> RewardStatistics:
-        """Restore what `state_dict` returned.
-
-        Args:
-            state: the numbers.
-        """
+        """Restore what `state_dict` returned."""
         return cls(int(state["count"]), float(state["mean"]), float(state["sum_of_squares"]))
 
 
@@ -120,48 +98,35 @@ class FilterOptions(Options):
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """How a batch of trajectories was judged.
-
-    Attributes:
-        keep: which trajectories are trained on, ``[B]`` bool.
-        history: every reward before the batch.
-        history_after: the batch included.
-        threshold: what a reward had to exceed, nats per token; ``None`` where nothing was judged by one.
-        is_warmup: whether nothing was judged yet.
-    """
+    """How a batch was judged; ``keep`` is checked."""
 
     keep: Tensor
+    """Which trajectories are trained on, ``[B]`` bool."""
     history: RewardStatistics
+    """Before the batch; ``history_after`` includes it."""
     history_after: RewardStatistics
     threshold: float | None = None
+    """What a reward had to exceed, nats per token; ``None`` where nothing was judged by one."""
     is_warmup: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep.dtype != torch.bool or self.keep.dim() != 1:
+            got = f"{self.keep.dtype} of shape {list(self.keep.shape)}"
+            raise ValueError(f"a filter's verdict must say for each trajectory whether to keep it, [B] bool; got {got}")
 
 
 @runtime_checkable
-class TrajectoryFilter(Protocol):
-    """What the trainer asks of a filter; its state is kept in checkpoints."""
+class TrajectoryFilter(Stateful, Protocol):
+    """What the trainer asks of a filter; its state, JSON-able, is kept in checkpoints."""
 
     def judge(self, rewards: Tensor) -> Verdict:
-        """Judge a batch by the history before it, and add the batch to the history.
-
-        Args:
-            rewards: trajectory rewards, finite, ``[B]``.
-        """
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as JSON-able values."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to what `state_dict` returned."""
+        """Judge trajectories by the history before them, and add their rewards, ``[B]`` nats per token, to it."""
 
 
 class RewardFilter:
-    """Keeps what exceeds the historical mean by a number of standard deviations, after a warm-up.
+    """Keeps what exceeds the historical mean by ``filter_threshold`` standard deviations, after a warm-up.
 
-    A subclass that keeps others extends `keep`.
-
-    Args:
-        options: threshold and warm-up.
+    A subclass that keeps others overrides `keep`.
     """
 
     def __init__(self, options: FilterOptions | None = None) -> None:
@@ -174,30 +139,22 @@ class RewardFilter:
         Raises:
             NonFiniteError: the threshold, or the history with the batch, is not finite.
         """
-        history, warmup = self.statistics, self.options.warmup_episodes
-        is_warmup = history.count < warmup
-        threshold = None if is_warmup else self._threshold()
+        history, num_stds = self.statistics, self.options.filter_threshold
+        is_warmup = history.count < self.options.warmup_episodes
+        threshold = None if is_warmup or num_stds is None else history.threshold(num_stds)
         keep = torch.zeros_like(rewards, dtype=torch.bool) if is_warmup else self.keep(rewards, threshold)
         after = replace(history)
         after.update(rewards)
-        self.statistics = after
         is_stated = threshold is not None and math.isfinite(threshold)
-        return Verdict(keep, history, after, threshold if is_stated else None, is_warmup)
+        verdict = Verdict(keep, history, after, threshold if is_stated else None, is_warmup)
+        self.statistics = after
+        return verdict
 
     def keep(self, rewards: Tensor, threshold: float | None) -> Tensor:
-        """Decide which trajectories are trained on once the warm-up is over, ``[B]`` bool.
-
-        Args:
-            rewards: trajectory rewards, ``[B]``.
-            threshold: what a reward must exceed, nats per token; ``None`` keeps every trajectory.
-        """
+        """Decide which trajectories are trained on after the warm-up, ``[B]`` bool; without a threshold all are."""
         if threshold is None:
             return torch.ones_like(rewards, dtype=torch.bool)
         return rewards.double() > threshold
-
-    def _threshold(self) -> float | None:
-        num_stds = self.options.filter_threshold
-        return None if num_stds is None else self.statistics.threshold(num_stds)
 
     def state_dict(self) -> dict[str, float | int]:
         """Return the history."""

@@ -16,20 +16,16 @@ from attention_rl_trainer.update.losses import LossOptions, step_advantages
 
 @dataclass(frozen=True, eq=False)
 class KeptTrajectories:
-    """Trajectories to train on.
+    """Trajectories to train on, b of them.
 
     Attributes:
         token_ids: ``[b, S]`` int64.
-        query_starts: position of each step's first query token, T integers.
-        value_starts: position of each step's first value token, T integers.
-        query_length: L.
-        value_length: V.
+        query_starts: position of each step's first query token, T integers; ``value_starts``, of its first value token.
+        query_length: L; ``value_length``, V.
         rollout_logprobs: log-probabilities of the query tokens at the time of the rollout, ``[b, T, L]``.
-        selected_index: columns drawn, ``[b, T]`` int64.
-        memory: what they were drawn from.
-        advantages: ``[b, T]``.
+        selected_index: columns of the memory that were drawn, ``[b, T]`` int64; ``advantages``, ``[b, T]``.
         weights: weight of each trajectory in the loss, 1 / B_all, ``[b]``.
-        articles: what was read, b articles, for errors; may be empty.
+        articles: what was read, b articles or none; for errors.
     """
 
     token_ids: Tensor
@@ -45,7 +41,6 @@ class KeptTrajectories:
     articles: tuple[ArticleReference, ...] = ()
 
     def __len__(self) -> int:
-        """Return the number of trajectories, b."""
         return self.token_ids.shape[0]
 
     @classmethod
@@ -57,14 +52,11 @@ class KeptTrajectories:
         num_trajectories: int,
         articles: Sequence[ArticleReference] = (),
     ) -> KeptTrajectories:
-        """Take the kept rows of a rollout batch, with their advantages.
+        """Take the kept rows of a rollout batch, with their advantages over the history before it.
 
         Args:
-            trajectories: the rollout batch.
-            verdict: which rows are kept, and the history that advantages are measured against.
-            options: the kind of advantage and of credit.
-            num_trajectories: B_all, the trajectories of the whole update.
-            articles: of the B rows, for errors; may be empty.
+            num_trajectories: B_all, those of the whole update.
+            articles: B articles, or none; for errors.
 
         Raises:
             NonFiniteError: an advantage is not finite.
@@ -96,20 +88,12 @@ class KeptTrajectories:
         )
 
     def split(self, size: int) -> Iterator[KeptTrajectories]:
-        """Cut into micro-batches.
-
-        Args:
-            size: trajectories in a micro-batch.
-        """
+        """Cut into micro-batches of ``size`` trajectories; the last may have fewer."""
         for start in range(0, len(self), size):
             yield self.select_rows(torch.arange(start, min(start + size, len(self)), device=self.token_ids.device))
 
     def select_rows(self, rows: Tensor) -> KeptTrajectories:
-        """Keep some of the trajectories.
-
-        Args:
-            rows: ``[b]`` int64.
-        """
+        """Take the trajectories of some rows, int64."""
         return KeptTrajectories(
             token_ids=self.token_ids[rows],
             query_starts=self.query_starts,

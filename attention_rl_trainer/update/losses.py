@@ -5,11 +5,9 @@
     loss     = Σ_τ w_τ (policy_τ + β kl_τ - entropy_coef · H_τ
                         - selector_coef Σ_t A_t log p(selected_t) - reward_gradient_coef · (1/T) Σ_t log p_θ(value_t))
 
-with w_τ = 1 / B_all, B_all the trajectories of the rollout batch over all processes. Vocabulary logits exist only at
-the query (and, for the last term, value) positions, in chunks. A chunk's gradient with respect to its hidden states is
+with w_τ = 1 / B_all, B_all the trajectories of all rollout batches of the update. Vocabulary logits exist only at the
+query (and, for the last term, value) positions, in chunks. A chunk's gradient with respect to its hidden states is
 computed together with the chunk, so that nothing of the vocabulary's size outlives it and nothing is computed twice.
-
-Pure functions. Knows nothing about filters, optimizers or where the previous adapter is kept.
 """
 
 from __future__ import annotations
@@ -64,18 +62,10 @@ class LossOptions(Options):
 def step_advantages(
     step_rewards: Tensor, history_mean: float, history_std: float, *, advantage: Advantage, credit: Credit
 ) -> Tensor:
-    """Turn the rewards of trajectories into the weights of their steps' log-probabilities.
+    """Turn step rewards ``[b, T]``, nats per token, into the weights of the steps' log-probabilities, ``[b, T]``.
 
-    Args:
-        step_rewards: ``[b, T]``, nats per token.
-        history_mean: mean of the history before the batch.
-        history_std: its standard deviation; 0 leaves ``"whitened"`` unscaled.
-        advantage: ``"reward"`` r, ``"centered"`` r - mean, or ``"whitened"`` (r - mean) / SD.
-        credit: ``"trajectory"``, every step the mean over all steps; ``"return_to_go"``, the sum over this and later
-            steps divided by T; ``"step"``, its own (myopic).
-
-    Returns:
-        ``[b, T]``.
+    The history is that of trajectory rewards before the batch; SD 0 leaves ``"whitened"`` unscaled. The credit is the
+    mean over all steps (``"trajectory"``), the sum over this and later steps divided by T, or the step's own, myopic.
     """
     rewards = step_rewards
     if advantage != "reward":
@@ -92,16 +82,10 @@ def step_advantages(
 def policy_gradient_terms(
     logprobs: Tensor, advantages: Tensor, rollout_logprobs: Tensor | None = None, epsilon: float = 0.2
 ) -> Tensor:
-    """REINFORCE, or its clipped importance-weighted form when a rollout is used more than once.
+    """Terms to minimize, of ``[n]`` log π(token) with gradient: - A log π, plain REINFORCE.
 
-    Args:
-        logprobs: log π(token), with gradient, ``[n]``.
-        advantages: weight of each token, ``[n]``.
-        rollout_logprobs: log-probabilities at the time of the rollout, ``[n]``; ``None`` for plain REINFORCE.
-        epsilon: the ratio is clipped to 1 ± epsilon.
-
-    Returns:
-        Terms to minimize, ``[n]``.
+    With the log-probabilities at the time of the rollout, - min(r A, clip(r, 1 ± epsilon) A), r the ratio of the
+    probabilities (PPO, Schulman et al. 2017).
     """
     if rollout_logprobs is None:
         return -advantages * logprobs
@@ -110,33 +94,19 @@ def policy_gradient_terms(
 
 
 def kl_divergence(previous_log_probabilities: Tensor, log_probabilities: Tensor) -> Tensor:
-    """KL(previous || current) over the last axis, summed, in nats.
-
-    Args:
-        previous_log_probabilities: ``[..., A]``.
-        log_probabilities: ``[..., A]``.
-
-    Returns:
-        ``[...]``.
-    """
+    """KL(previous || current) in nats, ``[...]``, of log-probabilities ``[..., A]``."""
     pointwise = F.kl_div(log_probabilities, previous_log_probabilities, reduction="none", log_target=True)
     return pointwise.sum(dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
 class TokenTerms:
-    """Numbers of single query tokens, ``[n]`` each, without graph.
-
-    Attributes:
-        logit_sum: sum of the logits, finite only where all are.
-        previous_logit_sum: the same under the previous adapter; 0 without one.
-        policy: policy gradient term.
-        kl: KL to the previous adapter, nats.
-        entropy: nats.
-    """
+    """Numbers of single query tokens, ``[n]`` each, without graph; KL and entropy in nats."""
 
     logit_sum: Tensor
+    """Finite only where every logit is."""
     previous_logit_sum: Tensor
+    """The same under the previous adapter; 0 without one."""
     policy: Tensor
     kl: Tensor
     entropy: Tensor
@@ -144,15 +114,7 @@ class TokenTerms:
 
 @dataclass(frozen=True, eq=False)
 class QueryTerms:
-    """Weighted sums over query tokens; each is a scalar tensor.
-
-    Attributes:
-        loss: policy + β · kl - entropy_coef · entropy, with gradient.
-        policy: Σ w · policy gradient terms, detached like the following.
-        kl: Σ w · KL to the previous adapter, nats.
-        entropy: Σ w · entropy, nats.
-        per_token: what to look at where a sum is not finite.
-    """
+    """Weighted sums over query tokens, scalars: the loss, with gradient, and its parts before β and entropy_coef."""
 
     loss: Tensor
     policy: Tensor
@@ -168,10 +130,8 @@ class QueryTokens:
     Attributes:
         hidden: states that predict them, with gradient, ``[n, C]``.
         previous_hidden: the same states under the previous adapter, ``[n, C]``; ``None`` leaves the KL out.
-        index: the tokens' places on the axis of allowed ids, ``[n]`` int64.
-        advantages: ``[n]``.
-        weights: weight w of each token's trajectory, ``[n]``.
-        rollout_logprobs: ``[n]``, or ``None`` for plain REINFORCE.
+        index: the tokens' places on the axis of allowed ids, ``[n]`` int64; the others ``[n]`` too.
+        rollout_logprobs: ``None`` for plain REINFORCE.
     """
 
     hidden: Tensor
@@ -182,11 +142,7 @@ class QueryTokens:
     rollout_logprobs: Tensor | None = None
 
     def chunk(self, rows: slice) -> QueryTokens:
-        """Take some of the tokens.
-
-        Args:
-            rows: which.
-        """
+        """Take some of the tokens."""
         return QueryTokens(
             self.hidden[rows],
             None if self.previous_hidden is None else self.previous_hidden[rows],
@@ -200,13 +156,13 @@ class QueryTokens:
 def _chunk_terms(tokens: QueryTokens, logits_of: Logits, beta: float, entropy_coef: float, epsilon: float) -> Chunk:
     """Compute a chunk's loss, its policy, KL and entropy parts, and the gradient with respect to its logits.
 
-    With c = d policy / d log π(token), p the present probabilities, q' = - d KL / d log π as `kl_divergence` gives it
-    (which is the previous probabilities) and H the entropy:
+    With c = d policy / d log π(token), p the present probabilities, q = - d KL / d log π as autograd finds it through
+    `kl_divergence` (the previous probabilities, whose sum is 1) and H the entropy:
 
-        d loss / d logits = w · [c · onehot + (β - c) · p - β · q' + entropy_coef · p · (log p + H)]
+        d loss / d logits = w · [c · onehot + (β - c) · p - β · q + entropy_coef · p · (log p + H)]
 
     Computed in place: autograd through the softmax would hold three times as many tensors of the vocabulary's size, and
-    most of the time would go into allocating them.
+    spend most of the time on allocating them.
     """
     with torch.enable_grad():
         logits = logits_of(tokens.hidden)
@@ -239,7 +195,7 @@ def _chunk_terms(tokens: QueryTokens, logits_of: Logits, beta: float, entropy_co
 
 
 def _kl_and_slope(previous: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute `kl_divergence` of log-probabilities ``[n, A]``, ``[n]``, and its derivative by the present ones."""
+    """Compute `kl_divergence` of log-probabilities ``[n, A]``, and its derivative with respect to the present ones."""
     with torch.enable_grad():
         variable = present.detach().requires_grad_()
         kl = kl_divergence(previous, variable)
@@ -248,7 +204,7 @@ def _kl_and_slope(previous: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _policy_terms_and_slope(logprobs: Tensor, tokens: QueryTokens, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Compute the policy gradient terms and their derivative with respect to the log-probabilities, ``[n]`` each."""
+    """Compute `policy_gradient_terms` and their derivative with respect to the log-probabilities, ``[n]`` each."""
     with torch.enable_grad():
         variable = logprobs.requires_grad_()
         terms = policy_gradient_terms(variable, tokens.advantages, tokens.rollout_logprobs, epsilon)
@@ -265,15 +221,10 @@ def query_terms(
     epsilon: float = 0.2,
     chunk_size: int = 256,
 ) -> QueryTerms:
-    """Sum the loss terms of query tokens, holding the logits of one chunk at a time.
+    """Sum the loss terms of query tokens, holding the logits of one chunk of tokens at a time.
 
-    Args:
-        tokens: the tokens and what belongs to each.
-        logits_of: hidden states ``[n, C]`` to logits of the allowed ids ``[n, A]`` in float32.
-        beta: weight of the KL.
-        entropy_coef: weight of the entropy; at 0 it is not computed.
-        epsilon: clip of the importance ratio.
-        chunk_size: tokens in a chunk.
+    ``logits_of`` turns hidden states ``[m, C]`` into logits of the allowed ids, ``[m, A]`` in float32. At
+    ``entropy_coef`` 0 no entropy is computed.
     """
     # Without a previous adapter there is no KL, whatever its weight.
     weight = beta if tokens.previous_hidden is not None else 0.0
@@ -287,30 +238,17 @@ def query_terms(
 
 
 def selector_term(log_probabilities: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
-    """REINFORCE on the draws of pairs: - Σ_τ w_τ Σ_t A_t log p(selected_t).
-
-    Args:
-        log_probabilities: of the drawn pairs, with gradient, ``[b, T]``.
-        advantages: ``[b, T]``.
-        weights: ``[b]``.
-    """
+    """REINFORCE on the draws of pairs, - Σ_τ w_τ Σ_t A_t log p(selected_t), of ``[b, T]``, ``[b, T]`` and ``[b]``."""
     return -((advantages * log_probabilities).sum(dim=1) * weights).sum()
 
 
 def reward_gradient_term(
     hidden: Tensor, token_ids: Tensor, weights: Tensor, score_tokens: TokenScores, *, chunk_size: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """The reward's direct dependence on the reader: - Σ_τ w_τ (1/T) Σ_t mean_V log p_θ(value_t).
+    """The reward's direct dependence on the reader, - Σ_τ w_τ (1/T) Σ_t mean_V log p_θ(value_t), with gradient.
 
-    Args:
-        hidden: states that predict the value tokens, with gradient, ``[n, C]``, n = b · T · V.
-        token_ids: the value tokens, ``[n]`` int64.
-        weights: weight w / (T · V) of each token, ``[n]``.
-        score_tokens: hidden states ``[m, C]`` and token ids ``[m]`` to log-probabilities ``[m]``.
-        chunk_size: tokens in a chunk.
-
-    Returns:
-        The term, a scalar with gradient, and the log-probabilities, ``[n]``, without.
+    ``hidden`` ``[n, C]`` predicts the n = b · T · V value tokens, whose weights are w / (T · V). ``score_tokens`` turns
+    states and token ids into log-probabilities; those of all tokens, ``[n]``, are returned too, without gradient.
     """
 
     def terms(states: Tensor, rows: slice) -> Chunk:

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
-from attention_rl_trainer.errors import NonFiniteError, located
+from attention_rl_trainer.errors import NonFiniteError, RunContext, located
 from attention_rl_trainer.update.kept import KeptTrajectories
 from attention_rl_trainer.update.objective import LossTerms
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _MAX_HALVINGS = 3
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error says that memory ran out, on a device or in main memory.
-
-    Args:
-        error: any error.
-    """
+    """Whether an error says that memory ran out, on a device or in main memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     # By its text alone: accelerate takes it for granted that an error's argument is a string.
@@ -34,15 +31,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 class MicroBatchSize:
-    """Trajectories in a micro-batch.
-
-    Args:
-        size: to begin with.
-
-    Attributes:
-        size: what is tried next.
-        num_halvings: how often it was halved so far.
-    """
+    """Trajectories per micro-batch, and how often that was halved so far."""
 
     def __init__(self, size: int) -> None:
         self._configured = size
@@ -54,25 +43,17 @@ class MicroBatchSize:
         return {"configured": self._configured, "size": self.size, "num_halvings": self.num_halvings}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on with what was found to fit, unless another size was configured since.
-
-        Args:
-            state: what `state_dict` returned.
-        """
+        """Take over what was found to fit, unless another size was configured since."""
         if state["configured"] == self._configured:
             self.size, self.num_halvings = state["size"], state["num_halvings"]
 
     @property
     def can_be_halved(self) -> bool:
-        """Whether less than the most halvings were done, and there is more than one trajectory."""
+        """Whether it is more than 1 and was halved less than three times."""
         return self.size > 1 and self.num_halvings < _MAX_HALVINGS
 
     def halve(self, num_rows: int) -> None:
-        """Halve the size.
-
-        Args:
-            num_rows: trajectories that there were; where they were fewer than the size, they are what was too many.
-        """
+        """Halve it; where there were fewer trajectories than the size, half of them is what may fit."""
         self.size = max(1, min(self.size, num_rows) // 2)
         self.num_halvings += 1
 
@@ -83,13 +64,9 @@ def halve_until_it_fits(
     """Do something in micro-batches, and again in smaller ones when memory runs out.
 
     Args:
-        attempt: does it in micro-batches of the given size.
+        attempt: does it in micro-batches of the given size, of at most ``num_rows`` trajectories.
         size: what is tried; keeps what was found to fit.
-        num_rows: trajectories of the largest micro-batch that ``attempt`` could make.
         undo: takes back what a failed attempt has changed.
-
-    Returns:
-        What ``attempt`` returned.
 
     Raises:
         Exception: what ``attempt`` raised, if memory did not run out, or ran out after the last halving too.
@@ -100,18 +77,13 @@ def halve_until_it_fits(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or not size.can_be_halved or num_rows < 2:
                 raise
-        # Only behind the clause is the error gone, and with its traceback the tensors of the attempt.
+        # Only after the clause is the error gone, and with its traceback the tensors of the attempt.
         size.halve(num_rows)
         undo()
 
 
 class AccumulationStart:
-    """The gradients and the random state before an accumulation.
-
-    Args:
-        parameters: what is trained.
-        device: where the model lies.
-    """
+    """The gradients and the random state before an accumulation."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
         self._device = device
@@ -133,69 +105,52 @@ class AccumulationStart:
 
 
 Differentiate: TypeAlias = Callable[[KeptTrajectories], tuple[Tensor, LossTerms | None]]
-"""Adds a micro-batch's gradient to what is there; returns its loss, detached, and the parts of that if they are known."""
-Attempt: TypeAlias = Callable[[int, int], AbstractContextManager[None]]
-"""Surrounds an attempt: trajectories of the largest batch, and of a micro-batch."""
-
-
-@dataclass(frozen=True, eq=False)
-class Accumulated:
-    """What an accumulation gave beside the gradient.
-
-    Attributes:
-        loss: the loss of all trajectories, a scalar, detached.
-        metrics: of each batch, its policy loss and its mean KL per query token.
-        halved_from: trajectories of a micro-batch before memory ran out, or ``None`` if it did not.
-    """
-
-    loss: Tensor
-    metrics: list[dict[str, float]]
-    halved_from: int | None
+"""Adds a micro-batch's gradient to what is there; returns the loss, detached, and its parts if they are known."""
 
 
 class GradientAccumulator:
-    """Sums the gradients of micro-batches.
+    """Sums the gradients of micro-batches, whose size it halves where memory runs out."""
 
-    Args:
-        parameters: what is trained, by name.
-        size: trajectories in a micro-batch; halved where memory runs out.
-        device: where the model lies.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], size: MicroBatchSize, device: torch.device) -> None:
-        self._parameters = dict(parameters)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], size: MicroBatchSize, context: RunContext) -> None:
         self.size = size
-        self._device = device
+        self._parameters = dict(parameters)
+        self._context = context
 
     def accumulate(
-        self, differentiate: Differentiate, batches: Sequence[KeptTrajectories], iteration: int, attempt: Attempt
-    ) -> Accumulated:
+        self, differentiate: Differentiate, batches: Sequence[KeptTrajectories], iteration: int
+    ) -> tuple[Tensor, list[dict[str, float]]]:
         """Add the gradient of kept trajectories to what is there, and check it.
 
-        Args:
-            differentiate: adds that of a micro-batch.
-            batches: the kept trajectories of rollout batches.
-            iteration: which of an update's, from 1; for errors.
-            attempt: surrounds each attempt.
+        Returns:
+            The loss of all trajectories, a scalar, detached; and of each batch, where the parts of the loss are known,
+            its policy loss and its mean KL per query token.
 
         Raises:
-            NonFiniteError: the gradient is not finite; names the micro-batch.
+            NonFiniteError: the gradient is not finite; names the parameter, the micro-batch and the iteration.
         """
         largest = max((len(batch) for batch in batches), default=0)
         size_before = self.size.size
-        start = AccumulationStart(self._parameters.values(), self._device)
+        start = AccumulationStart(self._parameters.values(), self._context.device)
 
         def try_size(size: int) -> tuple[Tensor, list[dict[str, float]]]:
-            with attempt(largest, size):
+            with self._context.phase("update", largest, micro_batch_size=size):
                 return self._accumulate_in(size, differentiate, batches, iteration)
 
-        loss, metrics = halve_until_it_fits(try_size, self.size, largest, start.restore)
-        return Accumulated(loss, metrics, size_before if self.size.size < size_before else None)
+        result = halve_until_it_fits(try_size, self.size, largest, start.restore)
+        if self.size.size < size_before:
+            logger.warning(
+                "Memory ran out in the update of step %d; micro-batches of this and all further steps have %d "
+                "trajectories instead of %d. To start with fewer, lower training_batch_size",
+                self._context.step,
+                self.size.size,
+                size_before,
+            )
+        return result
 
     def _accumulate_in(
         self, size: int, differentiate: Differentiate, batches: Sequence[KeptTrajectories], iteration: int
     ) -> tuple[Tensor, list[dict[str, float]]]:
-        total = torch.zeros((), device=self._device)
+        total = torch.zeros((), device=self._context.device)
         metrics = []
         numbers = itertools.count(1)
         for batch in batches:
@@ -211,23 +166,19 @@ class GradientAccumulator:
             metrics.append(sums)
         return total, metrics
 
-    def expect_finite(self) -> bool:
-        """Refuse a gradient that is not finite, or whose norm is not; returns whether there is any gradient.
+    @property
+    def has_gradient(self) -> bool:
+        """Whether there is any gradient."""
+        return any(parameter.grad is not None for parameter in self._parameters.values())
 
-        Clipping would turn a finite gradient whose norm overflows into zeros.
-
-        Raises:
-            NonFiniteError: names the parameter, or the norm.
-        """
+    def expect_finite(self) -> None:
+        """Refuse a gradient that is not finite, or whose norm is not: clipping would turn the latter into zeros."""
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        if not gradients:
-            return False
         if not bool(torch.nn.utils.get_total_norm(list(gradients.values())).isfinite()):
             bad = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
             raise NonFiniteError(f"the gradient of {bad[0]}" if bad else "the norm of the gradient")
-        return True
 
 
 def _weight_of_tokens(batch: KeptTrajectories) -> float:
-    """Weight of all query tokens of a batch together; a weighted sum over them becomes a mean by it."""
+    """Sum the weights of all query tokens of a batch, by which a weighted sum over them becomes a mean."""
     return batch.weights.sum().item() * len(batch.query_starts) * batch.query_length

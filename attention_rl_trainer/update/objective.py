@@ -1,7 +1,6 @@
-"""Rolled-out trajectories into the micro-batches of an update, and a micro-batch into its loss (design §9).
+"""A micro-batch of kept trajectories into its loss (design §9).
 
-Joins `policy` (states and log-probabilities), `losses` (pure terms) and the previous adapter. Knows nothing about
-optimizers, filters or the Trainer.
+Joins the policy's states and log-probabilities, the previous adapter's, and the pure terms of `losses`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from attention_rl_trainer.models.causal_lm import dropout_disabled
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.rollout.environment import DifferentiableEnvironment, MemoryEnvironment
 from attention_rl_trainer.rollout.layout import positions
+from attention_rl_trainer.types import expect_tensor
 from attention_rl_trainer.update.kept import KeptTrajectories
 from attention_rl_trainer.update.losses import (
     LossOptions,
@@ -31,17 +31,13 @@ from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
 
 @dataclass(frozen=True, eq=False)
 class LossTerms:
-    """The loss of a micro-batch and its parts, each weighted by 1 / B_all; scalars.
-
-    Attributes:
-        loss: what to differentiate.
-        policy: the policy gradient part.
-        kl: the KL to the previous adapter, before β, nats.
-    """
+    """The loss of a micro-batch and parts of it, each weighted by 1 / B_all; scalars."""
 
     loss: Tensor
+    """What to differentiate."""
     policy: Tensor
     kl: Tensor
+    """To the previous adapter or the base model, before β, nats."""
 
 
 def compute_loss_terms(
@@ -62,15 +58,12 @@ def compute_loss_terms(
         model: the same model as the trainer wrapped it.
         environment: gives the log-probability of the draws where ``selector_coef`` > 0.
         snapshot: the previous adapter.
-        kept: the micro-batch.
-        options: weights of the terms.
-
-    Returns:
-        The loss and its parts.
 
     Raises:
         NonFiniteError: a logit, vector, log-probability, the KL or the loss is not finite; names which, the step of the
             trajectory and the articles.
+        TypeError: ``selector_coef`` > 0, but the environment has no ``log_prob``.
+        ValueError: ``log_prob`` does not return one number per draw.
     """
     places = positions(kept.query_starts, kept.query_length, kept.token_ids.device)
     with dropout_disabled(policy.model):
@@ -88,10 +81,8 @@ def compute_loss_terms(
     )
     loss, quantities = terms.loss, _named(terms.per_token, kept, options)
     if capture is not None:
-        if not isinstance(environment, DifferentiableEnvironment):
-            raise TypeError("selector_coef > 0 needs an environment with log_prob(memory, query_vectors, index)")
         vectors = torch.unflatten(capture.heads()[:, places], 1, (-1, kept.query_length)).mean(dim=2)
-        choice = environment.log_prob(kept.memory, vectors, kept.selected_index)
+        choice = _choice_logprobs(environment, vectors, kept)
         quantities |= {"query vector": vectors.detach(), "log-probability of a drawn pair": choice.detach()}
         loss = loss + options.selector_coef * selector_term(choice, kept.advantages, kept.weights)
     if options.reward_gradient_coef > 0:
@@ -146,6 +137,18 @@ def _query_tokens(
         weights=kept.weights.float().repeat_interleave(len(places)),
         rollout_logprobs=kept.rollout_logprobs.flatten() if options.num_iterations > 1 else None,
     )
+
+
+def _choice_logprobs(environment: MemoryEnvironment, query_vectors: Tensor, kept: KeptTrajectories) -> Tensor:
+    """Log-probabilities of the draws, ``[b, T]``, given the query vectors, ``[b, T, H, D]``."""
+    if not isinstance(environment, DifferentiableEnvironment):
+        raise TypeError(
+            "selector_coef > 0 needs an environment with log_prob(memory, query_vectors, index), which "
+            f"{type(environment).__name__} lacks; write that method, or set selector_coef to 0"
+        )
+    logprobs = environment.log_prob(kept.memory, query_vectors, kept.selected_index)
+    expect_tensor("what the environment's log_prob returns", logprobs, kept.selected_index.shape, floating=True)
+    return logprobs
 
 
 def _reading_term(policy: PolicyModel, kept: KeptTrajectories, hidden: Tensor) -> tuple[Tensor, Tensor]:

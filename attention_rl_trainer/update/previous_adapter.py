@@ -1,4 +1,4 @@
-"""update.previous_adapter."""
+"""The adapter as it was before the last update, which the KL penalty pulls towards (design §9)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ class AdapterSnapshot:
     """A copy of a model's trainable parameters in preallocated tensors.
 
     A second PEFT adapter would be saved, pushed to the Hub and un-frozen by the trainer.
-
-    Args:
-        model: its parameters with ``requires_grad`` are copied, and only those.
 
     Raises:
         ValueError: no parameter is trainable.
@@ -51,10 +48,7 @@ class AdapterSnapshot:
         return dict(self._copies)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore copied tensors.
-
-        Args:
-            state: what `state_dict` returned.
+        """Copy what `state_dict` returned.
 
         Raises:
             ValueError: names or shapes differ from the model's.
@@ -63,6 +57,9 @@ class AdapterSnapshot:
         got = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if expected != got:
             differing = sorted(name for name in expected | got if expected.get(name) != got.get(name))
-            raise ValueError(f"the previous adapter does not fit the model; these tensors differ: {differing[:5]}")
+            raise ValueError(
+                "the previous adapter does not fit the model: these tensors are missing, unknown or of another shape: "
+                f"{', '.join(differing[:5])}; use the adapter that it was saved with"
+            )
         for name, tensor in state.items():
             self._copies[name].copy_(tensor)

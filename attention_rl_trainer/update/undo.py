@@ -1,7 +1,6 @@
 """What optimizer steps change, as it was before them.
 
-An update of several iterations takes all but its last optimizer step before it is known whether the next gradient is
-finite.
+An update of several iterations takes its optimizer steps before it is known whether the next gradient is finite.
 """
 
 from __future__ import annotations
@@ -15,12 +14,7 @@ from torch import Tensor
 
 
 class OptimizerRestorePoint:
-    """Copies of tensors and of an optimizer's state.
-
-    Args:
-        tensors: the parameters, and whatever else an optimizer step changes.
-        optimizer: its state and the options of its groups are copied.
-    """
+    """Copies of an optimizer's state and options, and of the tensors that change with a step."""
 
     def __init__(self, tensors: Iterable[Tensor], optimizer: torch.optim.Optimizer) -> None:
         self._tensors = [(tensor, tensor.detach().clone()) for tensor in tensors]

@@ -1,14 +1,13 @@
 """Kept trajectories into optimizer steps, all of an update or none (design §9).
 
 An update takes the trajectories of one rollout batch, or of ``gradient_accumulation_steps`` of them. Its gradient is
-accumulated batch by batch; the optimizer steps that ``num_iterations`` > 1 adds come before the Trainer's own. If any of
-it fails, weights, optimizer and the states of all parts of the run are as they were before its first batch.
+accumulated batch by batch; the optimizer steps that ``num_iterations`` > 1 adds come before the Trainer's own. If any
+of it fails, weights, optimizer and the states of all parts of the run are as they were before its first batch.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,8 +27,6 @@ from attention_rl_trainer.update.micro_batches import Differentiate, GradientAcc
 from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
 from attention_rl_trainer.update.undo import OptimizerRestorePoint
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass
 class UpdateOptions(LossOptions):
@@ -41,17 +38,14 @@ class UpdateOptions(LossOptions):
 
 
 @dataclass(eq=False)
-class _Window:
-    """The rollout batches of the present update."""
-
+class _OpenUpdate:
     num_trajectories: int
-    """Trajectories of all its batches, kept or not."""
+    """Of all its rollout batches, kept or not."""
     states_before: dict[str, Any]
-    """The state of every part of the run before the first batch."""
     kept: list[KeptTrajectories] = field(default_factory=list)
-    """What was kept of each batch so far; batches of which nothing was are left out."""
+    """Of each batch so far; batches of which nothing was kept are left out."""
     weights_before: OptimizerRestorePoint | None = None
-    """What the optimizer steps before the last one change; ``None`` before the first of several."""
+    """``None`` before the first optimizer step of several."""
 
     @property
     def articles(self) -> Sequence[ArticleReference]:
@@ -62,9 +56,7 @@ class Updater:
     """Accumulates the gradient of an update, and undoes the update if it fails.
 
     Args:
-        model: the adapted model; its parameters with ``requires_grad`` are trained.
-        options: iterations and sizes.
-        context: names the phase where something fails.
+        model: its parameters with ``requires_grad`` are trained.
         record: called with metrics of each accumulated batch.
 
     Attributes:
@@ -86,111 +78,91 @@ class Updater:
         self._context = context
         self._record = record
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        size = MicroBatchSize(options.training_batch_size)
-        self._accumulator = GradientAccumulator(self._trainable, size, context.device)
-        self._window: _Window | None = None
+        self._accumulator = GradientAccumulator(self._trainable, MicroBatchSize(options.training_batch_size), context)
+        self._update: _OpenUpdate | None = None
 
     @contextmanager
     def all_or_nothing(self, parts: Mapping[str, Stateful], num_trajectories: int) -> Iterator[None]:
         """Open an update unless one is open, and go back to where the run stood before it if it fails.
 
         Args:
-            parts: of the run, by name.
-            num_trajectories: of all rollout batches of the update.
+            parts: all those of the run whose state an update changes, this one included.
+            num_trajectories: B_all, of all rollout batches of the update.
         """
-        if self._window is None:
+        if self._update is None:
             states = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
-            self._window = _Window(num_trajectories, states)
-        window = self._window
+            self._update = _OpenUpdate(num_trajectories, states)
+        update = self._update
         try:
             yield
         except BaseException:
             for name, part in parts.items():
-                part.load_state_dict(window.states_before[name])
-            if window.weights_before is not None:
-                window.weights_before.restore()
+                part.load_state_dict(update.states_before[name])
+            if update.weights_before is not None:
+                update.weights_before.restore()
             self._model.zero_grad()
-            self._window = None
+            self._update = None
             raise
 
     @property
-    def _open(self) -> _Window:
-        assert self._window is not None, "an update is accumulated within all_or_nothing()"
-        return self._window
+    def _open(self) -> _OpenUpdate:
+        assert self._update is not None, "an update is accumulated within all_or_nothing()"
+        return self._update
 
     @property
     def num_trajectories(self) -> int:
-        """B_all, the trajectories of all rollout batches of the present update."""
+        """B_all of the present update."""
         return self._open.num_trajectories
 
     def accumulate(self, kept: KeptTrajectories, differentiate: Differentiate) -> Tensor:
-        """Add the gradient of a rollout batch's kept trajectories, and return their loss, detached; 0 if there are none.
+        """Add the gradient of a rollout batch's kept trajectories; returns their loss, detached, 0 if there are none.
 
         Raises:
             NonFiniteError: a logit, the KL, the loss or the gradient is not finite; names which and where.
         """
         batches = [kept] if len(kept) > 0 else []
         self._open.kept += batches
-        return self._accumulate(batches, differentiate)
+        return self._accumulate(batches, differentiate, iteration=1)
 
-    def _accumulate(
-        self, batches: Sequence[KeptTrajectories], differentiate: Differentiate, iteration: int = 1
-    ) -> Tensor:
-        accumulated = self._accumulator.accumulate(
-            differentiate,
-            batches,
-            iteration,
-            lambda rows, size: self._context.phase("update", rows, micro_batch_size=size),
-        )
-        for metrics in accumulated.metrics:
-            self._record(metrics)
-        if accumulated.halved_from is not None:
-            logger.warning(
-                "Memory ran out in the update of step %d; its micro-batches and those of all further steps have %d "
-                "trajectories instead of %d. To begin with that, lower training_batch_size",
-                self._context.step,
-                self._accumulator.size.size,
-                accumulated.halved_from,
-            )
-        return accumulated.loss
+    def _accumulate(self, batches: Sequence[KeptTrajectories], differentiate: Differentiate, iteration: int) -> Tensor:
+        loss, metrics = self._accumulator.accumulate(differentiate, batches, iteration)
+        for values in metrics:
+            self._record(values)
+        return loss
 
     def take_further_steps(
         self, differentiate: Differentiate, optimizer: torch.optim.Optimizer, clip: Callable[[], None]
     ) -> None:
-        """Take the optimizer steps that ``num_iterations`` > 1 adds, before the Trainer's own.
-
-        Args:
-            differentiate: adds the gradient of a micro-batch.
-            optimizer: the Trainer's.
-            clip: clips the gradient.
-        """
-        window = self._open
-        if not window.kept or self._options.num_iterations == 1:
+        """Take the optimizer steps, clipped, that ``num_iterations`` > 1 adds before the Trainer's own."""
+        update = self._open
+        if not update.kept or self._options.num_iterations == 1:
             return
         changing = [*self._trainable.values(), *self.previous_adapter.state_dict().values()]
-        window.weights_before = OptimizerRestorePoint(changing, optimizer)
+        update.weights_before = OptimizerRestorePoint(changing, optimizer)
         for iteration in range(2, self._options.num_iterations + 1):
             clip()
+            self._accumulator.expect_finite()
             self._refresh_previous_adapter()
             optimizer.step()
             self._model.zero_grad()
-            self._accumulate(window.kept, differentiate, iteration)
+            self._accumulate(update.kept, differentiate, iteration)
 
     @contextmanager
     def last_step(self) -> Iterator[None]:
         """Prepare the Trainer's own optimizer step, which ends the update; what is done inside belongs to it."""
-        window = self._open
-        with self._context.phase("optimizer step", len(window.articles), window.articles):
-            self._refresh_previous_adapter()
+        update = self._open
+        with self._context.phase("optimizer step", len(update.articles), update.articles):
+            self._accumulator.expect_finite()
             yield
-        self._window = None
+            # Only now: nothing takes it back.
+            self._refresh_previous_adapter()
+        self._update = None
 
     def _refresh_previous_adapter(self) -> None:
-        """Check the gradient and refresh the previous adapter, unless the step will move nothing."""
-        if not self._accumulator.expect_finite():
-            return
-        self.previous_adapter.refresh()
-        self.num_updates += 1
+        """Copy the present adapter, unless the step that follows will move nothing."""
+        if self._accumulator.has_gradient:
+            self.previous_adapter.refresh()
+            self.num_updates += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state without the previous adapter's tensors."""

@@ -1,7 +1,7 @@
 """What the benchmarks share: fair timing, peak memory, and a report as JSON, as a section of a page, and as lines.
 
 Contenders are timed in turn, round after round, so that whatever slows the machine down hits all of them; a figure is a
-ratio of medians within one run. Knows nothing about what is measured.
+ratio of medians within one run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def time_in_turn(
     warm_up: bool = True,
     once: Collection[str] = (),
 ) -> dict[str, Timing]:
-    """Time each contender once a round.
+    """Time each contender once per round.
 
     Args:
         contenders: what to run, by name, in this order.

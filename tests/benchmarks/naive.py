@@ -2,7 +2,7 @@
 
 For each step: every key is embedded again; `generate` writes the query from the whole context; a forward of its own
 gives the query's vector; the value's log-probability is one forward over everything; the base model, adapters disabled,
-generates its own query from the whole context, and one more forward over everything scores the value behind it.
+generates its own query from the whole context, and one more forward over everything scores the value after it.
 
 Two things make it faster than the letter: the head sees contiguous states, and no logits are computed where none are
 asked for.
@@ -88,7 +88,7 @@ class NaiveRollout:
         return capture.mean().unflatten(0, keys.shape[:2])
 
     def generate(self, context: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Write a query behind the whole context, ``[B, L]``: sampled as `generate` does, or given.
+        """Write a query after the whole context, ``[B, L]``: sampled as `generate` does, or given.
 
         Args:
             context: ``[B, S]``.
@@ -127,7 +127,7 @@ class NaiveRollout:
         return log_probabilities.gather(2, value[:, :, None]).squeeze(2).mean(dim=1)
 
     def read(self, context: Tensor, select: Select, given: TrajectoryStep | None = None) -> NaiveStep:
-        """One step behind a context: everything but the embedding of the keys.
+        """One step after a context: everything but the embedding of the keys.
 
         Args:
             context: all tokens so far, ending in the query separator, ``[B, S]``.

@@ -52,7 +52,7 @@ from transformers import PreTrainedTokenizerFast
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder, allowed_token_ids
 from attention_rl_trainer.models.causal_lm import deterministic_inference
-from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.models.policy import PolicyModel, PolicyOptions
 from attention_rl_trainer.models.sampling import Purpose, episode_noise
 from attention_rl_trainer.rollout.layout import Separators
 
@@ -134,7 +134,7 @@ def tiny_scene(rows: int, steps: int, tokens: int, temperature: float = 1.0) -> 
     allowed = allowed_token_ids(tokenizer, model.config.vocab_size)
     batch = random_batch(rows, num_pairs=steps, key_length=tokens, value_length=tokens)
     separators = Separators.encode(PlainTextEncoder(tokenizer))
-    policy = PolicyModel(model, allowed, query_temperature=temperature)
+    policy = PolicyModel(model, allowed, PolicyOptions(query_temperature=temperature))
     return Scene(policy, tokenizer, build_contexts(batch, separators, steps, tokens))
 
 

@@ -28,10 +28,10 @@ from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.planning.footprint import ROLLOUT_PHASES, UPDATE_PHASES, Phase, plan_memory
 from attention_rl_trainer.planning.sizes import ModelShape, RunShape
 from attention_rl_trainer.rollout.environment import KVMemoryEnvironment
-from attention_rl_trainer.rollout.layout import RolloutSettings, Separators
+from attention_rl_trainer.rollout.layout import Separators
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.update.kept import KeptTrajectories
-from attention_rl_trainer.update.objective import LossSettings, compute_loss_terms
+from attention_rl_trainer.update.objective import compute_loss_terms
 from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
 
 MIB = 2**20
@@ -62,7 +62,13 @@ _MODEL = {
     "initializer_range": 0.02,
 }
 _CPU: dict[str, Any] = {"weight_bits": 32, "on_cpu": True, "optimizer_bytes_per_parameter": 8}
-_LONG: dict[str, Any] = {"num_steps": 6, "num_pairs": 6, "tokens_per_query": 8, "tokens_per_value": 48}
+_LONG: dict[str, Any] = {
+    "num_kv_pairs": 7,
+    "subset_fraction": 1.0,
+    "num_steps": 6,
+    "tokens_per_query": 8,
+    "tokens_per_value": 48,
+}
 
 SETTINGS = {
     "caches": Setting(
@@ -83,7 +89,7 @@ SETTINGS = {
     ),
     "vocabulary": Setting(
         _MODEL | {"vocab_size": 96000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2},
-        RunShape(**_CPU, num_steps=4, num_pairs=4, training_batch_size=4),
+        RunShape(**_CPU, num_kv_pairs=5, subset_fraction=1.0, training_batch_size=4),
         "update",
     ),
 }
@@ -91,20 +97,19 @@ SETTINGS = {
 
 def rollout(policy: PolicyModel, run: RunShape) -> None:
     """Roll one batch out."""
-    settings = RolloutSettings(run.num_steps, run.tokens_per_query, seed=0)
-    sampler = TrajectorySampler(policy, KVMemoryEnvironment(), SEPARATORS, settings)
+    sampler = TrajectorySampler(policy, KVMemoryEnvironment(), SEPARATORS, run, seed=0)
     rows = run.generation_batch_size
-    batch = random_batch(rows, run.num_pairs, run.tokens_per_key, run.tokens_per_value)
+    batch = random_batch(rows, run.memory_size, run.tokens_per_key, run.tokens_per_value)
     sampler.sample(batch, range(rows))
 
 
 def kept_trajectories(run: RunShape) -> KeptTrajectories:
     """Make trajectories up that have a real one's lengths."""
-    starts = [run.context_tokens(step) for step in range(run.num_steps)]
-    behind = run.tokens_per_query + run.scored_tokens - run.tokens_per_value
-    token_ids = torch.randint(1, 380, (run.micro_batch_size, run.trajectory_tokens))
-    value_starts = [start + behind for start in starts]
-    return made_up_kept(token_ids, starts, value_starts, run.tokens_per_query, run.tokens_per_value)
+    layout = run.layout
+    token_ids = torch.randint(1, 380, (run.micro_batch_size, layout.trajectory_tokens))
+    return made_up_kept(
+        token_ids, layout.query_starts, layout.value_starts, layout.tokens_per_query, layout.tokens_per_value
+    )
 
 
 def update(policy: PolicyModel, run: RunShape) -> None:
@@ -117,7 +122,7 @@ def update(policy: PolicyModel, run: RunShape) -> None:
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad])
     with dropout_disabled(policy.model):
         kept, environment = kept_trajectories(run), KVMemoryEnvironment()
-        terms = compute_loss_terms(policy, policy.model, environment, snapshot, kept, LossSettings())
+        terms = compute_loss_terms(policy, policy.model, environment, snapshot, kept, run)
         terms.loss.backward()
     optimizer.step()
 
@@ -128,15 +133,14 @@ def build_policy(model: dict[str, Any], run: RunShape) -> PolicyModel:
     return PolicyModel(
         adapted(tiny_llama(**model).to(torch.float32 if run.weight_bits == 32 else torch.bfloat16)),
         torch.arange(vocabulary_size),
-        logits_chunk_size=run.logits_chunk_size,
-        embedding_batch_size=run.embedding_batch_size,
+        run,
     )
 
 
 def measure(setting: Setting) -> dict[str, float]:
     """Measure one setting in this process, in MiB."""
     work: Callable[[PolicyModel, RunShape], None] = rollout if setting.half == "rollout" else update
-    small = RunShape(**_CPU, num_steps=2, num_pairs=2, generation_batch_size=2, training_batch_size=2)
+    small = RunShape(**_CPU, num_kv_pairs=3, subset_fraction=1.0, generation_batch_size=2, training_batch_size=2)
     work(build_policy({}, small), small)
     with PeakMemory() as memory:
         policy = build_policy(setting.model, setting.run)
@@ -151,11 +155,7 @@ def measure(setting: Setting) -> dict[str, float]:
 
 
 def measure_in_process(name: str) -> dict[str, Any]:
-    """Measure one setting in a process of its own, for a peak of its own.
-
-    Args:
-        name: one of `SETTINGS`.
-    """
+    """Measure one of `SETTINGS` in a process of its own, for a peak of its own."""
     return run_in_process(__file__, name, return_freed_memory=True)
 
 

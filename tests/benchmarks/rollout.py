@@ -128,7 +128,7 @@ class Floor:
             with policy.reference():
                 for chunk in torch.split(self.keys, policy.embedding_batch_size):
                     policy.attention.run_to_keys(policy.backbone, chunk)
-            cache = policy.new_preallocated_cache(2 * rows, self.token_ids.shape[1])
+            cache = PreallocatedCache.of(policy.causal_lm, 2 * rows, self.token_ids.shape[1])
             with policy.jointly(rows):
                 policy.forward(self.prompt.repeat(2, 1), cache)
             reference_cache = cache.view(slice(rows, 2 * rows))
@@ -230,7 +230,7 @@ def check(rows: int = 3, steps: int = 3) -> None:
     naive = NaiveRollout(policy, Separators.encode(PlainTextEncoder(tokenizer)), TOKENS)
     worst = 0.0
     for dtypes in ((), (torch.float32,)):
-        with mock.patch.object(grouped_attention, "_DTYPES_OF_PRODUCTS", dtypes):
+        with mock.patch.object(grouped_attention, "DTYPES_OF_PRODUCTS", dtypes):
             trajectory = new_sampler(policy, tokenizer, steps, TOKENS).sample(batch, range(rows))
         worst = max(worst, largest_difference(trajectory, naive.sample(batch, steps, trajectory)))
     print(f"check: {rows} trajectories of {steps} steps; the largest difference of a log-probability is {worst:.1g}")
@@ -267,7 +267,8 @@ def measure_memory(rows: int, steps: int) -> dict[str, float]:
     with policy.inference():
         policy.head(policy.forward(batch.example_keys[:1, :2]))
     # All of it at once, as long as the trajectories will be.
-    cache = PreallocatedCache(policy.causal_lm.config.num_hidden_layers, 2 * rows, sampler.cache_capacity(batch))
+    capacity = sampler.layout.for_batch(batch).cached_tokens
+    cache = PreallocatedCache(policy.causal_lm.config.num_hidden_layers, 2 * rows, capacity)
     with policy.inference():
         policy.forward(batch.example_keys[:, :1].repeat(2, 1), cache)
     caches = memory_bytes(cache) / 2**20

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -15,15 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from attention_rl_trainer.memories.articles.sources import load_articles
-from attention_rl_trainer.memories.loading import iter_article_pairs
-from attention_rl_trainer.memories.pairs import MemoryBatch, PairShape, collate_memories
-from attention_rl_trainer.memories.stream import ArticleStream
+from attention_rl_trainer.memories.loading import MemoryLoader, ReadingOptions
+from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder, allowed_token_ids
 from attention_rl_trainer.models.base import load_base_model, load_tokenizer
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.rollout.environment import KVMemoryEnvironment
-from attention_rl_trainer.rollout.layout import RolloutSettings, Separators
-from attention_rl_trainer.rollout.sampler import TrajectorySampler
+from attention_rl_trainer.rollout.layout import Separators
+from attention_rl_trainer.rollout.sampler import RolloutOptions, TrajectorySampler
 
 SEED = 0
 
@@ -46,13 +46,22 @@ def offline_policy(dtype: torch.dtype = torch.bfloat16) -> tuple[PolicyModel, Pr
     return PolicyModel(model, allowed_token_ids(tokenizer, model.config.vocab_size)), tokenizer
 
 
+def _sizes(steps: int, tokens: int) -> dict[str, Any]:
+    """A memory of as many pairs as there are steps."""
+    return {
+        "num_kv_pairs": steps + 1,
+        "subset_fraction": 1.0,
+        "tokens_per_key": tokens,
+        "tokens_per_value": tokens,
+    }
+
+
 def offline_batch(tokenizer: PreTrainedTokenizerFast, rows: int, steps: int, tokens: int = 20) -> MemoryBatch:
     """The first articles of the embedded dump, each with a memory of as many pairs as there are steps."""
-    encoder = PlainTextEncoder(tokenizer)
-    shape = PairShape(steps + 1, steps / (steps + 1), tokens, tokens)
-    stream = ArticleStream(load_articles("offline"), source="offline", seed=SEED, shuffle=False)
-    pairs = iter_article_pairs(stream, encoder, shape, SEED, stream.skipped)
-    return collate_memories([next(pairs) for _ in range(rows)], tokens)
+    loader = MemoryLoader(ReadingOptions(**_sizes(steps, tokens)), PlainTextEncoder(tokenizer), SEED)
+    stream = loader.evaluation_stream(load_articles("offline"), num_epochs=1)
+    batch: MemoryBatch = next(iter(loader.batches(stream, rows)))["memories"]
+    return batch
 
 
 def new_sampler(
@@ -60,7 +69,8 @@ def new_sampler(
 ) -> TrajectorySampler:
     """A sampler that reads ``steps`` pairs."""
     separators = Separators.encode(PlainTextEncoder(tokenizer))
-    return TrajectorySampler(policy, KVMemoryEnvironment(), separators, RolloutSettings(steps, tokens, SEED))
+    options = RolloutOptions(**_sizes(steps, tokens), tokens_per_query=tokens)
+    return TrajectorySampler(policy, KVMemoryEnvironment(), separators, options, SEED)
 
 
 def lay_out_prompt(batch: MemoryBatch, separators: Separators) -> Tensor:

@@ -29,7 +29,8 @@ from attention_rl_trainer.models.causal_lm import dropout_disabled
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.rollout.environment import KVMemoryEnvironment
 from attention_rl_trainer.update.kept import KeptTrajectories
-from attention_rl_trainer.update.objective import LossSettings, compute_loss_terms
+from attention_rl_trainer.update.losses import LossOptions
+from attention_rl_trainer.update.objective import compute_loss_terms
 from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
 
 STEPS, KEPT = 8, 16
@@ -55,9 +56,9 @@ class Update:
         self.policy = policy
         self.kept = kept
         self.micro_batch_size = micro_batch_size
-        self.snapshot = AdapterSnapshot(policy.model)
+        self.previous_adapter = AdapterSnapshot(policy.model)
         self.environment = KVMemoryEnvironment()
-        self.settings = LossSettings()
+        self.options = LossOptions()
         starts = torch.tensor(kept.query_starts)[:, None]
         self.positions = (starts + torch.arange(kept.query_length)).flatten() - 1
         policy.model.train()
@@ -67,7 +68,9 @@ class Update:
         model = self.policy.model
         for batch in self.kept.split(self.micro_batch_size):
             with dropout_disabled(model):
-                terms = compute_loss_terms(self.policy, model, self.environment, self.snapshot, batch, self.settings)
+                terms = compute_loss_terms(
+                    self.policy, model, self.environment, self.previous_adapter, batch, self.options
+                )
                 terms.loss.backward()
         model.zero_grad()
 
@@ -76,7 +79,7 @@ class Update:
         policy, model = self.policy, self.policy.model
         for batch in self.kept.split(self.micro_batch_size):
             with dropout_disabled(model):
-                with self.snapshot.swapped_in():
+                with self.previous_adapter.swapped_in():
                     for states in self.chunks(policy.forward(batch.token_ids)):
                         head(states)
                 hidden = policy.forward(batch.token_ids)[:, self.positions].flatten(0, 1)

@@ -80,7 +80,7 @@ print(*results, hashlib.sha256(weights).hexdigest(), sep="\\n")
 
 
 def train_on_a_disk(folder: Path, spoil: str, *before: str) -> list[str]:
-    """Return the error of the run, what checkpoints there are, and the adapter's hash once it could go on."""
+    """Return the error of the run, what checkpoints there are, and the adapter's hash once it could resume."""
     script = DISK.format(path=sys.path, folder=str(folder), spoil=spoil)
     done = subprocess.run(
         [*before, sys.executable, "-c", script],

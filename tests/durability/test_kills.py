@@ -1,4 +1,4 @@
-"""A run that is killed goes on by ``--resume`` with nobody's help, wherever it was, and learns the same.
+"""A run that is killed resumes by ``--resume`` with nobody's help, wherever it was, and learns the same.
 
 Real processes, real SIGKILL: at every write of a run from its first to its last, safetensors files torn in half, and at
 random moments.
@@ -66,7 +66,7 @@ def wait_for_config(job: Job) -> None:
         time.sleep(0.002)
 
 
-def expect_goes_on(job: Job, reference: Reference) -> None:
+def expect_resumes(job: Job, reference: Reference) -> None:
     """Resume a killed run, and compare what it learned with the run that nobody killed."""
     log = job.folder / "log.txt"
     resumed = replace(job, resume=True, die_at=-1, events_file=None)
@@ -84,7 +84,7 @@ def kill_at(event: int, folder: Path, reference: Reference, *, tear: bool = Fals
     folder.mkdir(parents=True)
     assert run(job) == -signal.SIGKILL
     assert (folder / "events.txt").read_text().splitlines() == reference.events[: event + 1]
-    expect_goes_on(job, reference)
+    expect_resumes(job, reference)
     shutil.rmtree(folder)
 
 
@@ -143,10 +143,10 @@ def test_killed_at_random_moments(chunk: int, tmp_path: Path, reference: Referen
         # A run that was faster than the reference has ended by itself, which resuming must not change either.
         assert process.exitcode in (-signal.SIGKILL, 0)
         killed += process.exitcode == -signal.SIGKILL
-        expect_goes_on(job, reference)
+        expect_resumes(job, reference)
         if killed == MOMENTS // 5:
             break
-        assert number < 3 * MOMENTS, "the moments lie behind the end of the run"
+        assert number < 3 * MOMENTS, "the moments are after the end of the run"
 
 
 REPORTING = OPTIONS | {
@@ -185,4 +185,4 @@ def test_killed_again_and_again(tmp_path: Path, reference: Reference) -> None:
     assert run(job) == -signal.SIGKILL
     for event in (3, 10, 20):
         assert run(replace(job, resume=True, die_at=event)) == -signal.SIGKILL
-    expect_goes_on(job, reference)
+    expect_resumes(job, reference)

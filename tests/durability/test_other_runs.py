@@ -1,4 +1,4 @@
-"""A run goes on as itself or not at all, and what it does not go on from stays."""
+"""A run resumes as itself or not at all, and what it does not resume from stays."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from attention_rl_trainer.durability.manifest import find_damage
 from attention_rl_trainer.durability.staging import list_checkpoints
 from attention_rl_trainer.models.adapters import default_lora_config
 from attention_rl_trainer.records.ledger import read_ledger
-from attention_rl_trainer.rollout.environment import KVMemoryEnvironment
+from attention_rl_trainer.rollout.environment import KVMemoryEnvironment, SelectionOptions
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 
 
@@ -105,7 +105,7 @@ class TestOtherRuns:
         assert refusal(tiny_trainer(tmp_path, texts, tokenizer, **OPTIONS)) == {"tokenizer"}
 
     def test_what_only_the_objects_say_is_listed(self, tmp_path: Path) -> None:
-        """No option of the run tells of these."""
+        """No option of the run names these."""
         texts = article_texts(30)
         tokenizer = byte_level_tokenizer(texts)
         short = OPTIONS | {"num_episodes": 8}
@@ -126,7 +126,7 @@ class TestOtherRuns:
         )
         assert merged_less.get_vocab() == tokenizer.get_vocab()
         assert [line.partition(":")[0] for line in refusal(build(merged_less))] == ["tokenizer"]
-        # Cutting and filling up are no part of how text is read.
+        # Cutting and filling up are not part of how text is read.
         tokenizer.backend_tokenizer.enable_truncation(8)
         tokenizer.backend_tokenizer.enable_padding()
         build().train(resume_from_checkpoint=True)
@@ -138,7 +138,7 @@ class TestOtherRuns:
             assert line.startswith("adapter.options: ")
             ((name, value),) = options.items()
             assert f"{name}={value}" in line.partition(" there, ")[2]
-        assert refusal(build(environment=OtherEnvironment(1.0))) == [
+        assert refusal(build(environment=OtherEnvironment(SelectionOptions()))) == [
             "environment: 'KVMemoryEnvironment' there, 'OtherEnvironment' here"
         ]
         optimizer = torch.optim.RAdam([torch.nn.Parameter(torch.zeros(1))])
@@ -182,7 +182,7 @@ class TestOtherRuns:
             ("", "resume_from_checkpoint is empty"),
             ("  ", "resume_from_checkpoint is empty"),
             ("nowhere/checkpoint-3", "there is no checkpoint nowhere/checkpoint-3"),
-            (".", r"is no complete checkpoint: .*manifest\.json is missing"),
+            (".", r"is not a complete checkpoint: .*manifest\.json is missing"),
         ],
     )
     def test_wrong_paths_are_refused(
@@ -203,7 +203,7 @@ class TestOtherRuns:
         trainer = build_trainer(job)
         trainer.train(resume_from_checkpoint=True)
         assert "ended before its first checkpoint; it starts from the beginning" in caplog.text
-        assert trainer.run_state.num_episodes == 24
+        assert trainer.progress.num_episodes == 24
 
     def test_a_new_run_sets_the_checkpoints_of_an_old_one_aside(self, finished: Path, tmp_path: Path) -> None:
         job = copy_of(finished, tmp_path)
@@ -246,7 +246,7 @@ class TestOtherRuns:
         (job.run / "latest").symlink_to(job.run / "checkpoint-2")
         trainer = build_trainer(job)
         trainer.train(resume_from_checkpoint=True)
-        assert trainer.run_state.num_episodes == 24
+        assert trainer.progress.num_episodes == 24
         expected = (finished / "run" / "checkpoint-6" / "adapter_model.safetensors").read_bytes()
         assert (job.run / "checkpoint-6" / "adapter_model.safetensors").read_bytes() == expected
         assert not (job.run / "_earlier-1").exists()
@@ -287,71 +287,21 @@ class TestOtherRuns:
         trainer.train(resume_from_checkpoint=checkpoint)
         assert trainer.state.global_step == 6
         assert (job.run / "report" / "summary.md").is_file() == (ledger == "torn")
-        assert (f"No report: {path} is not there" in caplog.text) == (ledger == "gone")
+        assert (f"No report: {path} is missing" in caplog.text) == (ledger == "gone")
 
     def test_a_path_may_be_an_object(self, finished: Path, tmp_path: Path) -> None:
         trainer = build_trainer(copy_of(finished, tmp_path))
         trainer.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-6")
         assert trainer.state.global_step == 6
 
-    def test_save_only_model_cannot_be_gone_on_from(self, tmp_path: Path) -> None:
+    def test_save_only_model_cannot_be_resumed_from(self, tmp_path: Path) -> None:
         job = Job(tmp_path, OPTIONS | {"save_only_model": True})
         build_trainer(job).train()
         with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is missing, .*save_only_model"):
             build_trainer(job).train(resume_from_checkpoint=True)
 
 
-class TestSchedules:
-    """The options of a run that goes on act; where they cannot, it says so."""
-
-    def rates(self, trainer: AttentionGuidedRLTrainer) -> list[float]:
-        return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-
-    @pytest.mark.parametrize(
-        ("before", "after", "expected"),
-        [
-            ("reduce_lr_on_plateau", "constant", [1e-2] * 3),
-            ("reduce_lr_on_plateau", "linear", [1e-2, 1e-2, 1e-2 / 3]),
-            ("constant", "reduce_lr_on_plateau", [1e-2] * 3),
-        ],
-    )
-    def test_of_another_kind(self, before: str, after: str, expected: list[float], tmp_path: Path) -> None:
-        options = {
-            "eval_strategy": "epoch",
-            "eval_episodes": 2,
-            "eval_tables": False,
-            "metric_for_best_model": "reward",
-        }
-        job = Job(tmp_path, OPTIONS | options | {"lr_scheduler_type": before, "num_episodes": 8, "logging_steps": 1})
-        build_trainer(job).train()
-        later = replace(job, options=job.options | {"lr_scheduler_type": after, "num_episodes": 12})
-        trainer = build_trainer(later)
-        trainer.train(resume_from_checkpoint=True)
-        assert self.rates(trainer) == pytest.approx(expected)
-
-    def test_one_of_the_users_own(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        """It changes the momentum too."""
-
-        def build(folder: str) -> AttentionGuidedRLTrainer:
-            texts = article_texts(30)
-            trainer = tiny_trainer(tmp_path / folder, texts, byte_level_tokenizer(texts), **OPTIONS)
-            trainable = [p for p in trainer.policy.model.parameters() if p.requires_grad]
-            trainer.optimizer = torch.optim.AdamW(trainable, lr=1e-3)
-            trainer.lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(trainer.optimizer, 1e-2, total_steps=6)
-            return trainer
-
-        build("whole").train()
-        assert "goes on with" not in caplog.text
-        whole = tmp_path / "whole" / "run"
-        shutil.copytree(whole / "checkpoint-2", tmp_path / "part" / "run" / "checkpoint-2")
-        build("part").train(resume_from_checkpoint=True)
-        assert "OneCycleLR goes on with the learning rate and the other options" in caplog.text
-        for name in ("adapter_model.safetensors", "optimizer.safetensors"):
-            last = f"checkpoint-6/{name}"
-            assert (tmp_path / "part" / "run" / last).read_bytes() == (whole / last).read_bytes(), name
-
-
-def test_two_callbacks_of_one_kind_go_on_with_what_they_counted(tmp_path: Path) -> None:
+def test_two_callbacks_of_one_kind_keep_what_they_counted(tmp_path: Path) -> None:
     options = {
         "eval_strategy": "steps",
         "eval_steps": 1,

@@ -79,3 +79,34 @@ class TestPushes:
             assert not [name for name in sent.files if name.startswith(("_", "checkpoint-")) or name.endswith(".bin")]
         for content in content_of(tmp_path / "run").values():
             assert b"hf_configsecret" not in content
+
+    @pytest.mark.parametrize(("hub_always_push", "steps"), [(False, [2, 6]), (True, [2, 4, 6])])
+    def test_while_a_push_is_not_done(
+        self, hub_always_push: bool, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The first is done when the last checkpoint is written."""
+        messages: list[str] = []
+        first: Future[None] = Future()
+
+        class Finish(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.global_step == 6:
+                    first.set_result(None)
+
+        def upload(self: HfApi, *, commit_message: str, **options: Any) -> Any:
+            messages.append(commit_message)
+            if len(messages) == 1:
+                return first
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+
+        monkeypatch.setattr(HfApi, "upload_folder", upload)
+        options = {"hub_strategy": "every_save", "hub_always_push": hub_always_push}
+        trainer = build_trainer(Job(tmp_path, OPTIONS | options))
+        trainer.args.push_to_hub = True
+        trainer.hub_model_id = "someone/adapter"
+        trainer.push_in_progress = None
+        trainer.add_callback(Finish())
+        trainer.train()
+        assert messages == [f"Training in progress, step {step}" for step in steps]

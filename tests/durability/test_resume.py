@@ -1,4 +1,4 @@
-"""A run that stopped and went on equals the one that never stopped, byte for byte; each in a process of its own."""
+"""A run that stopped and resumed equals the one that never stopped, byte for byte; each in a process of its own."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ import torch
 from processes import Job, run
 
 from attention_rl_trainer.durability.states import load_tree
-from attention_rl_trainer.records.progress import read_run_state
+from attention_rl_trainer.records.progress import load_parts
+from attention_rl_trainer.types import StreamPosition
 
 STEPS = 12
 ARTICLES = 30
 BATCH = 5
-# Logged every second step, so that checkpoints lie between two logs.
+# Logged every second step, so that some checkpoints are between two logs.
 OPTIONS: dict[str, Any] = {
     "num_episodes": STEPS * BATCH,
     "generation_batch_size": BATCH,
@@ -57,7 +58,7 @@ MEASURED = {
 def whole_run(
     folder: Path, options: dict[str, Any], *, streaming: bool = False, wide: bool = False
 ) -> tuple[Job, Path]:
-    """Run without a stop; the files lie in ``<folder>/whole`` then, and those that go on run where they lay."""
+    """Run without a stop; its files are in ``<folder>/whole`` then, and resumed runs are where they were."""
     job = Job(folder / "job", OPTIONS | options, streaming=streaming, wide=wide)
     assert run(job) == 0, (job.folder / "log.txt").read_text()
     return job, job.folder.rename(folder / "whole") / "run"
@@ -73,12 +74,14 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def expect_place(whole: Path, warmup: str, place: str) -> None:
-    """Make sure that a checkpoint lies where its name says, and that the run trains after it."""
+    """Make sure that a checkpoint is where its name says, and that the run trains after it."""
     checkpoint = whole / f"checkpoint-{PLACES[warmup][place]}"
-    saved, last = read_run_state(checkpoint), read_run_state(whole / f"checkpoint-{STEPS}")
-    assert (saved.num_updates == 0) == (warmup == "in warm-up")
-    assert saved.num_updates < last.num_updates
-    assert (saved.position.index % ARTICLES == 0) == (place == "epoch border"), saved.position
+    saved, last = load_parts(checkpoint), load_parts(whole / f"checkpoint-{STEPS}")
+    num_updates = saved["updater"]["num_updates"]
+    assert (num_updates == 0) == (warmup == "in warm-up")
+    assert num_updates < last["updater"]["num_updates"]
+    position = StreamPosition.from_dict(saved["progress"]["position"])
+    assert (position.index % ARTICLES == 0) == (place == "epoch border"), position
     if place == "first step":
         assert state_of(checkpoint)["global_step"] == 1
 
@@ -101,14 +104,14 @@ def expect_same_files(run_folder: Path, whole: Path) -> None:
 
 
 def prepare(job: Job, whole: Path, step: int) -> Job:
-    """Copy a checkpoint and the ledger to where a job goes on from them."""
+    """Copy a checkpoint and the ledger to where a job resumes from them."""
     shutil.copytree(whole / f"checkpoint-{step}", job.run / f"checkpoint-{step}")
     shutil.copy(whole / "trajectories.jsonl", job.run)
     return replace(job, resume=str(job.run / f"checkpoint-{step}"))
 
 
 def expect_same_end(job: Job, whole: Path, step: int) -> None:
-    """Go on from a copy of a checkpoint, and compare."""
+    """Resume from a copy of a checkpoint, and compare."""
     assert run(prepare(job, whole, step)) == 0, (job.folder / "log.txt").read_text()
     expect_same_files(job.run, whole)
     shutil.rmtree(job.folder)

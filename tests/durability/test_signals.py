@@ -161,7 +161,7 @@ def send(process: ForkServerProcess, *numbers: int, pause: float = 0.05) -> None
 EVALUATION: dict[str, Any] = {"eval_episodes": 2, "eval_tables": False}
 
 
-def expect_goes_on(job: Job, finished: Path) -> None:
+def expect_resumes(job: Job, finished: Path) -> None:
     """Resume a run that was stopped; it learns what the run learned that nobody stopped."""
     assert run(replace(job, resume=True)) == 0, (job.folder / "log.txt").read_text()
     reference = (finished / "run" / "adapter_model.safetensors").read_bytes()
@@ -186,7 +186,7 @@ class TestSignals:
         assert process.exitcode == 143, (tmp_path / "log.txt").read_text()
         assert not find_damage(list_checkpoints(job.run)[-1])
 
-    def test_nobody_reads_on_what_is_printed(self, tmp_path: Path) -> None:
+    def test_nobody_reads_any_more_what_is_printed(self, tmp_path: Path) -> None:
         """Ctrl-C on ``python … 2>&1 | tee log`` ends ``tee`` too."""
         options = OPTIONS | {"save_episodes": 1000, "disable_tqdm": False, "filter_threshold": -1e9}
         program = PROGRAM.format(path=sys.path, folder=str(tmp_path), options=options)
@@ -220,7 +220,7 @@ class TestSignals:
         assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
         expect_gone(int((tmp_path / "hangs").read_text()))
 
-    def test_no_evaluation_comes_behind_the_checkpoint(self, tmp_path: Path) -> None:
+    def test_no_evaluation_comes_after_the_checkpoint(self, tmp_path: Path) -> None:
         options = EVALUATION | {"eval_strategy": "epoch"}
         # A metric by which an evaluation without numbers could not be judged.
         options |= {"metric_for_best_model": "reward"}
@@ -236,7 +236,7 @@ class TestSignals:
         assert [entry["step"] for entry in trainer.state.log_history if "eval_reward" in entry] == [6]
 
     def test_after_the_last_step_it_comes(self, tmp_path: Path) -> None:
-        """No run will go on from there."""
+        """No run will resume from there."""
         options = EVALUATION | {"eval_strategy": "epoch"}
         trainer = build_trainer(Job(tmp_path, OPTIONS | options))
         trainer.add_callback(SignalAt(6))
@@ -259,7 +259,7 @@ class TestSignals:
         assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
 
     def test_an_evaluation_before_the_checkpoint_is_done(self, tmp_path: Path) -> None:
-        """The run that goes on begins after it."""
+        """The run that resumes begins after it."""
         options = EVALUATION | {"eval_strategy": "steps", "eval_steps": 3}
         trainer = build_trainer(Job(tmp_path, OPTIONS | options))
         trainer.add_callback(SignalAt(3))
@@ -285,7 +285,7 @@ class TestSignals:
         process.join(60)
         assert process.exitcode == code
         assert [path.name for path in list_checkpoints(job.run)] == ["checkpoint-2"]
-        expect_goes_on(job, finished)
+        expect_resumes(job, finished)
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
     def test_the_first_leaves_a_checkpoint_within_a_step(
@@ -298,11 +298,11 @@ class TestSignals:
         log = (tmp_path / "log.txt").read_text()
         # A KeyboardInterrupt of a forked process ends in 1; that of a script in 130, see test_example.
         assert process.exitcode == code, log
-        assert "the run stops after this step, with a checkpoint" in log
+        assert "the run stops after this step, with a checkpoint; a second signal stops it at once" in log
         (checkpoint,) = list_checkpoints(job.run)
         assert int(checkpoint.name.rpartition("-")[2]) in (step, step + 1)
         assert not find_damage(checkpoint)
-        expect_goes_on(job, finished)
+        expect_resumes(job, finished)
 
     @pytest.mark.parametrize(("second", "code"), SECOND_SIGNALS)
     def test_the_second_ends_it_at_once_and_breaks_nothing(
@@ -314,7 +314,7 @@ class TestSignals:
         send(process, signal.SIGTERM, second)
         assert process.exitcode == code
         assert [find_damage(path) for path in list_checkpoints(job.run)] == [[]]
-        expect_goes_on(job, finished)
+        expect_resumes(job, finished)
 
     def test_the_second_acts_also_where_it_was_ignored(self) -> None:
         """A shell lets what it starts in the background ignore SIGINT."""

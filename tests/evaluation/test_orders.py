@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 from benchmarks.scene import offline_policy
-from tiny import make_sampler, random_batch
+from tiny import make_environment, make_sampler, random_batch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from attention_rl_trainer.evaluation.orders import (
@@ -30,9 +29,8 @@ from attention_rl_trainer.evaluation.orders import (
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 from attention_rl_trainer.models.causal_lm import deterministic_inference
-from attention_rl_trainer.rollout.environment import KVMemoryEnvironment
-from attention_rl_trainer.rollout.layout import RolloutSettings, Separators
-from attention_rl_trainer.rollout.sampler import TrajectorySampler
+from attention_rl_trainer.rollout.layout import Separators
+from attention_rl_trainer.rollout.sampler import RolloutOptions, TrajectorySampler
 
 
 class TestRules:
@@ -72,7 +70,7 @@ class TestRules:
 
     def test_all_orders(self) -> None:
         assert len(set(all_orders(4))) == 24
-        with pytest.raises(ValueError, match="7 pairs has too many orders; 6 at most"):
+        with pytest.raises(ValueError, match="7 pairs has too many orders to score them all; 6 pairs at most"):
             all_orders(7)
 
 
@@ -83,12 +81,13 @@ def memory_of(sampler: TrajectorySampler, batch: MemoryBatch, row: int = 0) -> S
 
 def score_by_whole_forwards(sampler: TrajectorySampler, batch: MemoryBatch, order: Order, row: int = 0) -> list[float]:
     """Each value's log-probability from one forward of the base model over the whole sequence of an order."""
-    query, response = sampler._query_separator, sampler._response_separator
+    separators = sampler.layout.separators
+    query, response = torch.tensor(separators.query), torch.tensor(separators.response)
     sequence = [query, batch.example_keys[row], response, batch.example_values[row], query]
     starts = []
     for column in order:
         sequence.append(response)
-        if sampler.settings.include_key_in_context:
+        if sampler.layout.include_key_in_context:
             sequence.append(batch.key_tokens[row, column])
         starts.append(sum(len(part) for part in sequence))
         sequence += [batch.value_tokens[row, column], query]
@@ -121,12 +120,13 @@ def test_scores_are_those_of_whole_forwards(
 
 def test_a_beginning_is_read_once(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     sampler = make_sampler(llama, tokenizer)
-    scorer = OrderScorer(sampler.policy, memory_of(sampler, random_batch(1, num_pairs=4)))
+    memory = memory_of(sampler, random_batch(1, num_pairs=4))
+    scorer = OrderScorer(sampler.policy, memory)
     read = []
     handle = sampler.policy.backbone.register_forward_pre_hook(
         lambda module, arguments, options: read.append(options["input_ids"].numel()), with_kwargs=True
     )
-    block, prompt = scorer._memory.blocks.shape[1], scorer._memory.prompt.shape[1]
+    block, prompt = memory.blocks.shape[1], memory.prompt.shape[1]
     scorer.read(all_orders(4))
     # 4 + 12 + 24 + 24 beginnings, not 24 orders of 4.
     assert sum(read) == prompt + 64 * block
@@ -134,10 +134,10 @@ def test_a_beginning_is_read_once(llama: PreTrainedModel, tokenizer: PreTrainedT
     scorer.read(all_orders(4))
     assert read == []
     for max_rows in (1, 3, 100):
-        fresh = OrderScorer(sampler.policy, scorer._memory, max_rows=max_rows)
+        fresh = OrderScorer(sampler.policy, memory, max_rows=max_rows)
         read.clear()
         assert fresh.greedy_oracle() == scorer.greedy_oracle()
-        # The candidates of every step, 4 + 3 + 2 + 1, behind what the steps before read.
+        # The candidates of every step, 4 + 3 + 2 + 1, after what the steps before read.
         assert sum(read) == 2 * (prompt + 10 * block)
     handle.remove()
 
@@ -179,7 +179,7 @@ def test_a_large_memory_has_drawn_random_orders_and_no_exact_one(
     sampler = make_sampler(llama, tokenizer)
     batch = random_batch(1, num_pairs=7)
     (record,) = score_orders(sampler, batch, [5], PlainTextEncoder(tokenizer), num_random=3)
-    drawn = random_orders(7, 3, (sampler.settings.seed, 5))
+    drawn = random_orders(7, 3, (sampler.seed, 5))
     expected = [sum(score_by_whole_forwards(sampler, batch, order)) / 7 for order in drawn]
     assert record.scores[RANDOM] == pytest.approx(sum(expected) / 3, abs=1e-5)
     assert BEST not in record.scores
@@ -192,8 +192,8 @@ def test_the_learned_order_is_the_rollouts(model: PreTrainedModel, tokenizer: Pr
     rolled_out = whole.sample(batch, range(4)).stack("selected_index")
     assert learned == [tuple(row) for row in rolled_out.tolist()]
     # Fewer steps in training are the beginning of it.
-    settings = replace(whole.settings, num_steps=2)
-    short = TrajectorySampler(whole.policy, whole.environment, whole._separators, settings)
+    options = RolloutOptions(num_steps=2, tokens_per_query=4, subset_fraction=1.0)
+    short = TrajectorySampler(whole.policy, whole.environment, whole.layout.separators, options, whole.seed)
     assert attention_orders(short, batch, range(4), untrained=False) == learned
     assert short.sample(batch, range(4)).stack("selected_index").tolist() == [list(order[:2]) for order in learned]
 
@@ -245,8 +245,8 @@ def test_bm25_wins_on_an_article_built_for_it() -> None:
         pair_numbers=torch.arange(1, 6)[None],
         articles=random_batch(1).articles,
     )
-    settings = RolloutSettings(num_steps=5, tokens_per_query=8, seed=0)
-    sampler = TrajectorySampler(policy, KVMemoryEnvironment(0.1), Separators.encode(encoder), settings)
+    options = RolloutOptions(num_steps=5, tokens_per_query=8)
+    sampler = TrajectorySampler(policy, make_environment(0.1), Separators.encode(encoder), options, seed=0)
     (record,) = score_orders(sampler, batch, [0], encoder)
     others = {name: score for name, score in record.scores.items() if name not in ("BM25", BEST, ORACLE)}
     assert record.scores["BM25"] == record.scores[BEST]

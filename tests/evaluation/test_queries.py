@@ -17,7 +17,7 @@ from attention_rl_trainer.evaluation.queries import (
     OWN_KEY,
     POLICY,
     ControlQueries,
-    _Replay,
+    draw_other_columns,
     score_queries,
 )
 from attention_rl_trainer.models.causal_lm import deterministic_inference
@@ -33,7 +33,7 @@ def base_log_probabilities(sampler: TrajectorySampler, ids: Tensor) -> Tensor:
 
 
 def value_score(sampler: TrajectorySampler, context: Tensor, query: Tensor, value: Tensor) -> float:
-    ids = torch.cat([context, query, sampler._response_separator, value])
+    ids = torch.cat([context, query, torch.tensor(sampler.layout.separators.response), value])
     log_probabilities = base_log_probabilities(sampler, ids)
     places = range(len(ids) - len(value), len(ids))
     return sum(log_probabilities[place - 1, ids[place]].item() for place in places) / len(value)
@@ -59,8 +59,8 @@ def test_gains_are_those_of_whole_forwards(
     trajectory = sampler.sample(batch, episodes)
     control = torch.randint(1, 380, (3, 3, 4))
     gains = score_queries(sampler, batch, trajectory, control, num_counterfactuals=3)
-    other = _Replay(sampler, batch, trajectory, control)._other_columns
-    noise = episode_noise(sampler.settings.seed, episodes, Purpose.COUNTERFACTUAL, (3, 3, 4))
+    other = draw_other_columns(trajectory, sampler.seed)
+    noise = episode_noise(sampler.seed, episodes, Purpose.COUNTERFACTUAL, (3, 3, 4))
     for row in range(3):
         expected: dict[str, float] = dict.fromkeys((POLICY, EMPTY, OWN_KEY, OTHER_KEY, CONTROL), 0.0)
         spread = 0.0
@@ -90,9 +90,8 @@ def test_another_key_is_never_the_one_that_was_drawn(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     sampler = make_sampler(llama, tokenizer, num_steps=4)
-    batch = random_batch(40, num_pairs=4)
-    trajectory = sampler.sample(batch, range(40))
-    other = _Replay(sampler, batch, trajectory, torch.zeros(40, 4, 4, dtype=torch.int64))._other_columns
+    trajectory = sampler.sample(random_batch(40, num_pairs=4), range(40))
+    other = draw_other_columns(trajectory, sampler.seed)
     chosen = trajectory.stack("selected_index")
     assert not bool((other == chosen).any())
     assert ((other - chosen) % 4).unique().tolist() == [1, 2, 3]

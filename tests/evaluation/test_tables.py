@@ -1,4 +1,4 @@
-"""The two tables of an evaluation: what stands in them, how they are written, and that they repeat themselves."""
+"""The two tables of an evaluation: what is in them, how they are written, and that they repeat themselves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiny import make_sampler, random_batch, tiny_llama
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from attention_rl_trainer.evaluation.evaluate import evaluate_policy
-from attention_rl_trainer.evaluation.orders import BEST, ORACLE, RANDOM, WORST
+from attention_rl_trainer.evaluation.orders import BEST, ORACLE, RANDOM, WORST, score_orders
 from attention_rl_trainer.evaluation.queries import CONTROL, EMPTY, POLICY
 from attention_rl_trainer.evaluation.tables import EvaluationTables, TableBuilder
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
@@ -109,8 +109,8 @@ def test_orders_of_a_few_trajectories_alone(
     assert ("order_over_random" in part.metrics()) == ("chosen_ease" in part.parts) == (num_scored > 0)
     assert ("not measured" in part.to_markdown()) == (num_scored == 0)
     if num_scored == 1:
-        scores = builders[0]._orders
-        assert {name: part.orders[name].mean for name in scores} == {name: column[0] for name, column in scores.items()}
+        first, *_ = score_orders(sampler, random_batch(3), range(3), PlainTextEncoder(tokenizer))
+        assert {name: estimate.mean for name, estimate in part.orders.items()} == first.scores
 
 
 def test_nothing_measured_is_an_error(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

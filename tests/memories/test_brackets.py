@@ -28,10 +28,10 @@ from attention_rl_trainer.memories.articles.markup import TangledMarkupError, pl
         # A mark closes the innermost of its kind over the head of what is open inside.
         ("{{a|<b>}}</b>", 2),
         ("[[{{a]]}}", 2),
-        # Its quotation goes on in the text behind the tag.
+        # Its quotation continues in the text after the tag.
         ('<ref a=">b</ref>', 1),
         ('<ref a="b" c=d>e</ref>', 0),
-        # Thirty may lie in one another.
+        # Thirty may be in one another.
         ("{{a|" * 30 + "}}" * 30, 0),
         ("{{a|" * 33 + "}}" * 33, 3),
     ],

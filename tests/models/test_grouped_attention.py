@@ -56,7 +56,7 @@ def triangle(num_queries: int, context: int) -> torch.Tensor:
 def test_products_equal_the_formula(rows_at_once: int, scaling: float, monkeypatch: pytest.MonkeyPatch) -> None:
     query, (key, value) = torch.randn(5, 2, 4, 8), torch.randn(2, 5, 2, 7, 8)
     bias = torch.zeros(4, 7).masked_fill(~triangle(4, 7), -torch.inf)
-    monkeypatch.setattr(module_under_test, "_SCORES_BYTES", rows_at_once * 2 * 4 * 7 * 4)
+    monkeypatch.setattr(module_under_test, "SCORES_BYTES", rows_at_once * 2 * 4 * 7 * 4)
     for added in (bias, bias[3:], None):
         scores = scaling * query @ key.transpose(2, 3)
         expected = (scores if added is None else scores + added).softmax(-1) @ value
@@ -64,7 +64,7 @@ def test_products_equal_the_formula(rows_at_once: int, scaling: float, monkeypat
 
 
 def in_buffer(states: torch.Tensor, num_places: int) -> torch.Tensor:
-    """The same states as the first places of a buffer; those behind hold something else."""
+    """The same states as the first places of a buffer; those after them hold something else."""
     buffer = states.new_full((*states.shape[:2], num_places, states.shape[3]), 50.0)
     buffer[:, :, : states.shape[2]] = states
     return buffer[:, :, : states.shape[2]]
@@ -96,7 +96,7 @@ def test_products_run_in_bfloat16_over_a_buffer_and_equal_transformers_attention
     torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=0)
 
 
-def test_what_is_no_slice_of_a_buffer_or_has_its_end_outside_is_left_to_the_kernel(
+def test_what_is_not_a_slice_of_a_buffer_or_has_its_end_outside_is_left_to_the_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delattr(module_under_test, "attend_by_products")

@@ -1,4 +1,4 @@
-"""Key vectors are computed once for each content, within a bound, and do not depend on what is computed beside them."""
+"""Key vectors are computed once per content, within a bound, and do not depend on what else is computed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from tiny import make_policy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from attention_rl_trainer.models.key_vectors import KeyVectorCache
+from attention_rl_trainer.models.attention import AttentionLayer
+from attention_rl_trainer.models.key_vectors import KeyVectorCache, extract_embeddings
+
+
+def test_extract_embeddings_is_the_mean_of_each_sequence_alone(model: PreTrainedModel) -> None:
+    layer, ids = AttentionLayer(model), torch.randint(1, 90, (7, 5))
+    with torch.no_grad():
+        vectors = extract_embeddings(model.base_model, layer, ids, batch_size=3)
+        for row in range(7):
+            with layer.capture_keys() as capture:
+                model(input_ids=ids[row : row + 1])
+            torch.testing.assert_close(vectors[row : row + 1], capture.heads().mean(dim=1), atol=1e-5, rtol=1e-4)
 
 
 class Embedder:
@@ -66,7 +77,7 @@ def test_without_memory_everything_is_embedded_and_correct() -> None:
 def test_a_remembered_vector_does_not_hold_its_batch() -> None:
     cache, embedder = KeyVectorCache(10**6), Embedder()
     cache.embed(torch.arange(50)[:, None], embedder)
-    vector = next(iter(cache._vectors.values()))
+    vector = next(iter(cache.vectors.values()))
     assert vector.untyped_storage().nbytes() == vector.numel() * vector.element_size()
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model_builders import sliding_model
 from tiny import tiny_gpt2, tiny_llama
 from torch import Tensor
-from transformers import Cache, DynamicCache, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from attention_rl_trainer.models.kv_cache import PreallocatedCache, keeps_every_token, memory_bytes
+from attention_rl_trainer.models.kv_cache import PreallocatedCache, keeps_every_token, memory_bytes, new_cache
 
 
 def read(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
@@ -73,10 +74,6 @@ def test_more_tokens_than_it_was_made_for_are_refused(llama: PreTrainedModel) ->
         read(llama, torch.randint(1, 380, (1, 5)), cache)
 
 
-def addresses(cache: PreallocatedCache) -> list[int]:
-    return [tensor.data_ptr() for layer in cache._own_layers for tensor in layer._storage.tensors or ()]
-
-
 def test_memory_is_allocated_once() -> None:
     model = tiny_llama()
     cache = PreallocatedCache(2, 3, 10)
@@ -84,10 +81,10 @@ def test_memory_is_allocated_once() -> None:
     read(model, torch.randint(1, 380, (3, 2)), cache)
     # 2 layers, keys and values, 3 rows, 2 groups, 10 tokens, 8 dimensions, float32
     assert memory_bytes(cache) == 2 * 2 * 3 * 2 * 10 * 8 * 4
-    before = addresses(cache)
+    before = [buffer.data_ptr() for buffer in cache.buffers]
     assert len(set(before)) == 4
     read(model, torch.randint(1, 380, (3, 8)), cache)
-    assert addresses(cache) == before
+    assert [buffer.data_ptr() for buffer in cache.buffers] == before
 
 
 def test_memory_grows_by_pieces_and_never_beyond_the_capacity(llama: PreTrainedModel) -> None:
@@ -107,16 +104,29 @@ def test_memory_grows_by_pieces_and_never_beyond_the_capacity(llama: PreTrainedM
 def test_empty_places_are_finite(llama: PreTrainedModel) -> None:
     cache = PreallocatedCache(2, 2, 64, piece=32)
     read(llama, torch.randint(1, 380, (2, 40)), cache)
-    for layer in cache._own_layers:
-        assert layer._storage.tensors is not None
-        assert all(bool((tensor[:, :, 40:] == 0).all()) for tensor in layer._storage.tensors)
+    assert len(cache.buffers) == 4
+    assert all(bool((buffer[:, :, 40:] == 0).all()) for buffer in cache.buffers)
 
 
-def test_layers_that_forget_are_told_apart() -> None:
-    options = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
-    sliding = MistralForCausalLM(
-        MistralConfig(**options, num_hidden_layers=2, vocab_size=60, sliding_window=16, head_dim=8)
-    )
+def test_layers_that_forget_are_distinguished() -> None:
     assert keeps_every_token(tiny_llama())
     assert keeps_every_token(tiny_gpt2())
-    assert not keeps_every_token(sliding)
+    assert not keeps_every_token(sliding_model())
+
+
+def test_a_new_cache_is_preallocated_where_every_token_is_kept(model: PreTrainedModel) -> None:
+    ids = torch.randint(1, 380, (3, 200))
+    cache = new_cache(model, 3, 300)
+    assert isinstance(cache, PreallocatedCache)
+    # On a CPU in pieces of 128 tokens, and no further than the capacity.
+    for end, places in [(5, 128), (128, 128), (200, 256)]:
+        read(model, ids[:, cache.length : end], cache)
+        assert {buffer.shape[2] for buffer in cache.buffers} == {places}
+    with pytest.raises(ValueError, match="made for 300 tokens, got 400"):
+        read(model, torch.randint(1, 380, (3, 200)), cache)
+    sliding = sliding_model()
+    theirs = new_cache(sliding, 3, 40)
+    assert type(theirs) is DynamicCache
+    torch.testing.assert_close(
+        read(sliding, ids[:, :40], theirs), sliding.base_model(input_ids=ids[:, :40]).last_hidden_state
+    )

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from model_builders import sliding_model
 from peft import IA3Config, LoraConfig, get_peft_model
 from tiny import VOCABULARY_SIZE, make_policy, tiny_llama
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from attention_rl_trainer.memories.tokenization import allowed_token_ids
 from attention_rl_trainer.models import grouped_attention
@@ -27,7 +28,7 @@ def two_steps(readers: Readers, rows: int = 3, tokens: int = 4) -> dict[str, tor
         queries = readers.write_queries(noise[0], noise[1])
         policy_hidden, counterfactual_hidden = readers.read_response(block, 5)
         base_hidden = readers.follow(torch.cat([queries.query.token_ids, block], dim=1))
-        alone = readers.read_behind_prompt(torch.cat([queries.counterfactual.token_ids, block[:, :5]], dim=1))
+        alone = readers.read_after_prompt(torch.cat([queries.counterfactual.token_ids, block[:, :5]], dim=1))
         parts = {
             "query": queries.query.token_ids,
             "logprobs": queries.query.logprobs,
@@ -72,7 +73,7 @@ def test_attention_as_two_products_reads_alike(
             return original(*arguments)
 
         monkeypatch.setattr(grouped_attention, "attend_by_products", attend)
-        monkeypatch.setattr(grouped_attention, "_DTYPES_OF_PRODUCTS", (torch.float32,))
+        monkeypatch.setattr(grouped_attention, "DTYPES_OF_PRODUCTS", (torch.float32,))
         by_products = two_steps(JointReaders(policy, prompt, 40))
     assert calls
     for name, tensor in by_kernel.items():
@@ -101,12 +102,6 @@ def test_each_half_reads_as_the_model_alone_would(model: PreTrainedModel, tokeni
 
 def adapted_by(config: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PolicyModel:
     return PolicyModel(get_peft_model(model, config), allowed_token_ids(tokenizer, VOCABULARY_SIZE))
-
-
-def sliding_model() -> PreTrainedModel:
-    options = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
-    config = MistralConfig(**options, num_hidden_layers=2, vocab_size=VOCABULARY_SIZE, sliding_window=16, head_dim=8)
-    return MistralForCausalLM(config).eval()
 
 
 @pytest.mark.parametrize(

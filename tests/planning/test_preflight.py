@@ -10,19 +10,37 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 from rich.console import Console
-from tiny import adapted, tiny_config, tiny_gpt2, tiny_llama, tiny_trainer
+from tiny import adapted, make_environment, tiny_config, tiny_gpt2, tiny_llama, tiny_trainer
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from attention_rl_trainer.planning.preflight import (
-    context_length,
+    expect_double_precision,
     expect_fitting_context,
+    expect_fitting_orders,
+    expect_fitting_vocabulary,
+    expect_log_prob,
+    expect_no_mixed_precision,
     expect_one_process,
     expect_writable,
     memory_shortage,
     print_facts,
 )
+from attention_rl_trainer.planning.sizes import context_length_of
+from attention_rl_trainer.rollout.environment import Selection
+from attention_rl_trainer.rollout.layout import Layout, Separators
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
+from attention_rl_trainer.types import KeyValuePairs
+
+SEPARATORS = Separators((1, 2), (3, 4))
+
+
+def model_of_context(length: int | None) -> PeftModel:
+    """A model that was made for so many positions, or does not say for how many."""
+    model = tiny_llama()
+    model.config.max_position_embeddings = length or 0
+    return adapted(model)
 
 
 class TestExpectWritable:
@@ -35,7 +53,7 @@ class TestExpectWritable:
         expect_writable(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
-    def test_a_name_that_is_no_text_is_refused(self, tmp_path: Path) -> None:
+    def test_a_name_that_is_not_text_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"^output_dir '.*\\udcff' is not valid UTF-8"):
             expect_writable(tmp_path / "run\udcff")
         assert not list(tmp_path.iterdir())
@@ -73,21 +91,24 @@ class TestExpectOneProcess:
 
 class TestContext:
     def test_length_is_read_from_either_architecture(self) -> None:
-        assert context_length(adapted(tiny_llama(max_position_embeddings=300))) == 300
-        assert context_length(adapted(tiny_gpt2(n_positions=200))) == 200
+        assert context_length_of(tiny_llama(max_position_embeddings=300).config) == 300
+        assert context_length_of(tiny_gpt2(n_positions=200).config) == 200
+        assert context_length_of(PreTrainedConfig()) is None
 
     def test_the_limit_is_exact_and_an_unknown_one_is_none(self, tmp_path: Path) -> None:
-        for available in (98, 99, None):
-            expect_fitting_context(98, available, tiny_config(tmp_path), 4)
-        with pytest.raises(ValueError, match="98 tokens, but the model's context holds 97"):
-            expect_fitting_context(98, 97, tiny_config(tmp_path), 4)
+        # (4 + 6 + 6) + 3 · (4 + 4 + 6) tokens.
+        layout = Layout.of(tiny_config(tmp_path), SEPARATORS)
+        for available in (58, 59, None):
+            expect_fitting_context(layout, model_of_context(available))
+        with pytest.raises(ValueError, match="58 tokens, but the model's context holds 57"):
+            expect_fitting_context(layout, model_of_context(57))
 
     @pytest.mark.parametrize(("include_key", "response"), [(False, 6), (True, 12)])
     def test_arithmetic_is_said_and_right(self, tmp_path: Path, include_key: bool, response: int) -> None:
         config = tiny_config(tmp_path, include_key_in_context=include_key)
         needed = (4 + 6 + 6) + 3 * (4 + 4 + response)
         with pytest.raises(ValueError, match="Lower num_steps") as caught:
-            expect_fitting_context(needed, needed - 1, config, 4)
+            expect_fitting_context(Layout.of(config, SEPARATORS), model_of_context(needed - 1))
         expected = (
             f"a trajectory has {needed} tokens, but the model's context holds {needed - 1}: "
             f"example 4 + 6 + 6, and 3 steps of 4 + 4 + {response}."
@@ -103,6 +124,56 @@ class TestContext:
         needed, _, *parts = [int(number) for number in re.findall(r"\d+", str(caught.value))]
         example, (steps, *of_step) = parts[:3], parts[3:7]
         assert needed == sum(example) + steps * sum(of_step)
+
+    def test_orders_read_all_pairs_and_may_be_left_out(self, tmp_path: Path) -> None:
+        # Four pairs, where a trajectory reads three: 16 + 4 · 14 tokens.
+        config, small = tiny_config(tmp_path), model_of_context(71)
+        layout = Layout.of(config, SEPARATORS)
+        for available in (72, None):
+            expect_fitting_orders(layout, model_of_context(available), config)
+        message = (
+            r"reads all 4 pairs .* takes 72 tokens, but the model's context holds 71\. Set eval_order_episodes to 0"
+        )
+        with pytest.raises(ValueError, match=message):
+            expect_fitting_orders(layout, small, config)
+        for changes in ({"eval_tables": False}, {"eval_order_episodes": 0}):
+            expect_fitting_orders(layout, small, tiny_config(tmp_path, **changes))
+
+
+class Drawing:
+    """An environment that only draws."""
+
+    def reset(self, pairs: KeyValuePairs) -> None: ...
+
+    def step(self, query_vectors: torch.Tensor, noise: torch.Tensor) -> Selection:
+        raise NotImplementedError
+
+
+class TestWhatCannotWork:
+    def test_a_device_without_float64(self) -> None:
+        expect_double_precision(torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"^Apple GPUs have no float64, .*set use_cpu=True$"):
+            expect_double_precision(torch.device("mps"))
+
+    def test_draws_without_a_probability_where_they_are_trained(self) -> None:
+        expect_log_prob(Drawing(), 0.0)
+        expect_log_prob(make_environment(), 0.5)
+        message = (
+            r"^selector_coef is 0\.5, but the environment Drawing has no log_prob\(memory, query_vectors, index\);"
+        )
+        with pytest.raises(ValueError, match=message):
+            expect_log_prob(Drawing(), 0.5)
+
+    def test_mixed_precision(self) -> None:
+        expect_no_mixed_precision("no")
+        with pytest.raises(ValueError, match=r"^accelerate's mixed precision is 'bf16', .*--mixed_precision no"):
+            expect_no_mixed_precision("bf16")
+
+    def test_ids_that_the_model_cannot_embed(self) -> None:
+        embeddings = torch.nn.Embedding(10, 2)
+        expect_fitting_vocabulary(9, embeddings)
+        with pytest.raises(ValueError, match=r"^the tokenizer's ids go up to 10, but the model embeds 10; give"):
+            expect_fitting_vocabulary(10, embeddings)
 
 
 @pytest.fixture
@@ -134,8 +205,8 @@ class TestFacts:
     def test_say_what_will_run(self, trainer: AttentionGuidedRLTrainer) -> None:
         facts = trainer.facts()
         assert facts["run"] == "48 episodes in 6 steps of 8"
-        assert facts["pairs"] == "8 an article of 6 + 6 tokens, 4 in a memory, 3 read"
-        assert facts["trajectory"] == f"{trainer.trajectory_tokens} tokens of a context of 512"
+        assert facts["pairs"] == "8 per article, each of 6 + 6 tokens, 4 in a memory, 3 read"
+        assert facts["trajectory"] == f"{trainer.layout.trajectory_tokens} tokens of a context of 512"
         assert facts["optimizer"] == "adamw_torch, learning rate 0.01"
         assert facts["selection"] == "temperature 1, heads averaged as probabilities"
         assert facts["seed"] == 9

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tiny import tiny_trainer
 from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +20,6 @@ from attention_rl_trainer.records.health import (
     expected_kept_fraction,
     max_selector_entropy,
 )
-from attention_rl_trainer.records.metrics import repetition
 
 LIMITS = HealthLimits(max_selector_entropy=2.0, expected_kept=0.16, has_kl=True, window=5)
 HEALTHY = {
@@ -121,11 +119,6 @@ def test_uniform_entropy_and_kept_share() -> None:
     assert expected_kept_fraction(1.0) == pytest.approx(0.158655, abs=1e-6)
     assert expected_kept_fraction(None) is None
     assert expected_kept_fraction(-math.inf) is None
-
-
-def test_repetition_by_hand() -> None:
-    ids = torch.tensor([[[1, 2, 3, 4], [1, 1, 2, 1]], [[5, 5, 5, 5], [1, 2, 1, 2]]])
-    assert repetition(ids).tolist() == [[0.0, 0.5], [0.75, 0.5]]
 
 
 def test_every_ailment_has_its_paragraph() -> None:

@@ -1,53 +1,112 @@
-"""The ledger file, and the rows and metrics that a rolled-out batch gives."""
+"""The ledger: rows that are checked, a file that is read back, and what a resumed run removes of it."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from tiny import make_sampler, random_batch, tiny_llama
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from made_up_run import make_record, make_row, write_ledger
 
-from attention_rl_trainer.memories.pairs import MemoryBatch
-from attention_rl_trainer.memories.tokenization import PlainTextEncoder
-from attention_rl_trainer.records.ledger import LEDGER_NAME, Ledger, LedgerGaps, LedgerRow, read_ledger
-from attention_rl_trainer.records.metrics import trajectory_metrics
-from attention_rl_trainer.records.recorder import ledger_rows
-from attention_rl_trainer.types import Trajectory
-from attention_rl_trainer.update.filter import RewardStatistics
+from attention_rl_trainer.records.ledger import (
+    LEDGER_NAME,
+    Ledger,
+    LedgerError,
+    LedgerGaps,
+    LedgerRow,
+    read_ledger,
+)
 
 
-def make_row(episode: int, **changes: Any) -> LedgerRow:
-    """A row of one step over two pairs."""
-    record: dict[str, Any] = {
-        "episode": episode,
-        "step": 1,
-        "epoch": 0,
-        "article_index": episode,
-        "title": f"title {episode}",
-        "source": "made up",
-        "pair_numbers": [4, 9],
-        "order": [9],
-        "reward": 0.1,
-        "step_rewards": [0.1],
-        "query_gains": [0.3],
-        "model_gains": [-0.2],
-        "order_gains": None,
-        "history_mean": None,
-        "history_std": None,
-        "threshold": None,
-        "verdict": "warmup",
-        "selection_probabilities": [[0.25, 0.75]],
-        "queries": ["What"],
-        "keys": ["a key"],
-        "values": ["a value"],
-    }
-    return LedgerRow.from_json(record | changes)
+class TestRows:
+    def test_rows_survive_a_round_trip(self, tmp_path: Path) -> None:
+        rows = [make_row(0), make_row(1, order_gains=[0.1, 0.0, -0.1], threshold=None, title="\ud800 \u6771\u4eac")]
+        assert read_ledger(write_ledger(tmp_path / "trajectories.jsonl", rows)) == rows
+
+    def test_chosen_probabilities_follow_the_order_and_the_columns(self) -> None:
+        assert make_row().chosen_probabilities == (0.5, 0.6, 1.0)
+
+    def test_means_of_the_gains(self) -> None:
+        row = LedgerRow.from_json(make_record())
+        assert row.query_gain == pytest.approx(0.01)
+        assert row.model_gain == pytest.approx(0.02)
+
+    def test_an_empty_file_has_no_rows(self, tmp_path: Path) -> None:
+        assert read_ledger(write_ledger(tmp_path / "trajectories.jsonl", [])) == []
+
+    def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"no ledger here; expected the trajectories\.jsonl"):
+            read_ledger(tmp_path / "trajectories.jsonl")
+
+    @pytest.mark.parametrize(
+        "line",
+        [b'{"episode": 1, "ti', b"", b"\xff\xfe", b"[" * 100_000, b'{"episode": NaN}', b"[1]"],
+        ids=["cut", "blank", "not-utf8", "too-deep", "missing-keys", "list"],
+    )
+    def test_a_broken_line_is_named_with_its_number(self, tmp_path: Path, line: bytes) -> None:
+        path = write_ledger(tmp_path / "trajectories.jsonl", [make_row(0), make_row(1)])
+        path.write_bytes(path.read_bytes() + line + b"\n")
+        with pytest.raises(LedgerError, match=r"trajectories\.jsonl, line 3: .*remove the line"):
+            read_ledger(path)
+
+    def test_an_integer_too_large_for_a_float_is_named(self, tmp_path: Path) -> None:
+        path = tmp_path / "trajectories.jsonl"
+        path.write_text(json.dumps(make_record(reward=10**400)), encoding="utf-8")
+        with pytest.raises(LedgerError, match="line 1"):
+            read_ledger(path)
+
+    def test_keys_that_are_not_fields_are_ignored(self) -> None:
+        assert LedgerRow.from_json(make_record(added_later=1)) == LedgerRow.from_json(make_record())
+
+    def test_missing_keys_are_named(self) -> None:
+        record = make_record()
+        del record["queries"], record["verdict"]
+        with pytest.raises(LedgerError, match="missing keys: queries, verdict"):
+            LedgerRow.from_json(record)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"reward": math.nan}, "'reward' must be a finite number, got nan"),
+            ({"reward": True}, "'reward' must be a finite number, got True"),
+            ({"threshold": "0.1"}, "'threshold' must be a finite number"),
+            ({"episode": 1.0}, "'episode' must be an integer, got 1.0"),
+            ({"episode": False}, "'episode' must be an integer, got False"),
+            ({"title": None}, "'title' must be a string, got None"),
+            ({"queries": "abc"}, "'queries' must be a list, got 'abc'"),
+            ({"queries": ["a", "b", 3]}, "'queries' must be a string, got 3"),
+            ({"verdict": "dropped"}, "'verdict' must be kept, below_threshold or warmup, got 'dropped'"),
+            ({"keys": ["a"]}, r"'keys' must have 3 entries \(one for each step of 'order'\), got 1"),
+            ({"order_gains": [0.1]}, "'order_gains' must have 3 entries"),
+            ({"order": [9, 9, 7]}, "'order' must be one or more distinct pairs"),
+            ({"order": [9, 4, 5]}, "'order' must be one or more distinct pairs"),
+            ({"pair_numbers": [4, 9, 9]}, "'pair_numbers' must be distinct"),
+            (
+                {"selection_probabilities": [[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]]},
+                r"'selection_probabilities' must have 3 entries \(one for each pair\), got 2",
+            ),
+            (
+                {"selection_probabilities": [[0.2, 0.5, 0.3], [1.6, 0.0, 0.4], [0.0, 0.0, 1.0]]},
+                r"'selection_probabilities' must be in \[0, 1\]",
+            ),
+        ],
+    )
+    def test_a_wrong_value_is_named(self, changes: dict[str, object], message: str) -> None:
+        with pytest.raises(LedgerError, match=message):
+            LedgerRow.from_json(make_record(**changes))
+
+    def test_a_probability_may_exceed_one_by_rounding(self) -> None:
+        rounded = [[0.2, 0.5, 0.3], [0.6, 0.0, 0.4], [0.0, 0.0, 1.0000001]]
+        assert make_row(selection_probabilities=rounded).chosen_probabilities[-1] == 1.0000001
+
+    def test_a_trajectory_without_steps_is_refused(self) -> None:
+        nothing: list[object] = []
+        empty = dict.fromkeys(
+            ("order", "step_rewards", "query_gains", "model_gains", "queries", "keys", "values"), nothing
+        )
+        with pytest.raises(LedgerError, match="'order' must be one or more"):
+            LedgerRow.from_json(make_record(selection_probabilities=[], **empty))
 
 
 def episodes_of(ledger: Ledger) -> list[int]:
@@ -71,9 +130,9 @@ class TestAppend:
     )
     def test_any_text_is_one_line(self, tmp_path: Path, text: str) -> None:
         ledger = Ledger(tmp_path)
-        ledger.append([make_row(0, title=text, queries=[text]), make_row(1)])
+        ledger.append([make_row(0, title=text, queries=[text] * 3), make_row(1)])
         first, _ = read_ledger(ledger.path)
-        assert (first.title, first.queries) == (text, (text,))
+        assert (first.title, first.queries) == (text, (text,) * 3)
         assert ledger.path.read_bytes().count(b"\n") == 2
 
     def test_letters_are_written_as_themselves(self, tmp_path: Path) -> None:
@@ -155,143 +214,3 @@ class TestCut:
         other.append([make_row(0)])
         ledger.take_over(other.path)
         assert episodes_of(ledger) == episodes_of(other) == [0]
-
-
-@pytest.fixture
-def batch() -> MemoryBatch:
-    return random_batch(4)
-
-
-@pytest.fixture
-def trajectory(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: MemoryBatch) -> Trajectory:
-    return make_sampler(llama, tokenizer).sample(batch, range(20, 24))
-
-
-KEEP = torch.tensor([True, False, False, True])
-HISTORY = RewardStatistics(20, -0.5, 0.8)
-
-
-@pytest.fixture
-def rows(trajectory: Trajectory, batch: MemoryBatch, tokenizer: PreTrainedTokenizerFast) -> list[LedgerRow]:
-    encoder = PlainTextEncoder(tokenizer)
-    return ledger_rows(trajectory, batch, encoder, step=6, history=HISTORY, threshold=-0.3, keep=KEEP, is_warmup=False)
-
-
-class TestLedgerRows:
-    def test_episodes_and_articles_are_those_of_the_batch(self, rows: list[LedgerRow]) -> None:
-        assert [(row.episode, row.article_index, row.title) for row in rows] == [
-            (20 + number, number, f"title {number}") for number in range(4)
-        ]
-        assert {(row.step, row.epoch, row.source) for row in rows} == {(6, 0, "made up")}
-
-    def test_order_names_the_pairs_by_their_number_in_the_article(
-        self, rows: list[LedgerRow], trajectory: Trajectory, batch: MemoryBatch
-    ) -> None:
-        for number, row in enumerate(rows):
-            assert row.pair_numbers == (1, 2, 3, 4, 5)
-            for step, pair in enumerate(row.order):
-                value = batch.value_tokens[number, row.pair_numbers.index(pair)]
-                assert torch.equal(trajectory.steps[step].selected_pair.value_tokens[number], value)
-
-    def test_probabilities_are_those_of_the_draws(self, rows: list[LedgerRow], trajectory: Trajectory) -> None:
-        for number, row in enumerate(rows):
-            assert len(row.selection_probabilities) == 3
-            for step, probabilities in enumerate(row.selection_probabilities):
-                assert sum(probabilities) == pytest.approx(1, abs=1e-5)
-                used = [row.pair_numbers.index(pair) for pair in row.order[:step]]
-                assert all(probabilities[column] == 0 for column in used)
-                index = int(trajectory.steps[step].selected_index[number])
-                assert row.chosen_probabilities[step] == probabilities[index] > 0
-
-    def test_a_probability_above_one_by_rounding_is_written_as_one(
-        self, trajectory: Trajectory, batch: MemoryBatch, tokenizer: PreTrainedTokenizerFast
-    ) -> None:
-        certain = torch.nn.functional.one_hot(trajectory.steps[0].selected_index, 5) * (1 + 2**-23)
-        first = dataclasses.replace(trajectory.steps[0], selection_probabilities=certain)
-        rounded = dataclasses.replace(trajectory, steps=[first, *trajectory.steps[1:]])
-        encoder = PlainTextEncoder(tokenizer)
-        rows = ledger_rows(rounded, batch, encoder, step=1, history=HISTORY, threshold=None, keep=KEEP, is_warmup=False)
-        assert [row.chosen_probabilities[0] for row in rows] == [1.0] * 4
-
-    def test_gains_sum_to_the_reward(self, rows: list[LedgerRow], trajectory: Trajectory) -> None:
-        for number, row in enumerate(rows):
-            for reward, query_gain, model_gain in zip(row.step_rewards, row.query_gains, row.model_gains, strict=True):
-                assert query_gain + model_gain == pytest.approx(reward, abs=1e-5)
-            assert row.reward == pytest.approx(sum(row.step_rewards) / 3, abs=1e-6)
-            assert row.reward == trajectory.avg_reward[number].item()
-
-    def test_texts_are_what_was_written_and_read(
-        self, rows: list[LedgerRow], trajectory: Trajectory, tokenizer: PreTrainedTokenizerFast
-    ) -> None:
-        for number, row in enumerate(rows):
-            for step, item in enumerate(trajectory.steps):
-                assert row.queries[step] == tokenizer.decode(item.query_tokens[number])
-                assert row.keys[step] == tokenizer.decode(item.selected_pair.key_tokens[number])
-                assert row.values[step] == tokenizer.decode(item.selected_pair.value_tokens[number])
-
-    def test_verdicts_follow_the_mask_and_the_history(self, rows: list[LedgerRow]) -> None:
-        assert [row.verdict for row in rows] == ["kept", "below_threshold", "below_threshold", "kept"]
-        assert {(row.history_mean, row.history_std, row.threshold) for row in rows} == {(-0.5, math.sqrt(0.04), -0.3)}
-
-    def test_warm_up_without_history(
-        self, trajectory: Trajectory, batch: MemoryBatch, tokenizer: PreTrainedTokenizerFast
-    ) -> None:
-        rows = ledger_rows(
-            trajectory,
-            batch,
-            PlainTextEncoder(tokenizer),
-            step=1,
-            history=RewardStatistics(),
-            threshold=None,
-            keep=torch.zeros(4, dtype=torch.bool),
-            is_warmup=True,
-        )
-        assert {(row.verdict, row.history_mean, row.history_std, row.threshold) for row in rows} == {
-            ("warmup", None, None, None)
-        }
-
-    def test_order_gains_only_where_they_were_computed(
-        self, rows: list[LedgerRow], tokenizer: PreTrainedTokenizerFast, batch: MemoryBatch
-    ) -> None:
-        assert all(row.order_gains is None for row in rows)
-        with_gains = make_sampler(tiny_llama(), tokenizer, compute_order_gain=True).sample(batch, range(4))
-        encoder = PlainTextEncoder(tokenizer)
-        for number, row in enumerate(
-            ledger_rows(with_gains, batch, encoder, step=1, history=HISTORY, threshold=None, keep=KEEP, is_warmup=False)
-        ):
-            assert row.order_gains == tuple(with_gains.stack("order_gain")[number].tolist())
-
-    def test_rows_survive_the_file(self, rows: list[LedgerRow], tmp_path: Path) -> None:
-        Ledger(tmp_path).append(rows)
-        assert read_ledger(tmp_path / LEDGER_NAME) == rows
-
-
-class TestTrajectoryMetrics:
-    def test_against_a_loop_over_the_rows(self, rows: list[LedgerRow], trajectory: Trajectory) -> None:
-        metrics = trajectory_metrics(trajectory)
-        rewards = [row.reward for row in rows]
-        mean = sum(rewards) / 4
-        steps = [probabilities for row in rows for probabilities in row.selection_probabilities]
-        entropies = [-sum(p * math.log(p) for p in probabilities if p > 0) for probabilities in steps]
-        query_entropies = [float(step.query_entropy[row].mean()) for step in trajectory.steps for row in range(4)]
-        queries = [step.query_tokens[row].tolist() for step in trajectory.steps for row in range(4)]
-        expected = {
-            "query_repetition": sum(1 - len(set(query)) / len(query) for query in queries) / 12,
-            "reward": mean,
-            "reward_std": math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / 4),
-            "reward_max": max(rewards),
-            "query_gain": sum(sum(row.query_gains) for row in rows) / 12,
-            "model_gain": sum(sum(row.model_gains) for row in rows) / 12,
-            "query_entropy": sum(query_entropies) / 12,
-            "selector_entropy": sum(entropies) / 12,
-            "selector_max": sum(max(probabilities) for probabilities in steps) / 12,
-        }
-        assert metrics == pytest.approx(expected, abs=1e-5)
-        assert metrics["query_gain"] + metrics["model_gain"] == pytest.approx(metrics["reward"], abs=1e-5)
-
-    def test_order_gain_where_it_was_computed(
-        self, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: MemoryBatch
-    ) -> None:
-        trajectory = make_sampler(llama, tokenizer, compute_order_gain=True).sample(batch, range(4))
-        gains = [float(step.order_gain[row]) for step in trajectory.steps for row in range(4)]
-        assert trajectory_metrics(trajectory)["order_gain"] == pytest.approx(sum(gains) / 12, abs=1e-6)

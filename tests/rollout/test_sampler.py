@@ -1,4 +1,4 @@
-"""The cached rollout against plain full forwards, and what a row owes to its batch: nothing."""
+"""The cached rollout against plain full forwards, a user's own reward, and what a row owes to its batch: nothing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from attention_rl_trainer.errors import NonFiniteError
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 from attention_rl_trainer.models.causal_lm import deterministic_inference
-from attention_rl_trainer.rollout.layout import RolloutSettings, Separators, trajectory_length
+from attention_rl_trainer.rollout.environment import DifferentiableEnvironment
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
-from attention_rl_trainer.types import Trajectory
+from attention_rl_trainer.types import Trajectory, TrajectoryStep
 
 
 def full_logprobs(sampler: TrajectorySampler, ids: Tensor, start: int, count: int, *, reference: bool) -> Tensor:
@@ -33,9 +33,9 @@ def full_logprobs(sampler: TrajectorySampler, ids: Tensor, start: int, count: in
 
 def check_against_full_forwards(sampler: TrajectorySampler, trajectory: Trajectory) -> None:
     """Compare every log-probability of a rollout with the definition."""
-    policy, ids = sampler.policy, trajectory.token_ids
-    separators = Separators.encode(PlainTextEncoder(sampler_tokenizer(sampler)))
-    response = torch.tensor(separators.response).expand(ids.shape[0], -1)
+    policy, ids, layout = sampler.policy, trajectory.token_ids, sampler.layout
+    response = torch.tensor(layout.separators.response).expand(ids.shape[0], -1)
+    assert isinstance(sampler.environment, DifferentiableEnvironment)
     for number, step in enumerate(trajectory.steps):
         query_start, value_start = trajectory.query_starts[number], trajectory.value_starts[number]
         length, count = step.query_tokens.shape[1], step.selected_pair.value_tokens.shape[1]
@@ -43,7 +43,7 @@ def check_against_full_forwards(sampler: TrajectorySampler, trajectory: Trajecto
         assert torch.equal(ids[:, value_start : value_start + count], step.selected_pair.value_tokens)
         assert torch.equal(ids[:, :query_start], step.context_tokens)
         whole = ids[:, : value_start + count]
-        keys = [step.selected_pair.key_tokens] if sampler.settings.include_key_in_context else []
+        keys = [step.selected_pair.key_tokens] if layout.include_key_in_context else []
         tail = torch.cat([response, *keys, step.selected_pair.value_tokens], dim=1)
         other = torch.cat([ids[:, :query_start], step.counterfactual_tokens, tail], dim=1)
         expected = {
@@ -66,23 +66,10 @@ def check_against_full_forwards(sampler: TrajectorySampler, trajectory: Trajecto
             policy.forward(whole)
         vectors = capture.heads()[:, query_start : query_start + length].mean(dim=1)
         taken = trajectory.stack("selected_index")[:, : number + 1]
-        sampler.environment.reset(trajectory.memory)
         earlier = torch.zeros(ids.shape[0], number, *vectors.shape[1:])
-        log_prob = sampler.environment.log_prob(torch.cat([earlier, vectors[:, None]], dim=1), taken)[:, -1]
+        vectors = torch.cat([earlier, vectors[:, None]], dim=1)
+        log_prob = sampler.environment.log_prob(trajectory.memory, vectors, taken)[:, -1]
         torch.testing.assert_close(step.similarity_score.log(), log_prob, atol=1e-4, rtol=0)
-
-
-TOKENIZERS: dict[int, PreTrainedTokenizerFast] = {}
-
-
-def sampler_tokenizer(sampler: TrajectorySampler) -> PreTrainedTokenizerFast:
-    return TOKENIZERS[id(sampler)]
-
-
-def new_sampler(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **options: Any) -> TrajectorySampler:
-    sampler = make_sampler(model, tokenizer, **options)
-    TOKENIZERS[id(sampler)] = tokenizer
-    return sampler
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -90,15 +77,13 @@ def new_sampler(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **op
 def test_cached_rollout_equals_full_forwards(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, include_key: bool, joint: bool
 ) -> None:
-    sampler = new_sampler(
+    sampler = make_sampler(
         model, tokenizer, joint=joint, include_key_in_context=include_key, policy_options={"query_temperature": 0.7}
     )
     trajectory = sampler.sample(random_batch(4), range(4))
     check_against_full_forwards(sampler, trajectory)
-    settings = sampler.settings
-    separators = Separators.encode(PlainTextEncoder(tokenizer))
     # The last step is not followed by another query separator.
-    assert trajectory.token_ids.shape[1] == trajectory_length(separators, settings, 6, 5)
+    assert trajectory.token_ids.shape[1] == sampler.layout.for_batch(random_batch(4)).trajectory_tokens
 
 
 def test_a_sliding_window_cache_is_rolled_back_too(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -107,7 +92,7 @@ def test_a_sliding_window_cache_is_rolled_back_too(tokenizer: PreTrainedTokenize
         intermediate_size=64, max_position_embeddings=512, sliding_window=16, initializer_range=0.15,
     )  # fmt: skip
     torch.manual_seed(0)
-    sampler = new_sampler(AutoModelForCausalLM.from_config(config).eval(), tokenizer)
+    sampler = make_sampler(AutoModelForCausalLM.from_config(config).eval(), tokenizer)
     check_against_full_forwards(sampler, sampler.sample(random_batch(3), range(3)))
 
 
@@ -164,10 +149,9 @@ def test_one_batch_of_eight_is_eight_batches_of_one(model: PreTrainedModel, toke
 
 
 def test_order_gain_equals_its_definition(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    sampler = new_sampler(model, tokenizer, compute_order_gain=True, order_coef=0.5)
+    sampler = make_sampler(model, tokenizer, compute_order_gain=True, order_coef=0.5)
     trajectory = sampler.sample(random_batch(3), range(3))
-    separators = Separators.encode(PlainTextEncoder(tokenizer))
-    response = torch.tensor(separators.response).expand(3, -1)
+    response = torch.tensor(sampler.layout.separators.response).expand(3, -1)
     prompt = trajectory.steps[0].context_tokens
     for number, step in enumerate(trajectory.steps):
         value = step.selected_pair.value_tokens
@@ -268,13 +252,71 @@ def test_one_bad_article_is_the_one_that_is_named(llama: PreTrainedModel, tokeni
 
 
 def test_more_steps_than_pairs_are_refused(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="num_steps is 3, but a memory holds 2 pairs"):
+    with pytest.raises(ValueError, match="num_steps is 3, but a memory holds 2 pairs; lower num_steps"):
         make_sampler(llama, tokenizer).sample(random_batch(2, num_pairs=2), [0, 1])
 
 
-def test_length_by_hand() -> None:
-    separators = Separators(query=(1, 2), response=(3, 4))
-    settings = RolloutSettings(num_steps=8, tokens_per_query=20, seed=0)
-    assert trajectory_length(separators, settings, 20, 20) == 44 + 8 * 44
-    with_keys = RolloutSettings(num_steps=8, tokens_per_query=20, seed=0, include_key_in_context=True)
-    assert trajectory_length(separators, with_keys, 20, 20) == 44 + 8 * 64
+class TestOwnReward:
+    @pytest.mark.parametrize("joint", [False, True])
+    def test_it_is_given_the_default_and_what_it_returns_counts(
+        self, joint: bool, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        options: dict[str, Any] = {"joint": joint, "order_coef": 0.5}
+        default = make_sampler(llama, tokenizer, **options).sample(random_batch(3), range(3))
+        seen: list[TrajectoryStep] = []
+
+        def own(step: TrajectoryStep) -> Tensor:
+            seen.append(step)
+            return 2 * step.reward - len(seen)
+
+        trajectory = make_sampler(tiny_llama(), tokenizer, reward_fn=own, **options).sample(random_batch(3), range(3))
+        assert len(seen) == 3
+        for number, (step, expected) in enumerate(zip(seen, default.steps, strict=True)):
+            assert torch.equal(step.reward, expected.reward)
+            assert torch.equal(step.query_tokens, expected.query_tokens)
+            assert torch.equal(step.selected_index, expected.selected_index)
+            assert torch.equal(trajectory.steps[number].reward, 2 * expected.reward - (number + 1))
+            # The parts of the default reward stay as they are.
+            assert torch.equal(trajectory.steps[number].query_gain, expected.query_gain)
+        torch.testing.assert_close(trajectory.avg_reward, 2 * default.avg_reward - 2)
+        torch.testing.assert_close(trajectory.total_reward, 2 * default.total_reward - 6)
+        assert torch.equal(trajectory.token_ids, default.token_ids)
+
+    def test_another_precision_becomes_the_default_rewards(
+        self, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        sampler = make_sampler(llama, tokenizer, reward_fn=lambda step: step.reward.double() + 0.25)
+        steps = sampler.sample(random_batch(2), range(2)).steps
+        assert [step.reward.dtype for step in steps] == [torch.float32] * 3
+
+    @pytest.mark.parametrize(
+        ("returned", "message"),
+        [
+            (torch.zeros(3), r"what reward_fn returns must have shape \[2\], got \[3\]"),
+            (torch.zeros(2, 1), r"what reward_fn returns must have shape \[2\], got \[2, 1\]"),
+            (torch.tensor(1.0), r"what reward_fn returns must have shape \[2\], got \[\]"),
+            (torch.tensor([1, 0]), "what reward_fn returns must have a floating-point dtype, got torch.int64"),
+            ([1.0, 0.0], r"reward_fn must return a tensor of shape \[2\], got \[1.0, 0.0\]"),
+        ],
+        ids=["rows", "columns", "scalar", "integers", "list"],
+    )
+    def test_a_wrong_shape_or_type_is_refused(
+        self, returned: Any, message: str, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            make_sampler(llama, tokenizer, reward_fn=lambda _: returned).sample(random_batch(2), [0, 1])
+
+    @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+    def test_what_is_not_finite_names_the_function_the_step_and_the_article(
+        self, number: float, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        calls = 0
+
+        def second_step_of_the_last_row(step: TrajectoryStep) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return torch.where(torch.tensor([False, calls == 2]), number, step.reward)
+
+        sampler = make_sampler(llama, tokenizer, reward_fn=second_step_of_the_last_row)
+        with pytest.raises(NonFiniteError, match=r"what reward_fn returns is not finite at step 2 .*'title 1'.*row 1"):
+            sampler.sample(random_batch(2), [0, 1])

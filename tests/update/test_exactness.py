@@ -13,15 +13,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny import make_environment
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from attention_rl_trainer.models.policy import PolicyModel
-from attention_rl_trainer.rollout.environment import KVMemoryEnvironment
 from attention_rl_trainer.types import KeyValuePairs
 from attention_rl_trainer.update.kept import KeptTrajectories
-from attention_rl_trainer.update.losses import step_advantages
-from attention_rl_trainer.update.objective import LossSettings, compute_loss_terms
+from attention_rl_trainer.update.losses import LossOptions, step_advantages
+from attention_rl_trainer.update.objective import compute_loss_terms
 from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
 
 QUERY, RESPONSE, ALLOWED = 3, 4, (0, 1, 2)
@@ -45,7 +45,7 @@ class Toy:
                 if parameter.requires_grad:
                     parameter.normal_(std=0.3)
         self.policy = PolicyModel(model, torch.tensor(ALLOWED))
-        self.environment = KVMemoryEnvironment(temperature=0.3)
+        self.environment = make_environment(temperature=0.3)
         self.snapshot = AdapterSnapshot(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.key_vectors = torch.randn(1, NUM_KEYS, 2, 4)
@@ -100,15 +100,14 @@ class Toy:
                     1,
                 )
             )
-        self.environment.reset(self.memory())
-        draws = self.environment.log_prob(torch.stack(vectors, 1), self.orders)
+        draws = self.environment.log_prob(self.memory(), torch.stack(vectors, 1), self.orders)
         return torch.stack(queries, 1), draws, torch.stack(values, 1)
 
     def gradient(self, objective: Tensor) -> Tensor:
         gradients = torch.autograd.grad(objective, self.parameters, allow_unused=False)
         return torch.cat([g.flatten() for g in gradients])
 
-    def estimate(self, step_rewards: Tensor, credit: str, settings: LossSettings, baseline: float = 0.0) -> Tensor:
+    def estimate(self, step_rewards: Tensor, credit: str, options: LossOptions, baseline: float = 0.0) -> Tensor:
         """The expected gradient estimate of the shipped loss, with the sign of an ascent direction."""
         queries, draws, _ = self.log_probabilities()
         probability = (queries.sum((1, 2)) + draws.sum(1)).exp().detach()
@@ -125,7 +124,7 @@ class Toy:
             advantages=step_advantages(step_rewards, baseline, 1.0, advantage="centered", credit=credit),
             weights=probability,
         )
-        terms = compute_loss_terms(self.policy, self.policy.model, self.environment, self.snapshot, kept, settings)
+        terms = compute_loss_terms(self.policy, self.policy.model, self.environment, self.snapshot, kept, options)
         return self.gradient(-terms.loss)
 
 
@@ -155,7 +154,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
-JOINT = LossSettings(beta=0.0, selector_coef=1.0)
+JOINT = LossOptions(beta=0.0, selector_coef=1.0)
 
 
 def test_every_trajectory_is_there(toy: Toy) -> None:
@@ -180,7 +179,7 @@ def test_step_credit_is_myopic(toy: Toy) -> None:
 def test_without_the_selector_term_the_bias_shows(toy: Toy, credit: str) -> None:
     rewards = causal_rewards(toy)
     expected = exact_gradient(toy, lambda values: rewards.mean(1))
-    assert relative_error(toy.estimate(rewards, credit, LossSettings(beta=0.0)), expected) > 0.05
+    assert relative_error(toy.estimate(rewards, credit, LossOptions(beta=0.0)), expected) > 0.05
 
 
 @pytest.mark.parametrize("credit", ["trajectory", "return_to_go"])
@@ -189,6 +188,6 @@ def test_with_the_reward_gradient_it_is_the_full_gradient(toy: Toy, credit: str)
     _, _, values = toy.log_probabilities()
     rewards = values.detach().mean(2)
     expected = exact_gradient(toy, lambda value_logprobs: value_logprobs.mean(dim=(1, 2)))
-    full = LossSettings(beta=0.0, selector_coef=1.0, reward_gradient_coef=1.0)
+    full = LossOptions(beta=0.0, selector_coef=1.0, reward_gradient_coef=1.0)
     assert relative_error(toy.estimate(rewards, credit, full), expected) < 1e-5
     assert relative_error(toy.estimate(rewards, credit, JOINT), expected) > 0.05

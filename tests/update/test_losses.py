@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from attention_rl_trainer.update.losses import (
     QueryTokens,
@@ -98,16 +99,18 @@ def test_kl_by_hand() -> None:
     assert kl_divergence(previous, current).item() == pytest.approx(expected, abs=1e-6)
 
 
-def make_tokens(count: int, vocabulary: int = 11, ratios: bool = False) -> tuple[QueryTokens, Tensor]:
-    head = torch.randn(4, vocabulary)
+def make_tokens(
+    count: int, vocabulary: int = 11, ratios: bool = False, dtype: torch.dtype = torch.float32
+) -> tuple[QueryTokens, Tensor]:
+    head = torch.randn(4, vocabulary, dtype=dtype)
     return (
         QueryTokens(
-            hidden=torch.randn(count, 4, requires_grad=True),
-            previous_hidden=torch.randn(count, 4),
+            hidden=torch.randn(count, 4, dtype=dtype, requires_grad=True),
+            previous_hidden=torch.randn(count, 4, dtype=dtype),
             index=torch.randint(0, vocabulary, (count,)),
-            advantages=torch.randn(count),
-            weights=torch.rand(count),
-            rollout_logprobs=-torch.rand(count) * 3 if ratios else None,
+            advantages=torch.randn(count, dtype=dtype),
+            weights=torch.rand(count, dtype=dtype),
+            rollout_logprobs=-torch.rand(count, dtype=dtype) * 3 if ratios else None,
         ),
         head,
     )
@@ -138,30 +141,81 @@ def test_chunked_terms_equal_a_slow_loop(chunk_size: int, ratios: bool) -> None:
     assert terms.loss.item() == pytest.approx(policy + 0.3 * kl - 0.2 * entropy, abs=1e-4)
 
 
-def plain_loss(tokens: QueryTokens, head: Tensor, entropy_coef: float) -> Tensor:
-    """The loss over all tokens at once, as autograd sees it."""
+def autograd_loss(tokens: QueryTokens, head: Tensor, beta: float, entropy_coef: float) -> Tensor:
+    """The loss over all tokens at once, as autograd sees it: `F.kl_div` on `log_softmax` of the same logits."""
     assert tokens.previous_hidden is not None
-    current = (tokens.hidden @ head).log_softmax(-1)
-    previous = (tokens.previous_hidden @ head).log_softmax(-1)
+    current = F.log_softmax(tokens.hidden @ head, dim=-1)
+    previous = F.log_softmax(tokens.previous_hidden @ head, dim=-1)
     logprobs = current.gather(1, tokens.index[:, None]).squeeze(1)
-    kl = (previous.exp() * (previous - current)).sum(dim=1)
+    kl = F.kl_div(current, previous, reduction="none", log_target=True).sum(dim=1)
     entropy = -(current.exp() * current).sum(dim=1)
     policy = policy_gradient_terms(logprobs, tokens.advantages, tokens.rollout_logprobs)
-    return ((policy + 0.1 * kl - entropy_coef * entropy) * tokens.weights).sum()
+    return ((policy + beta * kl - entropy_coef * entropy) * tokens.weights).sum()
 
 
-@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+@pytest.mark.parametrize("beta", [0.0, 0.1, 5.0])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01, 2.0])
 @pytest.mark.parametrize("ratios", [False, True])
 @pytest.mark.parametrize("chunk_size", [1, 5, 12, 100])
-def test_chunks_have_the_gradient_of_the_plain_loss(chunk_size: int, ratios: bool, entropy_coef: float) -> None:
-    tokens, head = make_tokens(12, ratios=ratios)
-    expected = torch.autograd.grad(3 * plain_loss(tokens, head, entropy_coef), tokens.hidden)[0]
-    terms = query_terms(tokens, lambda h: h @ head, beta=0.1, entropy_coef=entropy_coef, chunk_size=chunk_size)
-    # The loss is scaled behind it, as gradient accumulation does.
+def test_the_written_out_gradient_is_autograds(chunk_size: int, ratios: bool, entropy_coef: float, beta: float) -> None:
+    tokens, head = make_tokens(12, ratios=ratios, dtype=torch.float64)
+    loss = autograd_loss(tokens, head, beta, entropy_coef)
+    expected = torch.autograd.grad(3 * loss, tokens.hidden)[0]
+    terms = query_terms(tokens, lambda h: h @ head, beta=beta, entropy_coef=entropy_coef, chunk_size=chunk_size)
+    # The loss is scaled after it, as gradient accumulation does.
     got = torch.autograd.grad(3 * terms.loss, tokens.hidden)[0]
-    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
     assert not terms.policy.requires_grad
-    assert terms.loss.item() == pytest.approx(plain_loss(tokens, head, entropy_coef).item(), abs=1e-6)
+    assert terms.loss.item() == pytest.approx(loss.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.1, 5.0])
+def test_the_written_out_gradient_in_float32_over_a_large_vocabulary(beta: float) -> None:
+    tokens, head = make_tokens(6, vocabulary=50_000, ratios=True)
+    expected = torch.autograd.grad(autograd_loss(tokens, head, beta, 0.01), tokens.hidden)[0]
+    got = torch.autograd.grad(
+        query_terms(tokens, lambda h: h @ head, beta=beta, entropy_coef=0.01).loss, tokens.hidden
+    )[0]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+class TestKLIsThatOfKLDiv:
+    """Whatever `torch.nn.functional.kl_div` returns is what is trained on."""
+
+    BETA = 0.7
+
+    def loss_and_gradient(self, tokens: QueryTokens, head: Tensor) -> tuple[Tensor, Tensor]:
+        loss = query_terms(tokens, lambda h: h @ head, beta=self.BETA, entropy_coef=0.2, chunk_size=5).loss
+        return loss.detach(), torch.autograd.grad(loss, tokens.hidden)[0]
+
+    def test_another_divergence_changes_loss_and_gradient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = F.kl_div
+
+        def to_uniform(input: Tensor, target: Tensor, *, reduction: str, log_target: bool) -> Tensor:
+            assert (reduction, log_target) == ("none", True)
+            uniform = torch.full_like(target, -math.log(target.shape[-1]))
+            return original(input, uniform, reduction=reduction, log_target=log_target)
+
+        tokens, head = make_tokens(12, dtype=torch.float64)
+        loss_before, gradient_before = self.loss_and_gradient(tokens, head)
+        monkeypatch.setattr(torch.nn.functional, "kl_div", to_uniform)
+        loss, gradient = self.loss_and_gradient(tokens, head)
+        expected = autograd_loss(tokens, head, self.BETA, 0.2)
+        torch.testing.assert_close(loss, expected.detach(), atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, tokens.hidden)[0], atol=1e-12, rtol=1e-12)
+        assert (loss - loss_before).abs() > 1e-2
+        assert (gradient - gradient_before).norm() > 1e-2
+
+    def test_a_multiple_of_it_is_a_multiple_in_the_loss(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = F.kl_div
+        tokens, head = make_tokens(12, dtype=torch.float64)
+        before = query_terms(tokens, lambda h: h @ head, beta=self.BETA)
+        monkeypatch.setattr(torch.nn.functional, "kl_div", lambda *args, **options: 3 * original(*args, **options))
+        after = query_terms(tokens, lambda h: h @ head, beta=self.BETA)
+        torch.testing.assert_close(after.kl, 3 * before.kl)
+        torch.testing.assert_close(after.per_token.kl, 3 * before.per_token.kl)
+        torch.testing.assert_close(after.loss - before.loss, self.BETA * 2 * before.kl)
+        assert torch.equal(after.policy, before.policy)
 
 
 def test_without_a_previous_adapter_beta_pulls_nowhere() -> None:

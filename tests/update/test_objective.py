@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from attention_rl_trainer.models.causal_lm import deterministic_inference, dropout_disabled
+from attention_rl_trainer.rollout.environment import KVMemoryEnvironment, MemoryEnvironment, Selection
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
-from attention_rl_trainer.types import Trajectory
+from attention_rl_trainer.types import KeyValuePairs, Trajectory
+from attention_rl_trainer.update.filter import RewardStatistics, Verdict
 from attention_rl_trainer.update.kept import KeptTrajectories
-from attention_rl_trainer.update.objective import LossSettings, LossTerms, compute_loss_terms
+from attention_rl_trainer.update.losses import LossOptions
+from attention_rl_trainer.update.objective import LossTerms, compute_loss_terms
 from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
 
 
@@ -27,13 +32,10 @@ class Bench:
         self.policy = self.sampler.policy
         self.trajectory: Trajectory = self.sampler.sample(random_batch(rows), range(rows))
         self.snapshot = AdapterSnapshot(self.policy.model)
+        verdict = Verdict(torch.ones(rows, dtype=torch.bool), RewardStatistics(), RewardStatistics())
+        kept = KeptTrajectories.of(self.trajectory, verdict, LossOptions(), num_trajectories=16)
         generator = torch.Generator().manual_seed(2)
-        self.kept = KeptTrajectories.select(
-            self.trajectory,
-            torch.arange(rows),
-            torch.randn(rows, 3, generator=generator),
-            torch.full((rows,), 1 / 16),
-        )
+        self.kept = replace(kept, advantages=torch.randn(rows, 3, generator=generator))
         self.parameters = [p for p in self.policy.model.parameters() if p.requires_grad]
 
     def loss(self, kept: KeptTrajectories | None = None, **settings: Any) -> LossTerms:
@@ -43,7 +45,7 @@ class Bench:
             self.sampler.environment,
             self.snapshot,
             self.kept if kept is None else kept,
-            LossSettings(**settings),
+            LossOptions(**settings),
         )
 
     def gradient(self, **settings: Any) -> Tensor:
@@ -126,6 +128,17 @@ def test_kl_equals_the_definition_over_allowed_ids(bench: Bench) -> None:
     torch.testing.assert_close(bench.loss().kl, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_kl_is_what_kl_div_returns(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = torch.nn.functional.kl_div
+    bench.move()
+    before, gradient_before = bench.loss(beta=0.3), bench.gradient(beta=0.3)
+    monkeypatch.setattr(torch.nn.functional, "kl_div", lambda *args, **options: 3 * original(*args, **options))
+    after, gradient = bench.loss(beta=0.3), bench.gradient(beta=0.3)
+    torch.testing.assert_close(after.kl, 3 * before.kl)
+    torch.testing.assert_close(after.loss - before.loss, 0.6 * before.kl, atol=1e-6, rtol=1e-4)
+    assert (gradient - gradient_before).norm() > 1e-4
+
+
 def test_kl_to_the_base_model(bench: Bench) -> None:
     """The adapter differs from the base from the start, so this distance is positive at once."""
     assert bench.loss(kl_reference="base").kl.item() > 1e-3
@@ -182,6 +195,40 @@ def test_selector_term_is_the_gradient_of_the_draws(bench: Bench) -> None:
     assert (bench.gradient(selector_coef=1.0) - bench.gradient()).norm() > 1e-5
 
 
+def test_the_loss_leaves_the_environments_episodes_alone(bench: Bench) -> None:
+    environment = bench.sampler.environment
+    other = bench.kept.memory.select_rows(torch.tensor([0]))
+    environment.reset(other)
+    bench.loss(selector_coef=1.0)
+    assert environment.pairs is other
+    assert environment.available_mask.all()
+
+
+def test_an_environment_without_log_prob_is_refused(bench: Bench) -> None:
+    class Oldest(MemoryEnvironment):
+        def reset(self, pairs: KeyValuePairs) -> None:
+            raise NotImplementedError
+
+        def step(self, query_vectors: Tensor, noise: Tensor) -> Selection:
+            raise NotImplementedError
+
+    bench.sampler.environment = Oldest()
+    assert bench.loss().loss.isfinite()
+    needed = "needs an environment with log_prob(memory, query_vectors, index), which Oldest lacks; write that method"
+    with pytest.raises(TypeError, match=re.escape(needed)):
+        bench.loss(selector_coef=1.0)
+
+
+def test_a_log_prob_of_another_shape_is_refused(bench: Bench) -> None:
+    class Summed(KVMemoryEnvironment):
+        def log_prob(self, memory: KeyValuePairs, query_vectors: Tensor, index: Tensor) -> Tensor:
+            return super().log_prob(memory, query_vectors, index).sum(dim=1, keepdim=True)
+
+    bench.sampler.environment = Summed()
+    with pytest.raises(ValueError, match=r"the environment's log_prob returns must have shape \[4, 3\], got \[4, 1\]"):
+        bench.loss(selector_coef=1.0)
+
+
 def test_reward_gradient_term_is_the_readers_own_score(bench: Bench) -> None:
     difference = bench.loss(reward_gradient_coef=2.0).loss - bench.loss().loss
     values = bench.trajectory.stack("policy_value_logprob").mean(dim=1)
@@ -196,10 +243,10 @@ def test_entropy_bonus(bench: Bench) -> None:
 
 
 def test_importance_ratios_start_at_one(bench: Bench) -> None:
-    plain, ratios = bench.gradient(beta=0.0), bench.gradient(beta=0.0, use_importance_ratios=True)
+    plain, ratios = bench.gradient(beta=0.0), bench.gradient(beta=0.0, num_iterations=2)
     torch.testing.assert_close(plain, ratios, atol=1e-5, rtol=1e-3)
     expected = -(bench.kept.advantages.sum(dim=1) * 4).sum() / 16
-    torch.testing.assert_close(bench.loss(use_importance_ratios=True).policy, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(bench.loss(num_iterations=2).policy, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_only_adapter_parameters_get_a_gradient(bench: Bench) -> None:

@@ -1,7 +1,7 @@
-"""How many brackets and tags of wiki markup pair with nothing.
+"""How many brackets and tags of wiki markup have no partner.
 
 mwparserfromhell reads on from each of them to the end of what it was given before it takes it for text, so their number
-times the length bounds its work. The module knows nothing about pages, or about what the brackets stand for.
+times the length bounds its work.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _TOKEN = re.compile(
     r"|<(?P<slash>/?)(?P<tag>[a-z][a-z0-9]*)(?P<attributes>[^<>]*)",
     re.IGNORECASE | re.MULTILINE,
 )
-# A tag of which the parser looks for the end of a quotation in the text behind it.
+# A tag of which the parser looks for the end of a quotation in the text after it.
 _OPEN_QUOTATION = re.compile(r"""=\s*(?:"[^"]*|'[^']*)\Z""")
 
 
@@ -28,13 +28,7 @@ def count_unpaired(markup: str) -> int:
     """Count the brackets, tables, quotations and tags that are opened and not closed, or closed and not opened.
 
     What is nested too deeply for the parser counts too. A closing mark closes the innermost of its kind, and what was
-    opened inside of it remains unpaired.
-
-    Args:
-        markup: source of a page, or of a part of one.
-
-    Returns:
-        Their number; found in one pass.
+    opened inside of it remains unpaired. They are counted in one pass.
     """
     unpaired = 0
     open_marks: list[str] = []
@@ -69,7 +63,7 @@ def _marks(markup: str, open_marks: Sequence[str]) -> Iterator[tuple[str, bool]]
 
 
 def _bracket_marks(run: str, open_marks: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """Cut a run of one bracket into pairs, and square ones into single ones where such a one is to be closed."""
+    """Cut a run of one bracket into pairs, and square ones into single ones where the innermost open one is single."""
     if run[0] in "{}":
         yield from [("{{", run[0] == "{")] * (len(run) // 2)
     elif run[0] == "[":

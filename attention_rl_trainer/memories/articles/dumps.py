@@ -1,7 +1,6 @@
-"""From a MediaWiki XML dump to rows of a data set: title, text, and why a page is no article.
+"""From a MediaWiki XML dump to rows: title, text, and why a page is not an article.
 
-Part of the sources of articles (section 3 of the design). A dump is read page by page in constant memory, so that one
-of the whole Wikipedia streams. The module knows nothing about data sets, shuffling or the Hub.
+A dump is read page by page in constant memory, so that one of the whole Wikipedia streams.
 """
 
 from __future__ import annotations
@@ -52,11 +51,11 @@ _logger = logging.getLogger(__name__)
 
 
 class BrokenDumpError(ValueError):
-    """A MediaWiki dump breaks off, or is damaged, or is none at all."""
+    """A MediaWiki dump breaks off, or is damaged, or the file is not one."""
 
 
 class ArticleRow(TypedDict):
-    """A page as a row of a data set; `text` is empty where `skip_reason` is not."""
+    """A page as a row; ``text`` is empty where ``skip_reason`` is not."""
 
     title: str
     text: str
@@ -65,33 +64,26 @@ class ArticleRow(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class WikiPage:
-    """The latest revision of a page of a dump.
-
-    Args:
-        title: Title with its namespace prefix.
-        namespace: Number of the namespace; articles are in 0.
-        is_redirect: Whether the dump itself marks the page as a redirect.
-        markup: Source of the page.
-    """
+    """The latest revision of a page of a dump."""
 
     title: str
+    """With its namespace prefix."""
     namespace: int
+    """Its number; articles are in 0."""
     is_redirect: bool
+    """Whether the dump itself marks the page as a redirect."""
     markup: str
 
 
 def read_wiki_pages(path: Path) -> Iterator[WikiPage]:
-    """Read the pages of a dump one after the other.
-
-    Args:
-        path: A dump, `.xml` or `.xml.bz2`.
+    """Read the pages of a dump, ``.xml`` or ``.xml.bz2``, one after the other.
 
     Yields:
         Each page that is there in full, also those before a break.
 
     Raises:
-        BrokenDumpError: The file is not a MediaWiki dump, or breaks off; the message names the last page read.
-        OSError: The file cannot be opened.
+        BrokenDumpError: the file is not a MediaWiki dump, or breaks off; names the last page read.
+        OSError: the file cannot be opened.
     """
     last_title, num_pages = "", 0
     with path.open("rb") as file:
@@ -112,28 +104,24 @@ def read_wiki_pages(path: Path) -> Iterator[WikiPage]:
 def check_wiki_dump(path: Path) -> None:
     """Read a dump as far as its first page.
 
-    Args:
-        path: A dump, `.xml` or `.xml.bz2`.
-
     Raises:
-        BrokenDumpError: The file is not a MediaWiki dump, or breaks off before its first page, or holds none.
-        OSError: The file cannot be opened.
+        BrokenDumpError: the file is not a MediaWiki dump, or breaks off before its first page, or holds none.
+        OSError: the file cannot be opened.
     """
     if next(read_wiki_pages(path), None) is None:
-        raise BrokenDumpError(f"the MediaWiki dump {str(path)!r} holds no page.")
+        raise BrokenDumpError(
+            f"the MediaWiki dump {str(path)!r} holds no page; get the file again, or compare its checksum."
+        )
 
 
 def article_rows(paths: tuple[str, ...]) -> Iterator[ArticleRow]:
-    """Read dumps as rows; the pages that are no articles are rows too, so that they can be counted.
-
-    Args:
-        paths: Dumps to read, in this order.
+    """Read dumps in the given order as rows; pages that are not articles are rows too, so that they can be counted.
 
     Yields:
-        One row a page. Where a dump breaks off, one last row for it whose reason is `BROKEN_DUMP`.
+        One row per page. Where a dump breaks off, one last row for it whose reason is `BROKEN_DUMP`.
 
     Raises:
-        BrokenDumpError: A dump holds no page that can be read.
+        BrokenDumpError: a dump holds no page that can be read.
     """
     for path in paths:
         num_rows = 0
@@ -151,12 +139,8 @@ def article_rows(paths: tuple[str, ...]) -> Iterator[ArticleRow]:
 def article_row(page: WikiPage) -> ArticleRow:
     """Turn a page into a row.
 
-    Args:
-        page: A page of a dump.
-
-    Returns:
-        The row; its `skip_reason` is "" for an article, else "not_an_article" (of another namespace), "redirect",
-        "disambiguation", "list", "tangled_markup" (see `TangledMarkupError`) or "empty".
+    Its ``skip_reason`` is "" for an article, else "not_an_article" (of another namespace), "redirect",
+    "disambiguation", "list", "tangled_markup" (see `TangledMarkupError`) or "empty".
     """
     reason, text = _skip_reason(page), ""
     if not reason:
@@ -186,14 +170,11 @@ def _decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
     block, which then reads as whole pages in the wrong places.
 
     Args:
-        pieces: The file, in pieces much smaller than a compressed block.
-
-    Yields:
-        The content, a block or a few at a time.
+        pieces: the file, in pieces much smaller than a compressed block.
 
     Raises:
-        EOFError: The file ends inside a stream.
-        OSError: A block is damaged.
+        EOFError: the file ends inside a stream.
+        OSError: a block is damaged.
     """
     decompressor = bz2.BZ2Decompressor()
     is_inside = False
@@ -239,7 +220,7 @@ def _parse_pages(pieces: Iterable[bytes], path: Path) -> Iterator[WikiPage]:
             root = element
             if _local_name(root) != "mediawiki":
                 raise BrokenDumpError(
-                    f"{str(path)!r} is XML, but no MediaWiki dump: its root element is <{_local_name(root)}>, "
+                    f"{str(path)!r} is XML, but not a MediaWiki dump: its root element is <{_local_name(root)}>, "
                     "expected <mediawiki>."
                 )
         elif event == "start" and _local_name(element) == "page":
@@ -267,7 +248,7 @@ def _parse_xml(pieces: Iterable[bytes]) -> Iterator[tuple[str, ElementTree.Eleme
 def _element_events(
     parser: ElementTree.XMLPullParser[ElementTree.Element],
 ) -> Iterator[tuple[str, ElementTree.Element]]:
-    # The other kinds of event, which are no elements, are not asked for.
+    # The other kinds of event, which carry no elements, are not asked for.
     return cast(Iterator[tuple[str, ElementTree.Element]], parser.read_events())
 
 

@@ -1,8 +1,7 @@
-"""From Parquet, JSON Lines and text files to rows of a data set, also past what is damaged in them.
+"""From Parquet, JSON Lines and text files to rows, also past what is damaged in them.
 
-Part of the sources of articles (section 3 of the design). `datasets` reads intact files faster, but a damaged one not
-at all, and of a stream it loses what it has read before the damage. Here every row that can be read is a row, and what
-cannot is one too, with a reason, so that it is counted. The module knows nothing about data sets, shuffling or the Hub.
+`datasets` reads intact files faster, but a damaged one not at all, and of a stream it loses what it has read before the
+damage. Here every row that can be read is a row, and what cannot is one too, with a reason, so that it is counted.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _logger = logging.getLogger(__name__)
 
 
 def is_break(row: FileRow) -> bool:
-    """Tell whether a row of `file_rows` stands for something that cannot be read."""
+    """Whether a row of `file_rows` stands for something that cannot be read."""
     return row.get("skip_reason") in (BROKEN_ROW, BROKEN_FILE)
 
 
@@ -44,12 +43,12 @@ def file_rows(paths: Sequence[str], kind: str) -> Iterator[FileRow]:
     """Read files as rows, one after the other; the first breaks of a file are logged, and their number.
 
     Args:
-        paths: Files to read, in this order.
-        kind: Their format, "json" (lines, or one array; also compressed, `.gz`), "parquet" or "text".
+        paths: files to read, in this order.
+        kind: their format, "json" (lines, or one array; also compressed, ``.gz``), "parquet" or "text".
 
     Yields:
-        The rows with all their columns. What cannot be read is a row of `title`, which says what is wrong and where,
-        and `skip_reason`: `BROKEN_ROW` for each line, row of Parquet or element of an array, `BROKEN_FILE` for the
+        The rows with all their columns. What cannot be read is a row of ``title``, which says what is wrong and where,
+        and ``skip_reason``: `BROKEN_ROW` for each line, row of Parquet or element of an array, `BROKEN_FILE` for the
         rest of a file.
     """
     for path in paths:
@@ -66,15 +65,9 @@ def file_rows(paths: Sequence[str], kind: str) -> Iterator[FileRow]:
 
 
 def article_rows(paths: Sequence[str], kind: str, text_column: str) -> Iterator[FileRow]:
-    """Read files as rows of three strings, whatever else their columns hold.
+    """Read files as `file_rows` does, but ``text_column``, ``title`` and ``skip_reason`` alone.
 
-    Args:
-        paths: Files to read, as in `file_rows`.
-        kind: Their format.
-        text_column: Column of the text.
-
-    Yields:
-        Rows of `text_column`, `title` and `skip_reason`; None for what is no string.
+    None stands for what is not a string.
     """
     for row in file_rows(paths, kind):
         yield {name: _encodable(row.get(name)) for name in dict.fromkeys(("title", text_column, "skip_reason"))}
@@ -154,12 +147,14 @@ def _json_object(line: bytes, where: str) -> FileRow:
     try:
         return _object_row(json.loads(line.decode("utf-8-sig")), where)
     except (ValueError, RecursionError) as error:
-        return _break(BROKEN_ROW, f"{where} cannot be read: {_reason(error)}; mend or delete it.")
+        return _break(BROKEN_ROW, f"{where} cannot be read: {_reason(error)}; fix or delete it.")
 
 
 def _object_row(value: object, where: str) -> FileRow:
     if not isinstance(value, dict):
-        return _break(BROKEN_ROW, f"{where} is no JSON object, but of type {type(value).__name__}; mend or delete it.")
+        return _break(
+            BROKEN_ROW, f"{where} is not a JSON object, but of type {type(value).__name__}; fix or delete it."
+        )
     return value
 
 
@@ -193,7 +188,7 @@ def _batch_rows(batch: pa.RecordBatch, first: int, path: Path) -> Iterator[FileR
         except UnicodeDecodeError as error:
             row = _break(
                 BROKEN_ROW,
-                f"row {first + number} of {str(path)!r} cannot be read: {_reason(error)}; mend or delete it.",
+                f"row {first + number} of {str(path)!r} cannot be read: {_reason(error)}; fix or delete it.",
             )
         yield row
 

@@ -1,20 +1,19 @@
-"""From the markup of a wiki page to the text a reader sees: plain paragraphs, headings and list items, one a line.
+"""From the markup of a wiki page to the text a reader sees: plain paragraphs, headings and list items, one per line.
 
-Part of the sources of articles (section 3 of the design). mwparserfromhell finds the nodes of a page; this module says
-what becomes of each kind of node, and tidies what the removed ones leave behind. It knows nothing about dumps, files,
-data sets or which pages are articles.
+mwparserfromhell finds the nodes of a page; this module says what becomes of each kind of node, and tidies what the
+removed ones leave in the text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
 
 import mwparserfromhell
 from mwparserfromhell.nodes import ExternalLink, Heading, HTMLEntity, Node, Tag, Template, Text, Wikilink
 from mwparserfromhell.wikicode import Wikicode
 
 from attention_rl_trainer.memories.articles.brackets import count_unpaired
+from attention_rl_trainer.memories.articles.templates import raised, render_template
 
 APPARATUS_TITLES = frozenset(
     {
@@ -83,75 +82,6 @@ _LIST_TAGS = frozenset({"li", "dt", "dd"})
 _DROPPED_LINK_PREFIXES = frozenset({"file", "image", "media", "category"})
 _LANGUAGE_PREFIX = re.compile(r"[a-z]{2,3}(-[a-z]+)*")
 
-_PUNCTUATION_TEMPLATES = {
-    "'": "'",
-    "'s": "'s",
-    "!": "|",
-    "=": "=",
-    "–": "–",
-    "—": "—",
-    "·": " · ",
-    "dot": " · ",
-    "emdash": "—",
-    "em dash": "—",
-    "en dash": "–",
-    "endash": "–",
-    "mdash": "—",
-    "nbsp": " ",
-    "ndash": "–",
-    "okina": "ʻ",
-    "pipe": "|",
-    "spaced en dash": " – ",
-    "spaced ndash": " – ",
-    "snd": " – ",
-    "spaces": " ",
-    "space": " ",
-    "thinsp": " ",
-}
-"""Templates that print nothing but a character."""
-
-_PRINTED_ARGUMENT = {
-    "abbr": 1,
-    "angbr": 1,
-    "big": 1,
-    "blockquote": 1,
-    "bquote": 1,
-    "cquote": 1,
-    "em": 1,
-    "flag": 1,
-    "flagcountry": 1,
-    "formatnum": 1,
-    "ill": 1,
-    "interlanguage link": 1,
-    "keypress": 1,
-    "lang": 2,
-    "linktext": 1,
-    "mono": 1,
-    "mvar": 1,
-    "nastaliq": 1,
-    "nobold": 1,
-    "noitalic": 1,
-    "nihongo": 1,
-    "nowrap": 1,
-    "quote": 1,
-    "quotation": 1,
-    "rtl-lang": 2,
-    "sc": 1,
-    "script": 2,
-    "small": 1,
-    "smallcaps": 1,
-    "smaller": 1,
-    "strong": 1,
-    "sub": 1,
-    "tooltip": 1,
-    "transl": 2,
-    "transliteration": 2,
-    "unicode": 1,
-    "visible anchor": 1,
-    "vanchor": 1,
-}
-"""Templates that print one of their arguments, and its number."""
-
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 _HEADING = re.compile(r"^(={1,6})(.+?)\1[ \t]*$", re.MULTILINE)
 _MAGIC_WORD = re.compile(r"__[A-Z]{3,}__")
@@ -188,9 +118,6 @@ def plain_text(markup: str) -> str:
     gone; of a link its words stay. A template that stands for words in a sentence, such as a measure or a quotation in
     another language, is replaced by them. A heading is a line of its own, and goes with its section where that is
     empty, or is an apparatus (`APPARATUS_TITLES`) without prose.
-
-    Args:
-        markup: Source of the page, as a wiki stores it.
 
     Returns:
         Lines of text; one blank line at most between two of them, none at either end.
@@ -284,7 +211,7 @@ def _render_node(node: Node) -> str:
         case Wikilink():
             return _render_wikilink(node)
         case Template():
-            return _render_template(node)
+            return render_template(node, _render)
         case Tag():
             return _render_tag(node)
         case HTMLEntity():
@@ -320,102 +247,8 @@ def _render_tag(tag: Tag) -> str:
         return "\n"
     contents = _render(tag.contents)
     if name == "sup":
-        return _raised(contents)
+        return raised(contents)
     return f"\n{contents}\n" if name in _BLOCK_TAGS else contents
-
-
-def _raised(contents: str) -> str:
-    """Keep an exponent apart from the number before it: 10 with a raised 6 is not 106."""
-    return f"^{contents}" if re.fullmatch(r"[-+−]?\d+", contents.strip()) else contents
-
-
-def _render_template(template: Template) -> str:
-    name = " ".join(str(template.name).replace("_", " ").split()).lower()
-    if name in _PUNCTUATION_TEMPLATES:
-        return _PUNCTUATION_TEMPLATES[name]
-    if name in _WORDS_OF_TEMPLATES:
-        return _WORDS_OF_TEMPLATES[name](template)
-    if name.startswith("lang-"):
-        return _argument(template, 1)
-    if name in _PRINTED_ARGUMENT:
-        return _argument(template, _PRINTED_ARGUMENT[name]) or _argument(template, "text")
-    return ""
-
-
-def _argument(template: Template, name: int | str) -> str:
-    return _render(template.get(name).value).strip() if template.has(str(name)) else ""
-
-
-def _positional(template: Template) -> Iterator[str]:
-    number = 1
-    while template.has(str(number)):
-        yield _argument(template, number)
-        number += 1
-
-
-def _measure(template: Template) -> str:
-    """Print the value and unit of {{convert|5|to|6|km|mi}}, without the conversion."""
-    words = list(_positional(template))
-    length = 4 if len(words) >= 4 and words[1] in _RANGE_WORDS else 2
-    if length == 4:
-        words[1] = _RANGE_WORDS[words[1]]
-    return " ".join(words[:length]).replace(" – ", "–")
-
-
-_RANGE_WORDS = {
-    "-": "–",
-    "–": "–",
-    "to": "to",
-    "and": "and",
-    "or": "or",
-    "by": "by",
-    "x": "by",
-    "*": "by",
-    "to(-)": "to",
-}
-
-
-def _date(template: Template) -> str:
-    """Print {{start date|1969|7|16}} as 1969-07-16."""
-    numbers = [word for word in _positional(template) if word.isdigit()][:3]
-    return "-".join(number.zfill(2) for number in numbers)
-
-
-def _fraction(template: Template) -> str:
-    """Print {{frac|1|2}} as 1/2 and {{frac|3|1|2}} as 3 1/2."""
-    parts = [part for part in _positional(template) if part]
-    if len(parts) == 3:
-        return f"{parts[0]} {parts[1]}/{parts[2]}"
-    return "/".join(parts if len(parts) == 2 else ["1", *parts])
-
-
-def _value(template: Template) -> str:
-    """Print {{val|1.5|e=6|u=m/s}} as 1.5 x 10^6 m/s."""
-    exponent = _argument(template, "e")
-    power = f" × 10^{exponent}" if exponent else ""
-    return f"{_argument(template, 1)}{power} {_argument(template, 'u') or _argument(template, 'ul')}".strip()
-
-
-_WORDS_OF_TEMPLATES: dict[str, Callable[[Template], str]] = {
-    "as of": lambda t: f"As of {_date(t)}",
-    "birth date": _date,
-    "c.": lambda t: f"c. {_argument(t, 1)}",
-    "chem": lambda t: "".join(_positional(t)),
-    "chem2": lambda t: "".join(_positional(t)),
-    "circa": lambda t: f"c. {_argument(t, 1)}",
-    "convert": _measure,
-    "cvt": _measure,
-    "frac": _fraction,
-    "fraction": _fraction,
-    "math": lambda t: _argument(t, 1),
-    "ship": lambda t: " ".join(part for part in list(_positional(t))[:2] if part),
-    "sfrac": _fraction,
-    "start date": _date,
-    "sup": lambda t: _raised(_argument(t, 1)),
-    "uss": lambda t: f"USS {_argument(t, 1)}",
-    "val": _value,
-}
-"""Templates that stand for words inside a sentence, and how each is printed."""
 
 
 def _tidy(text: str) -> str:

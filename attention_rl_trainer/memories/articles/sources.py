@@ -1,15 +1,13 @@
-"""From the name of a source to a data set of articles: the embedded dump, the Hub, or files of this machine.
+"""From the name of a source to a table of articles: the embedded dump, the Hub, or files of this machine (design §3).
 
-The first stage of section 3 of the design. A source has a column of text, and a column `title` where it can; a
-MediaWiki dump also says in `skip_reason` which of its pages are no articles. What cannot be read of a damaged file is
-a row with a reason, is named in a warning, and leaves the rest to be used. The module knows nothing about the order
-in which articles are read, nor about tokens.
+A table has a column of text, and a column ``title`` where the source has titles; of a MediaWiki dump and of a damaged
+file it also has ``skip_reason``, which says why a row is not an article. What cannot be read of a damaged file is a row
+with a reason and is named in a warning; the rest is used.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import logging
 import re
@@ -17,30 +15,26 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 import datasets
 import pyarrow as pa
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from datasets.naming import camelcase_to_snakecase
-from datasets.packaged_modules.cache.cache import Cache
 
-from attention_rl_trainer.hub import HubUnreachableError, hub_obstacle
-from attention_rl_trainer.memories.articles import dumps, files, markup
-
-ArticleTable: TypeAlias = datasets.Dataset | datasets.IterableDataset
-
-OFFLINE = "offline"
-"""Name of the embedded source: 96 articles of the English Wikipedia, from a dump in the wheel of gensim."""
-
-WIKIPEDIA = "wikimedia/wikipedia"
-WIKIPEDIA_CONFIG = "20231101.en"
+from attention_rl_trainer.hub import HubUnreachableError
+from attention_rl_trainer.memories.articles import brackets, dumps, files, markup, templates
+from attention_rl_trainer.memories.articles.wikipedia import (
+    OFFLINE,
+    SCRIPT_WIKIPEDIA,
+    WIKIPEDIA,
+    ArticleTable,
+    embedded_dump,
+    load_dataset,
+    load_from_hub,
+    script_error,
+)
 
 MAX_CACHED_DUMP_BYTES = 256 * 2**20
 """A MediaWiki dump larger than this streams by default: to read all of it first would take hours."""
 
-_EMBEDDED_DUMP = Path("test", "test_data", "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2")
-_SCRIPT_WIKIPEDIA = "wikipedia"
 _DUMP_FORMAT = "MediaWiki dump"
 _DUMP_SPLIT = "train"
 _FORMATS = {
@@ -53,8 +47,8 @@ _FORMATS = {
 }
 _COMPRESSIONS = {"json": ".gz", _DUMP_FORMAT: ".bz2"}
 _KNOWN_FORMATS = (
-    "Parquet (.parquet), JSON Lines (.jsonl, .json, .ndjson, each also with .gz), text (.txt, one article a file) and "
-    "MediaWiki dumps (.xml, .xml.bz2)"
+    "Parquet (.parquet), JSON Lines (.jsonl, .json, .ndjson, each also with .gz), text (.txt, one article per file) "
+    "and MediaWiki dumps (.xml, .xml.bz2)"
 )
 _LIBRARY_FILES = frozenset({"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"})
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?", re.ASCII)
@@ -64,7 +58,6 @@ _NO_SLICE_OF_A_STREAM = (
     "The split {split!r} is a slice, which a streamed file cannot give; leave streaming out, or take {name!r} and use "
     ".skip() and .take()."
 )
-_NO_SCRIPTS = "Dataset scripts are no longer supported"
 
 _logger = logging.getLogger(__name__)
 
@@ -79,44 +72,43 @@ def load_articles(
     """Open a source of articles.
 
     Args:
-        name_or_path: `"offline"` for the articles that come with the `offline` extra, a data set of the Hub such as
-            `"wikimedia/wikipedia"`, or a file or folder (Parquet, JSON Lines, text, MediaWiki dump). A file or folder
-            that is called like one of these names is written with `./` before it.
-        config_name: Configuration of a data set of the Hub, or of a folder laid out as one; `"20231101.en"` for
-            Wikipedia where it is not given.
-        split: Split of the data set, or a slice of it such as `"train[:60]"` (of rows, those without an article
-            included). A single file is the split that is asked for.
-        streaming: Read while iterating instead of preparing the whole source first. None means yes for Wikipedia on
+        name_or_path: ``"offline"`` for the articles that come with the ``offline`` extra, a data set of the Hub such as
+            ``"wikimedia/wikipedia"``, or a file or folder (Parquet, JSON Lines, text, MediaWiki dump). A file or folder
+            that is called like one of these names is written with ``./`` before it.
+        config_name: configuration of a data set of the Hub, or of a folder laid out as one; for Wikipedia by default
+            ``"20231101.en"``.
+        split: a split, or a slice of it such as ``"train[:60]"`` (of rows, those without an article included). A single
+            file is the split that is asked for.
+        streaming: read while iterating instead of preparing the whole source first; by default yes for Wikipedia on
             the Hub and for a dump of more than `MAX_CACHED_DUMP_BYTES`, else no.
-        text_column: Column that holds the text.
 
     Returns:
-        A data set with `text_column`, and `title` where the source has titles; its `info.dataset_name` is
-        `name_or_path`. The rows of a MediaWiki dump also have `skip_reason`: "" for an article, else "redirect",
-        "disambiguation", "list", "not_an_article", "tangled_markup" (brackets without partners that would take the
-        parser hours), "empty" or "broken_dump", each with an empty text. So has what
-        stands for an unreadable part of another file: "broken_row" for each line or row, "broken_file" for the rest of
-        a file; of a damaged file, the columns `title` and `text_column` are read alone unless it streams.
+        A table with ``text_column``, and ``title`` where the source has titles; its ``info.dataset_name`` is
+        ``name_or_path``. The rows of a MediaWiki dump also have ``skip_reason``: "" for an article, else a reason of
+        `dumps.article_row` or "broken_dump", and an empty text. So has what stands for an unreadable part of another
+        file: "broken_row" for each line or row, "broken_file" for the rest of a file. Of a damaged file the columns
+        ``title`` and ``text_column`` are read alone unless it streams.
 
     Raises:
-        FileNotFoundError: There is no such file or folder, nor a data set of that name on the Hub.
-        HubUnreachableError: The source is on the Hub, not in the local cache, and the Hub cannot be reached.
-        ImportError: `"offline"` is asked for, and gensim's wheel is not installed.
-        BrokenDumpError: A MediaWiki dump holds no page that can be read.
-        ValueError: The format is not known, or the data set is made by a script, or has no such column or split, or no
+        FileNotFoundError: there is no such file or folder, nor a data set of that name on the Hub.
+        HubUnreachableError: the source is on the Hub, not in the local cache, and the Hub cannot be reached.
+        ImportError: ``"offline"`` is asked for, and gensim's wheel is not installed.
+        BrokenDumpError: a MediaWiki dump holds no page that can be read.
+        ValueError: the format is not known, or the data set is made by a script, or has no such column or split, or no
             row of it can be read.
 
     Warns:
-        UserWarning: Part of a file cannot be read; the message names the file, the place and what is wrong. Where the
-            source streams, this is logged instead, when the place is reached.
+        UserWarning: part of a file cannot be read; names the file, the place and what is wrong. Where the source
+            streams, this is logged instead, when the place is reached.
     """
     if name_or_path == OFFLINE:
         _check_no_config(name_or_path, config_name)
-        table = _load_dumps([_embedded_dump()], split, streaming)
-    elif (path := Path(name_or_path).expanduser()).exists() and name_or_path not in (WIKIPEDIA, _SCRIPT_WIKIPEDIA):
+        table = _load_dumps([embedded_dump()], split, streaming)
+    elif (path := Path(name_or_path).expanduser()).exists() and name_or_path not in (WIKIPEDIA, SCRIPT_WIKIPEDIA):
         table = _load_path(path, config_name, split, streaming, text_column)
     else:
-        table = _load_from_hub(name_or_path, config_name, split, streaming)
+        _check_hub_name(name_or_path)
+        table = load_from_hub(name_or_path, config_name, split, streaming)
     _check_columns(table, name_or_path, text_column)
     # A reader of files calls its data sets after itself ("generator", "json").
     table.info.dataset_name = name_or_path
@@ -128,23 +120,11 @@ def _check_no_config(name: str, config_name: str | None) -> None:
         raise ValueError(f"{name!r} has no configurations; got config_name={config_name!r}, leave it out.")
 
 
-def _embedded_dump() -> Path:
-    """Find the dump inside gensim's wheel without importing gensim, whose own dependencies are not needed for it."""
-    spec = importlib.util.find_spec("gensim")
-    dump = None if spec is None or spec.origin is None else Path(spec.origin).parent / _EMBEDDED_DUMP
-    if dump is None or not dump.is_file():
-        raise ImportError(
-            f"The source {OFFLINE!r} is a file of gensim's wheel ({_EMBEDDED_DUMP.as_posix()}), which is not "
-            'installed; run pip install "attention-rl-trainer[offline]".'
-        )
-    return dump
-
-
 def _load_path(
     path: Path, config_name: str | None, split: str, streaming: bool | None, text_column: str
 ) -> ArticleTable:
     if path.suffix == ".py" or (path / f"{path.name}.py").is_file():
-        raise _script_error(str(path))
+        raise script_error(str(path))
     paths, kind = _files_of_folder(path, split) if path.is_dir() else ([path], _format_of_file(path))
     is_data_set = path.is_dir() and kind not in ("text", _DUMP_FORMAT)
     if not is_data_set:
@@ -158,7 +138,7 @@ def _load_path(
     if streaming:
         return _stream_files(_data_files(name, config_name, split, options), kind, split)
     try:
-        return _load_dataset(name, config_name, split, False, options)
+        return load_dataset(name, config_name, split, False, options)
     except HubUnreachableError:
         raise
     except (ValueError, OSError, EOFError, pa.ArrowException) as error:
@@ -203,7 +183,7 @@ def _load_damaged_files(
 
 
 def _format(path: Path) -> str | None:
-    """Tell the format of a file from its name, or None."""
+    """Recognize the format of a file by its name, or return None."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in _FORMATS:
         return _FORMATS[suffixes[-1]]
@@ -216,7 +196,7 @@ def _format(path: Path) -> str | None:
 def _format_of_file(path: Path) -> str:
     kind = _format(path)
     if kind is None:
-        raise ValueError(f"{str(path)!r} is of no known format; known are {_KNOWN_FORMATS}.")
+        raise ValueError(f"{str(path)!r} is not of a known format; known are {_KNOWN_FORMATS}.")
     return kind
 
 
@@ -293,7 +273,7 @@ def _state_of_files(paths: Sequence[Path], arguments: Mapping[str, object]) -> s
     for path in paths:
         status = path.stat()
         state.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    for module in (dumps, files, markup):
+    for module in (brackets, dumps, files, markup, templates):
         state.update(inspect.getsource(module).encode())
     return state.hexdigest()[:32]
 
@@ -310,78 +290,13 @@ def _warn_of_breaks(table: datasets.Dataset) -> None:
         warnings.warn(f"Articles are missing: {places.total()} rows in all cannot be read.", stacklevel=6)
 
 
-def _load_from_hub(name: str, config_name: str | None, split: str, streaming: bool | None) -> ArticleTable:
-    _check_hub_name(name)
-    if name == _SCRIPT_WIKIPEDIA:
-        warnings.warn(
-            f"The data set {name!r} ({config_name or '20220301.en'}) is made by a script, and data set scripts can no "
-            f"longer be loaded; {WIKIPEDIA!r}, {WIKIPEDIA_CONFIG!r} is used instead.",
-            stacklevel=3,
-        )
-        name, config_name = WIKIPEDIA, WIKIPEDIA_CONFIG
-    if name == WIKIPEDIA:
-        config_name = config_name or WIKIPEDIA_CONFIG
-        streaming = True if streaming is None else streaming
-    obstacle = hub_obstacle()
-    if obstacle is None:
-        return _load_dataset(name, config_name, split, bool(streaming), {})
-    if not _is_prepared(name, config_name):
-        raise _unreachable(name, obstacle)
-    _logger.warning("The Hub cannot be reached (%s); %r is read from the local cache.", obstacle, name)
-    dataset_name = name.rpartition("/")[2]
-    prepared = Cache(dataset_name=dataset_name, repo_id=name, config_name=config_name, version="auto", hash="auto")
-    table: ArticleTable = prepared.as_streaming_dataset(split) if streaming else prepared.as_dataset(split)
-    return table
-
-
 def _check_hub_name(name: str) -> None:
-    """Tell a mistyped path from the name of a data set."""
+    """Refuse a mistyped path, which cannot be the name of a data set."""
     if _HUB_NAME.fullmatch(name) is None or _format(Path(name)) is not None:
         raise FileNotFoundError(
             f"There is no file or folder {name!r}. A source is {OFFLINE!r}, an existing file or folder, or a data set "
             f"of the Hub such as {WIKIPEDIA!r}."
         )
-
-
-def _is_prepared(name: str, config_name: str | None) -> bool:
-    """Tell whether `datasets` has prepared a Hub data set in its cache before."""
-    *namespace, last = name.split("/")
-    folder = Path(datasets.config.HF_DATASETS_CACHE, "___".join([*namespace, camelcase_to_snakecase(last)]))
-    return any(entry.is_dir() for entry in folder.glob(f"{config_name or '*'}/*/*"))
-
-
-def _unreachable(name: str, obstacle: str) -> HubUnreachableError:
-    return HubUnreachableError(
-        f"The data set {name!r} is neither a local path nor in the local cache, and the Hub cannot be reached: "
-        f"{obstacle}. Use --dataset_name {OFFLINE} or the path of a local file."
-    )
-
-
-def _load_dataset(
-    name: str, config_name: str | None, split: str, streaming: bool, options: dict[str, object]
-) -> ArticleTable:
-    """Call `datasets.load_dataset`, and put its errors into words that name the way out."""
-    shown = options.get("data_files", name)
-    try:
-        table: ArticleTable = datasets.load_dataset(name, config_name, split=split, streaming=streaming, **options)
-    except DatasetNotFoundError as error:
-        raise FileNotFoundError(f"There is no local file or folder {name!r}, and: {error}") from error
-    except DatasetGenerationError as error:
-        raise ValueError(f"{shown!r} cannot be read: {error.__cause__ or error}") from error
-    except ConnectionError as error:
-        raise _unreachable(name, str(error)) from error
-    except RuntimeError as error:
-        if _NO_SCRIPTS not in str(error):
-            raise
-        raise _script_error(name) from error
-    return table
-
-
-def _script_error(name: str) -> ValueError:
-    return ValueError(
-        f"The data set {name!r} is made by a Python script, and data set scripts can no longer be loaded. Use a data "
-        f"set of plain files, such as {WIKIPEDIA!r}, or its conversion to Parquet."
-    )
 
 
 def _check_columns(table: ArticleTable, name: str, text_column: str) -> None:

@@ -1,0 +1,71 @@
+"""An evaluation of held-out memories: means over the trajectories asked for, and the tables beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_sampler, random_batch, tiny_llama
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from attention_rl_trainer.evaluation.evaluate import EvaluationOptions, evaluate, evaluate_policy
+from attention_rl_trainer.memories.pairs import MemoryBatch
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder
+from attention_rl_trainer.types import Trajectory
+
+
+@pytest.mark.parametrize("compute_order_gain", [False, True])
+def test_means_are_over_trajectories_of_unequal_batches(
+    compute_order_gain: bool, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    sampler = make_sampler(llama, tokenizer, compute_order_gain=compute_order_gain)
+    seen: list[tuple[MemoryBatch, Trajectory]] = []
+    batches = [random_batch(4), random_batch(3, seed=4), random_batch(2, seed=5)]
+    results = evaluate_policy(sampler, iter(batches), 6, lambda *pair: seen.append(pair))
+    # The last batch that is needed is cut, and no other is read.
+    assert [len(batch) for batch, _ in seen] == [4, 2]
+    assert torch.cat([trajectory.episodes for _, trajectory in seen]).tolist() == list(range(6))
+    rewards = torch.cat([trajectory.avg_reward for _, trajectory in seen])
+    assert results["episodes"] == 6
+    assert results["reward"] == pytest.approx(rewards.mean().item(), abs=1e-6)
+    assert results["reward_std"] == pytest.approx(rewards.std(correction=0).item(), abs=1e-6)
+    assert results["reward_max"] == rewards.max().item()
+    names = ["query_gain", "model_gain", *(["order_gain"] if compute_order_gain else [])]
+    for name in names:
+        values = torch.cat([trajectory.stack(name) for _, trajectory in seen])
+        assert results[name] == pytest.approx(values.mean().item(), abs=1e-6)
+    assert ("order_gain" in results) == compute_order_gain
+
+
+def test_fewer_memories_than_were_asked_for(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert evaluate_policy(make_sampler(llama, tokenizer), [random_batch(3)], 10)["episodes"] == 3
+
+
+def test_tables_are_written_and_add_their_figures(
+    tmp_path: Path, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    sampler, encoder = make_sampler(llama, tokenizer), PlainTextEncoder(tokenizer)
+    plain = evaluate(sampler, [random_batch(3)], encoder, EvaluationOptions(3, eval_tables=False), tmp_path / "none")
+    # The order gain beside the rest, and streams of its own.
+    apart = make_sampler(tiny_llama(), tokenizer, seed=sampler.seed + 2**32, compute_order_gain=True)
+    assert plain == evaluate_policy(apart, [random_batch(3)], 3)
+    assert (sampler.seed, sampler.compute_order_gain) == (7, False)
+    assert not (tmp_path / "none").exists()
+    options = EvaluationOptions(3, eval_order_episodes=1)
+    results = evaluate(sampler, [random_batch(3)], encoder, options, tmp_path / "some" / "tables")
+    assert sorted(path.name for path in (tmp_path / "some" / "tables").iterdir()) == [
+        "evaluation.json",
+        "evaluation.md",
+    ]
+    figures = {"order_over_random", "order_share_closed", "query_over_empty", "query_over_control"}
+    assert results.keys() - plain.keys() == figures | {"query_over_counterfactuals"}
+    assert {name: results[name] for name in plain} == plain
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("eval_episodes", 0), ("eval_epochs", 0), ("eval_order_episodes", -1), ("eval_episodes", 2.5)]
+)
+def test_options_out_of_range_are_refused(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be .*got {value}"):
+        EvaluationOptions(**{option: value})

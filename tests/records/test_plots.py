@@ -1,0 +1,120 @@
+"""The plots: the same numbers give the same file, any length is drawn, and what each is drawn from."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up_run import PNG_SIGNATURE, make_record, make_row, make_run
+
+from attention_rl_trainer.records.ledger import LedgerRow
+from attention_rl_trainer.records.plots import (
+    drawable_title,
+    finite_points,
+    first_and_last_batch,
+    plot_gains,
+    plot_kl,
+    plot_rewards,
+    plot_selection,
+    selection_scale,
+    trailing_mean,
+    unread_pairs,
+)
+
+Plot = Callable[[Sequence[Mapping[str, float]], Path], Path]
+
+
+class TestPlots:
+    def test_same_metrics_give_the_same_file(self, tmp_path: Path) -> None:
+        _, log_history = make_run(model_rise=0.1)
+        first = plot_rewards(log_history, tmp_path / "a.png").read_bytes()
+        assert first.startswith(PNG_SIGNATURE)
+        assert plot_rewards(log_history, tmp_path / "b.png").read_bytes() == first
+        log_history[3]["reward"] += 0.1
+        assert plot_rewards(log_history, tmp_path / "c.png").read_bytes() != first
+
+    @pytest.mark.parametrize("plot", [plot_rewards, plot_gains, plot_kl])
+    @pytest.mark.parametrize("num_steps", [0, 1, 12])
+    @pytest.mark.parametrize("verdict", ["kept", "warmup"])
+    def test_any_length_is_drawn(self, tmp_path: Path, plot: Plot, num_steps: int, verdict: str) -> None:
+        path = tmp_path / "plot.png"
+        assert plot(make_run(num_steps=num_steps, verdict=verdict)[1], path) == path
+        assert path.read_bytes().startswith(PNG_SIGNATURE)
+
+    def test_entries_that_are_not_training_steps_are_left_out(self, tmp_path: Path) -> None:
+        _, log_history = make_run(num_steps=1)
+        alone = plot_rewards(log_history, tmp_path / "a.png").read_bytes()
+        others = [{"step": 1, "eval_reward": 9.0, "episodes": 9}, {"step": 1, "train_loss": 3.0}]
+        assert plot_rewards(log_history + others, tmp_path / "b.png").read_bytes() == alone
+
+    def test_absent_and_non_finite_values_are_gaps(self) -> None:
+        steps = [
+            {"episodes": 4.0, "kl": 0.1},
+            {"episodes": 8.0},
+            {"episodes": 12.0, "kl": math.nan},
+            {"episodes": 16.0, "kl": 0.2},
+        ]
+        episodes, values = finite_points(steps, "kl")
+        assert episodes.tolist() == [4.0, 16.0]
+        assert values.tolist() == [0.1, 0.2]
+
+    def test_trailing_mean_against_a_loop(self) -> None:
+        values = np.random.default_rng(0).normal(size=23)
+        expected = [np.mean(values[max(0, i - 4) : i + 1]) for i in range(23)]
+        assert np.allclose(trailing_mean(values, 5), expected)
+
+    def test_first_and_last_batch_are_chosen(self) -> None:
+        rows = [make_row(episode, step=1 + episode // 3) for episode in (8, 7, 6, 5, 4, 3, 2, 1, 0)]
+        columns = first_and_last_batch(rows, 2)
+        assert [(name, [row.episode for row in batch]) for name, batch in columns] == [
+            ("First batch (step 1)", [0, 1]),
+            ("Last batch (step 3)", [6, 7]),
+        ]
+        assert [name for name, _ in first_and_last_batch(rows[:3], 2)] == ["Only batch (step 3)"]
+
+    def test_used_pairs_are_masked_by_the_order_not_by_a_zero(self) -> None:
+        row = make_row(selection_probabilities=[[0.0, 0.7, 0.3], [0.6, 0.0, 0.4], [0.0, 0.0, 1.0]])
+        # Columns are the pairs 4, 9 and 7, read in the order 9, 4, 7.
+        expected = [[True, True, True], [True, False, True], [False, False, True]]
+        assert unread_pairs(row).tolist() == expected
+
+    def test_colour_scale_leaves_out_the_forced_last_step(self) -> None:
+        assert selection_scale([make_row()]).vmax == 0.6
+        single = {name: [value[0]] for name, value in make_record().items() if isinstance(value, list)}
+        forced = make_record(**(single | {"pair_numbers": [9], "selection_probabilities": [[1.0]]}))
+        assert selection_scale([LedgerRow.from_json(forced)]).vmax == 1.0
+
+    def test_selection_of_unequal_batches_and_subsets(self, tmp_path: Path) -> None:
+        many = list(range(1, 16))
+        uniform = [[1.0 / 15] * 15] * 15
+        wide = make_row(
+            3,
+            step=2,
+            pair_numbers=many,
+            order=many[::-1],
+            selection_probabilities=uniform,
+            **{name: [0.0] * 15 for name in ("step_rewards", "query_gains", "model_gains")},
+            **{name: ["x"] * 15 for name in ("queries", "keys", "values")},
+        )
+        path = plot_selection([make_row(0), make_row(1), wide], tmp_path / "selection.png")
+        assert path.read_bytes().startswith(PNG_SIGNATURE)
+
+    @pytest.mark.filterwarnings("error")
+    def test_titles_are_drawn_literally_in_any_script(self, tmp_path: Path) -> None:
+        rows = [make_row(0, title="A$AP^{ $x"), make_row(1, title="\u6771\u4eac\n\x1b" + "x" * 200)]
+        assert plot_selection(rows, tmp_path / "selection.png").exists()
+        assert drawable_title("\u6771 \u017di\u017eek") == "\u25a1 \u017di\u017eek"
+        assert drawable_title("x" * 200) == "x" * 31 + "\u2026"
+
+    def test_the_number_of_trajectories_is_checked(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="trajectories_per_batch must be at least 1, got 0"):
+            plot_selection([make_row()], tmp_path / "selection.png", trajectories_per_batch=0)
+
+    def test_missing_matplotlib_names_the_extra(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(ImportError, match=r'pip install "attention-rl-trainer\[report\]"'):
+            plot_kl([], tmp_path / "kl.png")
