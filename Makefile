@@ -24,12 +24,13 @@ demo: setup
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		examples/train_wiki.py --config demo $(ARGS)
 
-# One thread for each of two workers: two models on two threads each would wait for one another.
+# One thread for each of two workers: two models on two threads each would wait for one another. A worker that is done
+# takes over what the other one has left.
 test: setup
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 test-slow: setup
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 -m slow $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow $(ARGS)
 
 # Nothing else may run beside it: two models on two threads each wait for one another.
 bench: setup

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 
 def collect(hash_seed: str) -> list[str]:
     """List the tests of the whole suite, slow ones included, as a process of its own sees them."""
@@ -18,6 +20,7 @@ def collect(hash_seed: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
+@pytest.mark.slow
 def test_names_depend_neither_on_the_time_nor_on_the_hash_seed() -> None:
     first, second = collect("1"), time.time() // 1
     while time.time() // 1 == second:

@@ -557,7 +557,7 @@ class TestMemoryInTheUpdate:
         "options",
         [
             {},
-            {"num_iterations": 2, "optim": "adamw_bnb_8bit", "num_episodes": 32},
+            pytest.param({"num_iterations": 2, "optim": "adamw_bnb_8bit", "num_episodes": 32}, marks=pytest.mark.slow),
             {"disable_dropout": False, "activation_checkpointing": True},
         ],
     )

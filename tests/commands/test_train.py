@@ -133,7 +133,9 @@ class TestTraining:
         assert state["progress"]["num_episodes"] == state["filter"]["count"] == 40
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_leaves_a_checkpoint_and_its_code(number: int, code: int, inputs: Inputs, tmp_path: Path) -> None:
     run = tmp_path / "run"
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -112,6 +112,7 @@ class TestDisks:
         assert str(tmp_path / "run" / path) in error
         assert checkpoints == "[('checkpoint-2', [])]"
 
+    @pytest.mark.slow
     def test_no_permission(self, finished: Path) -> None:
         # pytest's own folders cannot be entered by others than their owner.
         with TemporaryDirectory() as name:

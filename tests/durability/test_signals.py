@@ -186,6 +186,7 @@ class TestSignals:
         assert process.exitcode == 143, (tmp_path / "log.txt").read_text()
         assert not find_damage(list_checkpoints(job.run)[-1])
 
+    @pytest.mark.slow
     def test_nobody_reads_any_more_what_is_printed(self, tmp_path: Path) -> None:
         """Ctrl-C on ``python … 2>&1 | tee log`` ends ``tee`` too."""
         options = OPTIONS | {"save_episodes": 1000, "disable_tqdm": False, "filter_threshold": -1e9}

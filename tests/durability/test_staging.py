@@ -17,6 +17,7 @@ from attention_rl_trainer.durability.staging import (
     StagingError,
     adopt_checkpoint,
     clear_leftovers,
+    copy_file,
     list_checkpoints,
     rotate_checkpoints,
     set_aside_run,
@@ -220,3 +221,24 @@ class TestStaging:
         with staged_files(tmp_path / "model") as folder:
             (folder / "weights").write_text("w")
         assert ("sync", "model/_staging-files/weights") in events
+
+    def test_a_copied_file_appears_in_one_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The ledger of another run, from whose checkpoint this one resumes."""
+        source, target = tmp_path / "other" / "rows.jsonl", tmp_path / "rows.jsonl"
+        copy_file(source, target)
+        assert not target.exists()
+        source.parent.mkdir()
+        source.write_text("other rows")
+        target.write_text("own rows")
+        seen: list[tuple[str, str]] = []
+        replace = os.replace
+
+        def record_replace(staged: Path, place: Path) -> None:
+            seen.append((staged.read_text(), place.read_text()))
+            replace(staged, place)
+
+        monkeypatch.setattr(os, "replace", record_replace)
+        copy_file(source, target)
+        assert seen == [("other rows", "own rows")]
+        assert target.read_text() == source.read_text() == "other rows"
+        assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["rows.jsonl"]

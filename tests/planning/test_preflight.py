@@ -6,6 +6,7 @@ import io
 import platform
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from attention_rl_trainer.planning.preflight import (
     expect_writable,
     memory_shortage,
     print_facts,
+    run_facts,
 )
 from attention_rl_trainer.planning.sizes import context_length_of
 from attention_rl_trainer.rollout.environment import Selection
@@ -183,9 +185,14 @@ def trainer(
     return tiny_trainer(tmp_path, texts, tokenizer, model, seed=9)
 
 
+def facts_of(trainer: AttentionGuidedRLTrainer) -> dict[str, Any]:
+    """What a trainer shows before its first step."""
+    return run_facts(trainer.args, trainer.policy, trainer.layout)
+
+
 class TestFacts:
     def test_say_what_was_found(self, trainer: AttentionGuidedRLTrainer) -> None:
-        facts = trainer.facts()
+        facts = facts_of(trainer)
         name = type(trainer.policy.model.get_base_model()).__name__
         groups = 2 if "Llama" in name else 4
         assert facts["architecture"] == f"{name}, 2 layers"
@@ -200,10 +207,10 @@ class TestFacts:
         trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         total = sum(parameter.numel() for parameter in parameters)
         assert 0 < trainable < total
-        assert trainer.facts()["parameters"] == f"{trainable:,} trainable of {total:,}"
+        assert facts_of(trainer)["parameters"] == f"{trainable:,} trainable of {total:,}"
 
     def test_say_what_will_run(self, trainer: AttentionGuidedRLTrainer) -> None:
-        facts = trainer.facts()
+        facts = facts_of(trainer)
         assert facts["run"] == "48 episodes in 6 steps of 8"
         assert facts["pairs"] == "8 per article, each of 6 + 6 tokens, 4 in a memory, 3 read"
         assert facts["trajectory"] == f"{trainer.layout.trajectory_tokens} tokens of a context of 512"
@@ -212,7 +219,7 @@ class TestFacts:
         assert facts["seed"] == 9
 
     def test_say_the_versions(self, trainer: AttentionGuidedRLTrainer) -> None:
-        versions = str(trainer.facts()["versions"])
+        versions = str(facts_of(trainer)["versions"])
         assert versions.startswith(f"python {platform.python_version()}, torch ")
         assert f"transformers {transformers.__version__}" in versions
         for name in ("trl", "peft", "accelerate", "datasets"):
@@ -222,7 +229,7 @@ class TestFacts:
         self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
     ) -> None:
         trainer = tiny_trainer(tmp_path, texts, tokenizer, tiny_llama().to(torch.bfloat16))
-        assert trainer.facts()["precision"] == "weights bfloat16, adapter float32"
+        assert facts_of(trainer)["precision"] == "weights bfloat16, adapter float32"
 
     @pytest.mark.parametrize(("given", "shown"), [("", "LlamaForCausalLM"), ("someone/model", "someone/model")])
     def test_model_is_named_by_where_it_came_from(
@@ -230,7 +237,7 @@ class TestFacts:
     ) -> None:
         model = tiny_llama()
         model.config.name_or_path = given
-        assert tiny_trainer(tmp_path, texts, tokenizer, model).facts()["model"] == shown
+        assert facts_of(tiny_trainer(tmp_path, texts, tokenizer, model))["model"] == shown
 
     def test_a_model_folder_is_named_without_its_parents(
         self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
@@ -238,7 +245,7 @@ class TestFacts:
         model = tiny_llama()
         model.config.name_or_path = str(tmp_path / "my-model")
         (tmp_path / "my-model").mkdir()
-        assert tiny_trainer(tmp_path, texts, tokenizer, model).facts()["model"] == "my-model"
+        assert facts_of(tiny_trainer(tmp_path, texts, tokenizer, model))["model"] == "my-model"
 
     def test_table_shows_each_fact_in_full(self) -> None:
         written = io.StringIO()

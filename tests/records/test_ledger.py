@@ -205,12 +205,3 @@ class TestCut:
     def test_without_a_file_all_is_missing(self, tmp_path: Path) -> None:
         assert Ledger(tmp_path).cut(3) == LedgerGaps(3, None)
         assert not list(tmp_path.iterdir())
-
-    def test_another_runs_rows_are_taken_over(self, tmp_path: Path) -> None:
-        (tmp_path / "other").mkdir()
-        other, ledger = Ledger(tmp_path / "other"), Ledger(tmp_path)
-        ledger.take_over(other.path)
-        assert not ledger.path.exists()
-        other.append([make_row(0)])
-        ledger.take_over(other.path)
-        assert episodes_of(ledger) == episodes_of(other) == [0]

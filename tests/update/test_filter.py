@@ -17,7 +17,7 @@ from attention_rl_trainer.update.filter import FilterOptions, RewardFilter, Rewa
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0, -1e6])
-@pytest.mark.parametrize("num_parts", [1, 2, 97, 100_000])
+@pytest.mark.parametrize("num_parts", [1, 2, 97, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_statistics_equal_numpy_for_any_split(offset: float, num_parts: int) -> None:
     values = offset + 0.1 * np.random.default_rng(0).standard_normal(100_000)
     statistics = RewardStatistics()
