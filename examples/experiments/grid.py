@@ -15,7 +15,7 @@ A grid is a YAML file:
       order_coef 1: {order_coef: 1.0}
 
 Each run is a process of `examples/train_wiki.py`, which evaluates on held-out articles at its end. A run whose row is
-there is left out; one that was stopped goes on from its newest checkpoint. `table` prints Markdown: the mean over the
+there is left out; one that was stopped resumes from its newest checkpoint. `table` prints Markdown: the mean over the
 seeds with its 95% interval (Student's t), each seed's own interval being in the rows.
 """
 
