@@ -17,8 +17,8 @@ from peft import PeftConfig, PeftModel
 from transformers import TrainingArguments
 from trl import TrlParser  # type: ignore[attr-defined]  # trl's lazy names are not declared
 
-from attention_rl_trainer.commands.configs import with_config_path
 from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.configs import with_config_path
 from attention_rl_trainer.memories.articles.sources import load_articles
 from attention_rl_trainer.models.choice import load_named_model
 from attention_rl_trainer.trainer import RUN_CONFIG_NAME, AttentionGuidedRLTrainer

@@ -17,8 +17,8 @@ from rich.table import Table
 from transformers import AutoConfig
 from trl import ModelConfig, TrlParser  # type: ignore[attr-defined]  # trl's lazy names are not declared
 
-from attention_rl_trainer.commands.configs import with_config_path
 from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.configs import with_config_path
 from attention_rl_trainer.models.base import AUTO, LLAMA, OFFLINE
 from attention_rl_trainer.models.embedded import embedded_model_path
 from attention_rl_trainer.options import Coefficient, Options, Positive, Share, option

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trl import TrlParser  # type: ignore[attr-defined]  # trl's lazy names are not declared
 
-from attention_rl_trainer.commands.configs import with_config_path
+from attention_rl_trainer.configs import with_config_path
 from attention_rl_trainer.selftest.verdict import judge
 
 

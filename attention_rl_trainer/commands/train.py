@@ -23,8 +23,8 @@ from trl import (  # type: ignore[attr-defined]  # trl's lazy names are not decl
     get_quantization_config,
 )
 
-from attention_rl_trainer.commands.configs import with_config_path
 from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.configs import with_config_path
 from attention_rl_trainer.durability.discovery import CheckpointError, find_checkpoint
 from attention_rl_trainer.memories.articles.sources import load_articles
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer

@@ -12,8 +12,8 @@ import pytest
 from tiny import article_texts, byte_level_tokenizer, save_tiny_llama, tiny_trainer, write_rows
 
 from attention_rl_trainer.cli import main
-from attention_rl_trainer.commands.configs import find_config, shipped_configs, with_config_path
 from attention_rl_trainer.commands.evaluate import trained_options
+from attention_rl_trainer.configs import find_config, shipped_configs, with_config_path
 
 
 @pytest.fixture(scope="module")

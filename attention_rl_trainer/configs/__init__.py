@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-_FOLDER = Path(__file__).parent.parent / "configs"
+_FOLDER = Path(__file__).parent
 
 
 def shipped_configs() -> list[str]:
