@@ -12,6 +12,7 @@ computed together with the chunk, so that nothing of the vocabulary's size outli
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -27,6 +28,8 @@ from attention_rl_trainer.update.chunks import Chunk, chunked_sum
 Advantage = Literal["reward", "centered", "whitened"]
 Credit = Literal["trajectory", "return_to_go", "step"]
 KLReference = Literal["previous", "base"]
+# Blocks of a chunk's rows in which the KL is differentiated.
+_KL_BLOCKS = 8
 Logits = Callable[[Tensor], Tensor]
 TokenScores = Callable[[Tensor, Tensor], Tensor]
 
@@ -175,10 +178,9 @@ def _chunk_terms(tokens: QueryTokens, logits_of: Logits, beta: float, entropy_co
         with torch.no_grad():
             previous_logits = logits_of(tokens.previous_hidden)
             previous_sums = logit_sums(previous_logits)
-            previous = torch.log_softmax(previous_logits, dim=-1)
+            kl_slope = torch.log_softmax(previous_logits, dim=-1)
             del previous_logits
-        kl, kl_slope = _kl_and_slope(previous, present)
-        del previous
+        kl = _kl_and_slope_in_place(kl_slope, present)
     slope_of_all = (beta - slope)[:, None]
     if entropy_coef == 0:
         gradient = present.exp_().mul_(slope_of_all)
@@ -194,13 +196,22 @@ def _chunk_terms(tokens: QueryTokens, logits_of: Logits, beta: float, entropy_co
     return Chunk(parts[0] + beta * parts[1] - entropy_coef * parts[2], parts, per_token, logits, gradient)
 
 
-def _kl_and_slope(previous: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute `kl_divergence` of log-probabilities ``[n, A]``, and its derivative with respect to the present ones."""
-    with torch.enable_grad():
-        variable = present.detach().requires_grad_()
-        kl = kl_divergence(previous, variable)
-        (slope,) = torch.autograd.grad(kl.sum(), variable)
-    return kl.detach(), slope
+def _kl_and_slope_in_place(previous: Tensor, present: Tensor) -> Tensor:
+    """Compute `kl_divergence` of log-probabilities ``[n, A]``; its slope along the present ones replaces ``previous``.
+
+    In blocks of rows, because `F.kl_div` and its derivative need four more tensors of their size.
+    """
+    kl = []
+    size = math.ceil(len(present) / _KL_BLOCKS)
+    for start in range(0, len(present), size):
+        block = slice(start, start + size)
+        with torch.enable_grad():
+            variable = present[block].detach().requires_grad_()
+            divergence = kl_divergence(previous[block], variable)
+            (slope,) = torch.autograd.grad(divergence.sum(), variable)
+        kl.append(divergence.detach())
+        previous[block] = slope
+    return torch.cat(kl)
 
 
 def _policy_terms_and_slope(logprobs: Tensor, tokens: QueryTokens, epsilon: float) -> tuple[Tensor, Tensor]:
