@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -14,10 +15,10 @@ from finished_run import OPTIONS, content_of, copy_of, write_manifest_anew
 from processes import Job, build_trainer
 from transformers import TrainerCallback
 
-from attention_rl_trainer.durability.discovery import CheckpointError, find_checkpoint
+from attention_rl_trainer.durability.discovery import IDENTITY_NAME, CheckpointError, find_checkpoint
 from attention_rl_trainer.durability.manifest import MANIFEST_NAME
 from attention_rl_trainer.records.ledger import read_ledger
-from attention_rl_trainer.records.progress import load_parts
+from attention_rl_trainer.records.progress import STATE_NAME, load_parts
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 
 
@@ -122,6 +123,22 @@ PLANTED = (
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin"),
     *("adapter_model.bin", "pytorch_model.bin", "model.safetensors", "pytorch_model.bin.index.json"),
 )
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_as_such(finished: Path, tmp_path: Path) -> None:
+    """By its format, before it is compared with this run: it lacks facts that are compared now."""
+    job = copy_of(finished, tmp_path)
+    checkpoint = job.run / "checkpoint-6"
+    states = json.loads((checkpoint / STATE_NAME).read_text())
+    (checkpoint / STATE_NAME).write_text(json.dumps(states | {"format": 3}))
+    facts = json.loads((checkpoint / IDENTITY_NAME).read_text())
+    del facts["reward_filter"], facts["reward_fn"]
+    (checkpoint / IDENTITY_NAME).write_text(json.dumps(facts))
+    write_manifest_anew(checkpoint)
+    with pytest.raises(
+        CheckpointError, match=r"has format 3, but this version .* reads format 4; resume with the version"
+    ):
+        build_trainer(job).train(resume_from_checkpoint=True)
 
 
 def test_planted_payloads_do_not_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
