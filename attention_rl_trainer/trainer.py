@@ -102,9 +102,9 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self.layout = Layout.of(args, self.separators)
         shares = {"process_index": args.process_index, "num_processes": args.world_size}
         self.loader = MemoryLoader(args, self.encoder, args.seed, **shares, num_workers=args.dataloader_num_workers)
-        self.environment = environment or KVMemoryEnvironment(args)
+        self.environment = KVMemoryEnvironment(args) if environment is None else environment
         self.reward_fn = reward_fn
-        self.filter = reward_filter or RewardFilter(args)
+        self.filter = RewardFilter(args) if reward_filter is None else reward_filter
         preflight.expect_log_prob(self.environment, args.selector_coef)
         preflight.expect_fitting(adapted, self.layout, self.encoder, args, with_orders=eval_dataset is not None)
         # Without the data: of a stream the base class wants to know the number of steps now, which `train` finds out.

@@ -21,6 +21,7 @@ from attention_rl_trainer import (
     DifferentiableEnvironment,
     KeyValuePairs,
     KVMemoryEnvironment,
+    RewardFilter,
     TrajectoryFilter,
 )
 from attention_rl_trainer.records.ledger import read_ledger
@@ -116,6 +117,26 @@ def test_the_loss_leaves_the_environment_alone(
     # Four rollouts of eight; in the three after the warm-up, two micro-batches of four each.
     assert environment.calls.count("reset") == 4
     assert environment.calls.count("log_prob") == 6
+
+
+def test_parts_that_are_empty_containers_are_taken(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Such as an environment that keeps a list of what was read, and has its length."""
+
+    class Listed(KVMemoryEnvironment):
+        def __len__(self) -> int:
+            return 0
+
+    class Counted(RewardFilter):
+        def __len__(self) -> int:
+            return 0
+
+    environment, reward_filter = Listed(), Counted()
+    parts = {"environment": environment, "reward_filter": reward_filter}
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, trainer_options=parts)
+    assert trainer.environment is trainer.sampler.environment is environment
+    assert trainer.filter is reward_filter
 
 
 def test_reward(tmp_path: Path, rows: list[Any], tokenizer: PreTrainedTokenizerFast) -> None:
