@@ -1,4 +1,4 @@
-"""Whether the Hub is there and a file of it here, known without waiting.
+"""Whether the Hub is there and a file of it here, known without waiting; and whether what comes can be kept.
 
 `huggingface_hub` and `datasets` retry for tens of seconds before they give up on a network that is not there. Whoever
 needs something from the Hub asks here first, so that a machine without a network learns at once what to do.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import queue
 import re
+import tempfile
 import threading
+from pathlib import Path
 
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 
@@ -20,6 +22,31 @@ _OBSTACLES: dict[str, str | None] = {}
 
 class HubUnreachableError(ConnectionError):
     """Something has to come from the Hub, and the Hub cannot be reached."""
+
+
+class UnwritableCacheError(ValueError):
+    """Something has to be kept on disk, and the folder for it cannot be written."""
+
+
+def expect_writable_cache(folder: str | Path, variable: str) -> None:
+    """Refuse a cache folder in which nothing can be written, before hours of reading or downloading.
+
+    Args:
+        folder: made if it is not there.
+        variable: the environment variable that names it; ``HF_HOME`` names the folder of all caches.
+
+    Raises:
+        UnwritableCacheError: names the folder, the reason and the way out.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UnwritableCacheError(
+            f"The cache folder {str(folder)!r} cannot be written: {error}. Set the environment variable HF_HOME (all "
+            f"caches) or {variable} (this one) to a folder that can be written, or make room or change rights there."
+        ) from error
 
 
 def hub_obstacle(timeout_seconds: float = 3.0) -> str | None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import datasets
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
 from attention_rl_trainer import hub
+from attention_rl_trainer.memories.articles.sources import load_articles
+from attention_rl_trainer.models.base import load_base_model
 
 
 @pytest.fixture(autouse=True)
@@ -182,3 +185,33 @@ def test_no_obstacle_shows_credentials(stand_in: StandIn, monkeypatch: pytest.Mo
         obstacle = str(hub.hub_obstacle())
         assert obstacle != "None"
         assert "s3cret" not in obstacle
+
+
+def test_a_cache_that_can_be_written_is_made_and_left_empty(tmp_path: Path) -> None:
+    hub.expect_writable_cache(tmp_path / "new" / "cache", "HF_HUB_CACHE")
+    assert list((tmp_path / "new" / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "/proc/cache", "link"])
+def test_a_cache_that_cannot_be_written_is_refused_with_the_way_out(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    message = (
+        rf"cache folder '.*{folder}' cannot be written: \[Errno .*HF_HOME \(all caches\) or HF_HUB_CACHE \(this one"
+    )
+    with pytest.raises(hub.UnwritableCacheError, match=message):
+        hub.expect_writable_cache(tmp_path / folder, "HF_HUB_CACHE")
+
+
+@pytest.mark.enable_socket
+@pytest.mark.parametrize("load", [load_articles, load_base_model], ids=["articles", "model"])
+def test_what_would_come_from_the_hub_is_refused_where_it_cannot_be_kept(
+    load: Callable[[str], object], stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    with pytest.raises(ValueError, match=r"cache folder '.*file/hub' cannot be written: .*HF_HOME.*HF_HUB_CACHE"):
+        load("someone/something")
+    # It was asked whether the Hub is there, and for nothing else.
+    assert stand_in.paths == ["/"]

@@ -14,6 +14,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
+from attention_rl_trainer.memories.given import expect_articles
 from attention_rl_trainer.memories.pairs import (
     EmbedKeys,
     MemoryBatch,
@@ -73,9 +74,10 @@ def iter_article_pairs(
         if item.position.epoch > epoch:
             _expect_usable_articles(num_used, longest, options, skipped)
             epoch, num_used = item.position.epoch, 0
-        token_ids = encoder.encode(item.article.text)
-        longest = max(longest, len(token_ids))
-        if len(token_ids) < options.min_article_tokens:
+        token_ids = encoder.encode_lazily(item.article.text)
+        num_tokens = len(token_ids[: options.min_article_tokens])
+        if num_tokens < options.min_article_tokens:
+            longest = max(longest, num_tokens)
             skipped["too_short"] += 1
             continue
         num_used += 1
@@ -112,7 +114,8 @@ def first_usable_articles(
     """
     usable: list[Article] = []
     for item in articles:
-        if len(encoder.encode(item.article.text)) >= options.min_article_tokens:
+        needed = options.min_article_tokens
+        if len(encoder.encode_lazily(item.article.text)[:needed]) == needed:
             usable.append(item.article)
         if len(usable) == count:
             return usable
@@ -218,16 +221,22 @@ class MemoryLoader:
         With ``overfit_articles`` the first usable ones alone are read.
 
         Raises:
-            ValueError: there are fewer usable articles than ``overfit_articles``.
+            ValueError: these are not articles, or there are fewer usable ones than ``overfit_articles``.
         """
         options = self._options
+        expect_articles(articles, "train_dataset", options.dataset_text_column)
         if options.overfit_articles > 0:
-            once = self.evaluation_stream(articles, num_epochs=1)
+            once = self._stream(articles, StreamPosition(), shuffle=False, num_epochs=1)
             articles = first_usable_articles(once, self._encoder, options, options.overfit_articles)
         return self._stream(articles, position, shuffle=options.shuffle, num_epochs=None)
 
     def evaluation_stream(self, articles: Articles, *, num_epochs: int) -> ArticleStream:
-        """Read articles in their order, from the first one, ``num_epochs`` times."""
+        """Read articles in their order, from the first one, ``num_epochs`` times.
+
+        Raises:
+            ValueError: these are not articles.
+        """
+        expect_articles(articles, "eval_dataset", self._options.dataset_text_column)
         return self._stream(articles, StreamPosition(), shuffle=False, num_epochs=num_epochs)
 
     def _stream(
@@ -246,14 +255,17 @@ class MemoryLoader:
             num_epochs=num_epochs,
         )
 
+    def rows(self, stream: ArticleStream) -> MemoryDataset:
+        """Cut the articles of a stream into pairs."""
+        options = self._options
+        return MemoryDataset(stream, self._encoder, options, self._seed, same_memory=options.overfit_articles > 0)
+
     def batches(self, stream: ArticleStream, batch_size: int) -> DataLoader[Any]:
         """Cut the articles of a stream into pairs; returns a loader of ``{"memories": MemoryBatch}``."""
-        options = self._options
-        rows = MemoryDataset(stream, self._encoder, options, self._seed, same_memory=options.overfit_articles > 0)
         return DataLoader(
-            rows,
+            self.rows(stream),
             batch_size=batch_size,
-            collate_fn=partial(collate_inputs, tokens_per_key=options.tokens_per_key),
+            collate_fn=partial(collate_inputs, tokens_per_key=self._options.tokens_per_key),
             num_workers=self._num_workers,
             worker_init_fn=_leave_process_group if self._num_workers else None,
             pin_memory=False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -166,8 +166,18 @@ class MemoryBatch:
         )
 
 
+class TokenIds(Protocol):
+    """The ids of an article, such as a list of them."""
+
+    def __len__(self) -> int:
+        """Return their number."""
+
+    def __getitem__(self, part: slice, /) -> Sequence[int]:
+        """Return those of a run."""
+
+
 def draw_pairs(
-    token_ids: Sequence[int], options: PairOptions, generator: np.random.Generator
+    token_ids: TokenIds, options: PairOptions, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cut an article and draw a trajectory's memory.
 
@@ -177,15 +187,18 @@ def draw_pairs(
     Returns:
         The example ``[K + V]``, the memory's chunks ``[M, K + V]`` and their numbers in the article ``[M]``.
     """
-    num_candidates = options.num_kv_pairs - 1
-    used = len(token_ids) if options.window == "random" else options.min_article_tokens
-    chunks = chunk_tokens(torch.tensor(token_ids[:used], dtype=torch.int64), options.tokens_per_pair)
-    first = 1
+    length, num_candidates, first = options.tokens_per_pair, options.num_kv_pairs - 1, 1
     if options.window == "random":
-        first = int(generator.integers(1, chunks.shape[0] - num_candidates + 1))
-    candidates = np.arange(first, first + num_candidates)
-    memory, numbers = sample_chunks(chunks, options.memory_size, candidates, generator)
-    return chunks[0], memory, numbers
+        # The one case in which the length of the whole article counts.
+        first = int(generator.integers(1, len(token_ids) // length - num_candidates + 1))
+    (example,) = chunk_tokens(_tensor(token_ids[:length]), length)
+    run = chunk_tokens(_tensor(token_ids[first * length : (first + num_candidates) * length]), length)
+    memory, numbers = sample_chunks(run, options.memory_size, np.arange(num_candidates), generator)
+    return example, memory, numbers + first
+
+
+def _tensor(token_ids: Sequence[int]) -> Tensor:
+    return torch.tensor(token_ids, dtype=torch.int64)
 
 
 def collate_memories(rows: Sequence[MemoryRow], tokens_per_key: int) -> MemoryBatch:

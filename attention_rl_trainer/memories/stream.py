@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Final, Protocol, TypeAlias, runtime_checkable
 
 import datasets
@@ -144,8 +145,8 @@ class ArticleStream:
         """Yield the articles of this process from ``position`` on.
 
         Raises:
-            ValueError: a whole epoch gives this process no article, or a row lacks the column of the text, or a
-                streamed source that is not read by `load_articles` from local files is damaged.
+            ValueError: a whole epoch gives this process no article, or a row is not one or lacks the column of the
+                text, or a streamed source that is not read by `load_articles` from local files is damaged.
         """
         start = self.position.index
         for epoch in itertools.count(self.position.epoch):
@@ -206,6 +207,7 @@ class ArticleStream:
 
     def _read(self, content: Row | Article, row: int) -> Article | None:
         """Read a row as an article, or count it as skipped."""
+        expect_row(content, f"Row {row} of {self._source!r}", self._text_column)
         if isinstance(content, Article):
             article, reason = content, "" if content.text.strip() else "empty"
         else:
@@ -216,14 +218,8 @@ class ArticleStream:
         return replace(article, title=_writable(article.title), source=_writable(article.source))
 
     def _read_columns(self, content: Row, row: int) -> tuple[Article, str]:
-        reason = content.get(SKIP_REASON_COLUMN)
-        if isinstance(reason, str) and reason:
+        if reason := is_not_an_article(content):
             return Article("", "", self._source), reason
-        if self._text_column not in content:
-            raise ValueError(
-                f"Row {row} of {self._source!r} has no column {self._text_column!r}; its columns are "
-                f"{', '.join(map(repr, content)) or 'none'}."
-            )
         text = content[self._text_column]
         if not isinstance(text, str):
             return Article("", "", self._source), "not_a_string"
@@ -240,13 +236,41 @@ class ArticleStream:
         )
 
 
+def is_not_an_article(row: Row) -> str:
+    """Return the reason for which a source says that a row is not an article, or ""."""
+    reason = row.get(SKIP_REASON_COLUMN)
+    return reason if isinstance(reason, str) else ""
+
+
+def expect_row(row: object, name: str, text_column: str) -> None:
+    """Refuse what is neither an `Article` nor a mapping with the column of the text, nor marked as not an article.
+
+    Raises:
+        ValueError: begins with ``name``; says what was found and the way out.
+    """
+    if isinstance(row, Article):
+        return
+    if not isinstance(row, Mapping):
+        way_out = f"give rows such as {{{text_column!r}: ...}}"
+        if isinstance(row, str):
+            way_out += f", for a list of texts [{{{text_column!r}: text}} for text in texts]"
+        elif type(row).__module__.partition(".")[0] in ("pandas", "polars", "pyarrow"):
+            way_out += ", of a data set .with_format(None)"
+        raise ValueError(f"{name} is of type {type(row).__qualname__}, neither an Article nor a mapping; {way_out}.")
+    if not is_not_an_article(row) and text_column not in row:
+        raise ValueError(
+            f"{name} has no column {text_column!r}; its columns are {', '.join(map(repr, row)) or 'none'}. Choose the "
+            "one that holds the text with the option dataset_text_column."
+        )
+
+
 def _writable(name: str) -> str:
     """Replace what no file could hold: half of a surrogate pair, which JSON can spell."""
     return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def iter_wikipedia_articles(
-    name_or_path: str = "wikimedia/wikipedia",
+    name_or_path: str | PathLike[str] = "wikimedia/wikipedia",
     config_name: str | None = None,
     *,
     split: str = "train",
@@ -271,6 +295,6 @@ def iter_wikipedia_articles(
     """
     table = load_articles(name_or_path, config_name, split, streaming, text_column)
     stream = ArticleStream(
-        table, source=name_or_path, seed=seed, text_column=text_column, shuffle=shuffle, num_epochs=num_epochs
+        table, source=str(name_or_path), seed=seed, text_column=text_column, shuffle=shuffle, num_epochs=num_epochs
     )
     return (item.article for item in stream)

@@ -11,9 +11,11 @@ import json
 from collections.abc import Sequence
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from attention_rl_trainer.memories.pieces import PieceEncoder, PiecewiseIds, readable
 
 EVERY_UTF8_BYTE = "".join(
     map(chr, (*range(0x801), *range(0x1000, 0xD800, 0x1000), 0xE000, 0xF000, *range(0x10000, 0x110000, 0x30000)))
@@ -22,8 +24,16 @@ EVERY_UTF8_BYTE = "".join(
 
 
 def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Collect the ids of special and added tokens, which no article text and no query may contain."""
-    return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
+    """Collect the ids of special and added tokens, which no article text and no query may contain.
+
+    White space alone commands nothing: a token of it, such as Gemma 3's for blank lines, is text unless it is special.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special or not _is_blank(token)}
+
+
+def _is_blank(token: AddedToken) -> bool:
+    return token.content.replace("\u2581", " ").isspace()
 
 
 def plain_text_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
@@ -54,6 +64,7 @@ class PlainTextEncoder:
             )
         self.tokenizer = tokenizer
         self._plain = plain_text_tokenizer(tokenizer)
+        self.pieces = PieceEncoder(self._plain)
         self.control_ids = control_token_ids(tokenizer)
         self.max_token_id = max(self._plain.get_vocab(with_added_tokens=False).values())
         self._refuse_unknown_characters()
@@ -64,9 +75,11 @@ class PlainTextEncoder:
 
         A lone surrogate, which stands for no character, is read as ``?``.
         """
-        # Lone surrogates cannot be handed to the tokenizer, which works on UTF-8.
-        clean = text.encode("utf-8", errors="replace").decode("utf-8")
-        return list(self._plain.encode(clean, add_special_tokens=False).ids)
+        return list(self._plain.encode(readable(text), add_special_tokens=False).ids)
+
+    def encode_lazily(self, text: str) -> PiecewiseIds:
+        """Return the ids of `encode`, of a long text only those that are looked at."""
+        return PiecewiseIds(text, self.pieces)
 
     def decode(self, token_ids: Sequence[int] | Tensor) -> str:
         """Turn the ids of one sequence into text, for logs and reports only."""
@@ -98,7 +111,7 @@ class PlainTextEncoder:
 
 
 def allowed_token_ids(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> Tensor:
-    """List the ids that a query may contain: neither special, nor added, nor padding of the embedding matrix.
+    """List the ids that a query may contain: neither control tokens nor padding of the embedding matrix.
 
     Args:
         vocabulary_size: rows of the model's output head; those at or beyond ``len(tokenizer)`` are padding.

@@ -19,9 +19,9 @@ def numbered_rows(num_rows: int) -> list[dict[str, str]]:
 ROWS = numbered_rows(30)
 
 
-def page(title: str, text: str, namespace: int = 0, extra: str = "") -> str:
+def page(title: str, text: str, namespace: int = 0, extra: str = "", model: str = "") -> str:
     return (
-        f"<page><title>{escape(title)}</title><ns>{namespace}</ns><id>1</id>{extra}<revision><id>2</id>"
+        f"<page><title>{escape(title)}</title><ns>{namespace}</ns><id>1</id>{extra}<revision><id>2</id>{model}"
         f'<text xml:space="preserve">{escape(text)}</text></revision></page>'
     )
 
@@ -29,6 +29,15 @@ def page(title: str, text: str, namespace: int = 0, extra: str = "") -> str:
 def dump(*pages: str) -> str:
     head = '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/"><siteinfo><sitename>T</sitename></siteinfo>'
     return f"{head}{''.join(pages)}</mediawiki>"
+
+
+def dump_of_wiki(language: str, name: str, namespaces: dict[int, str], *pages: str) -> str:
+    """A dump as a wiki in a language writes it, with the names of its namespaces."""
+    names = "".join(f'<namespace key="{key}" case="first-letter">{n}</namespace>' for key, n in namespaces.items())
+    return (
+        f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" xml:lang="{language}"><siteinfo><sitename>{name}'
+        f"</sitename><namespaces>{names}</namespaces></siteinfo>{''.join(pages)}</mediawiki>"
+    )
 
 
 def numbered_dump(num_pages: int) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +16,8 @@ import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import article_texts
+from tokenizer_families import gpt2
 from transformers import PreTrainedTokenizerFast
 
 from attention_rl_trainer.memories.articles.sources import load_articles
@@ -25,7 +29,7 @@ from attention_rl_trainer.memories.loading import (
     iter_article_pairs,
     iter_key_value_pairs,
 )
-from attention_rl_trainer.memories.pairs import MemoryBatch, PairOptions
+from attention_rl_trainer.memories.pairs import MemoryBatch, PairOptions, Window
 from attention_rl_trainer.memories.stream import Article, ArticleSource, ArticleStream
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 from attention_rl_trainer.types import StreamPosition
@@ -158,6 +162,59 @@ def test_a_line_of_five_megabytes_is_one_article(unit: str, tokenizer: PreTraine
     (pairs,) = MemoryDataset(stream, encoder, OPTIONS, 0)
     assert encoder.decode(pairs.example) == encoder.decode(encoder.encode(text[:40])[:5])
     assert not stream.skipped
+
+
+class CountingTokenizer:
+    """Counts the characters that it encodes."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.num_characters = 0
+
+    def encode(self, text: str, **options: bool) -> Any:
+        self.num_characters += len(text)
+        return self._tokenizer.encode(text, **options)
+
+
+@pytest.mark.parametrize(("window", "visit"), [("start", 10_000), ("random", 40_000)])
+def test_of_a_long_article_what_is_needed_is_encoded_once(
+    window: Window, visit: int, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    encoder = PlainTextEncoder(tokenizer)
+    assert encoder.pieces.cut is not None
+    encoder.pieces.tokenizer = counting = CountingTokenizer(encoder.pieces.tokenizer)
+    text = "\n".join(texts) * 8
+    assert len(text) > 400_000
+    options = PairOptions(6, 0.5, 3, 2, window)
+    stream = stream_of([text], num_epochs=3)
+    ids = encoder.encode(text)
+    for item in MemoryDataset(stream, encoder, options, 0):
+        if window == "start" or item.article.epoch > 0:
+            assert counting.num_characters < visit
+        else:
+            assert counting.num_characters < 1.1 * len(text)
+        counting.num_characters = 0
+        assert item.example.tolist() == ids[:5]
+        for chunk, number in zip(item.chunks.tolist(), item.pair_numbers.tolist(), strict=True):
+            assert chunk == ids[5 * number : 5 * number + 5]
+    if window == "random":
+        assert max(item.pair_numbers.max() for item in MemoryDataset(stream, encoder, options, 0)) > 1000
+
+
+@pytest.mark.slow
+def test_an_article_of_twenty_megabytes_takes_no_time_and_no_memory() -> None:
+    """By the tokenizer of a real model, whose time for all of it is a quarter of a minute, and its memory 3 GB."""
+    text = "\n".join(article_texts(900, num_words=4000))
+    assert len(text) > 20_000_000
+    encoder = PlainTextEncoder(gpt2())
+    kibibytes_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for window, most in (("start", 0.5), ("random", 1.0)):
+        rows = iter(MemoryDataset(stream_of([text], num_epochs=2), encoder, PairOptions(8, 0.5, 6, 6, window), 0))
+        next(rows)
+        started = time.process_time()
+        next(rows)
+        assert time.process_time() - started < most
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - kibibytes_before < 200 * 2**10
 
 
 def test_no_article_long_enough_is_an_error_with_the_numbers(tokenizer: PreTrainedTokenizerFast) -> None:

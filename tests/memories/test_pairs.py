@@ -11,6 +11,7 @@ import torch
 from attention_rl_trainer.memories.pairs import (
     MemoryRow,
     PairOptions,
+    Window,
     add_embeddings,
     chunk_tokens,
     collate_memories,
@@ -70,6 +71,17 @@ def test_random_window_takes_a_run_of_the_article() -> None:
         assert run == list(range(run[0], run[0] + 3))
         starts.add(run[0])
     assert starts == {1, 2, 3, 4, 5, 6, 7}
+
+
+@pytest.mark.parametrize(
+    ("window", "numbers"), [("start", [[4, 3, 2], [3, 4, 1]]), ("random", [[17, 19, 16], [15, 18, 17]])]
+)
+def test_the_draws_of_a_seed_are_these(window: Window, numbers: list[list[int]]) -> None:
+    """A run that resumes draws what the run before it would have drawn, of whatever version."""
+    options = PairOptions(6, 0.5, 3, 2, window)
+    drawn = [draw_pairs(list(range(103)), options, np.random.default_rng([seed, 2, 7])) for seed in range(2)]
+    assert [row.tolist() for _, _, row in drawn] == numbers
+    assert all(torch.equal(chunks[:, 0], 5 * row) for _, chunks, row in drawn)
 
 
 def test_every_pair_is_drawn_equally_often() -> None:

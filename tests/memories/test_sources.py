@@ -12,7 +12,22 @@ import datasets
 import pytest
 from made_up_sources import ROWS, as_json_lines, as_parquet, dump, numbered_dump, page, write
 
-from attention_rl_trainer.memories.articles import brackets, dumps, files, markup, sources, templates
+from attention_rl_trainer.memories.articles import (
+    arguments,
+    brackets,
+    dumps,
+    files,
+    languages,
+    leftovers,
+    literal,
+    markup,
+    measures,
+    sites,
+    sources,
+    tags,
+    template_names,
+    templates,
+)
 from attention_rl_trainer.memories.articles.sources import load_articles
 
 
@@ -70,7 +85,13 @@ def test_a_prepared_dump_is_used_again_until_the_file_changes(tmp_path: Path, ow
     assert len(load_articles(str(path))) == 4
 
 
-@pytest.mark.parametrize("changed", [brackets, dumps, files, markup, templates], ids=lambda module: module.__name__)
+RULES = [
+    arguments, brackets, dumps, files, languages, leftovers, literal, markup, measures, sites, tags, template_names,
+    templates,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", RULES, ids=lambda module: module.__name__)
 def test_a_prepared_dump_is_read_again_when_the_rules_change(
     changed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tokenizer_families import BYTES, gpt2, llama_like, smollm2
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizer_families import BLANKS, BYTES, WORD_PATTERNS, byte_level_like, gemma_like, gpt2, llama_like, smollm2
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from attention_rl_trainer.memories.tokenization import (
@@ -209,3 +209,54 @@ def test_a_tokenizer_whose_model_matches_control_tokens_is_refused() -> None:
     unigram = Tokenizer(models.Unigram(list(dict(vocabulary).items()), unk_id=0))
     with pytest.raises(ValueError, match=r"'</s>' into a control token"):
         PlainTextEncoder(PreTrainedTokenizerFast(tokenizer_object=unigram, eos_token="</s>"))
+
+
+def test_the_blank_tokens_of_gemma_are_text_and_its_other_added_tokens_are_not(texts: list[str]) -> None:
+    tokenizer = gemma_like(texts)
+    encoder = PlainTextEncoder(tokenizer)
+    blanks = set(tokenizer.convert_tokens_to_ids(BLANKS))
+    others = ["<bos>", "<eos>", "<pad>", "<unk>", "<start_of_turn>", "<table>", "[multimodal]", "<unused0>"]
+    assert len(blanks) == 90
+    assert encoder.control_ids == set(tokenizer.convert_tokens_to_ids(others))
+    assert blanks < set(allowed_token_ids(tokenizer, len(tokenizer)).tolist())
+    text = "the river\n\n\nflows   from\n\t\ta <table> of <start_of_turn>\n\n"
+    ids = encoder.encode(text)
+    assert encoder.decode(ids) == text
+    assert len(blanks.intersection(ids)) == 4
+    assert not encoder.control_ids.intersection(ids)
+    ordinary = text.replace("<table>", "table").replace("<start_of_turn>", "")
+    assert encoder.encode(ordinary) == tokenizer.encode(ordinary, add_special_tokens=False)
+
+
+def with_added(*tokens: str | AddedToken) -> PreTrainedTokenizerFast:
+    tokenizer = byte_level_like(["the river flows"], WORD_PATTERNS["llama 3"])
+    tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+@pytest.mark.parametrize("blank", [" " * 24, "\t" * 5, "\r\n", "\u2581\u2581", "\u00a0", "\u3000\u3000"], ids=ascii)
+def test_an_added_token_of_white_space_may_stand_in_a_query(blank: str) -> None:
+    """As GPT-NeoX, CodeGen and Phi have them for the indentation of code."""
+    tokenizer = with_added(blank, "<tool_call>")
+    added, control = tokenizer.convert_tokens_to_ids([blank, "<tool_call>"])
+    assert control_token_ids(tokenizer) == {tokenizer.eos_token_id, control}
+    assert added in allowed_token_ids(tokenizer, len(tokenizer)).tolist()
+    encoder = PlainTextEncoder(tokenizer)
+    text = f"the{blank}river <tool_call>"
+    assert encoder.decode(encoder.encode(text)) == text
+
+
+@pytest.mark.parametrize("token", ["<|user|>", "[INST]", "\u2581start", "photosynthesis", " . "], ids=ascii)
+def test_an_added_token_that_is_more_than_white_space_is_control(token: str) -> None:
+    tokenizer = with_added(token)
+    assert tokenizer.convert_tokens_to_ids(token) in control_token_ids(tokenizer)
+
+
+def test_white_space_that_ends_a_text_is_control(texts: list[str]) -> None:
+    tokenizer = with_added(AddedToken("\n\n\n", special=True))
+    tokenizer.eos_token = "\n\n"
+    assert set(tokenizer.convert_tokens_to_ids(["\n\n", "\n\n\n"])) <= control_token_ids(tokenizer)
+    gemma = gemma_like(texts)
+    gemma.eos_token = "\n\n"
+    with pytest.raises(ValueError, match=r"turns the plain text '\\n\\n' into a control token"):
+        PlainTextEncoder(gemma)

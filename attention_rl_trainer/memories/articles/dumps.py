@@ -6,35 +6,24 @@ A dump is read page by page in constant memory, so that one of the whole Wikiped
 from __future__ import annotations
 
 import bz2
+import gzip
+import json
 import logging
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Final, TypedDict, cast
+from typing import BinaryIO, Final, TypedDict, cast
 from xml.etree import ElementTree
 
-from attention_rl_trainer.memories.articles.markup import TangledMarkupError, plain_text
+from attention_rl_trainer.memories.articles.literal import protect
+from attention_rl_trainer.memories.articles.markup import TangledMarkupError, plain_page
+from attention_rl_trainer.memories.articles.sites import ENGLISH_WIKI, WikiSite
 
 BROKEN_DUMP: Final = "broken_dump"
 """Reason of the row that stands for the rest of a dump that could not be read; its title says where the break is."""
-
-_DISAMBIGUATION = re.compile(
-    r"\{\{\s*(?:airport disambiguation|chinese title disambiguation|dab|disamb|disambig|disambiguation"
-    r"|disambiguation page|disambig-\w+|genus disambiguation|geodis|hndis|hospital disambiguation|letter-ndash dab"
-    r"|letter disambiguation|lettercombdisambig|mathdab|mathematical disambiguation|mil-unit-dis|numberdis"
-    r"|place name disambiguation|roaddis|schooldis|school disambiguation|species latin name disambiguation"
-    r"|station disambiguation|taxonomy disambiguation)\s*(?:\||\}\})",
-    re.IGNORECASE,
-)
-_DISAMBIGUATION_TITLE = "(disambiguation)"
-_LIST_TITLES = ("Index of ", "List of ", "Lists of ", "Outline of ")
-_LIST_TEMPLATE = re.compile(
-    r"\{\{\s*(?:set index article|sia|given name|surname|plant common name|shipindex|mountainindex)\s*(?:\||\}\})",
-    re.IGNORECASE,
-)
-_REDIRECT = re.compile(r"\s*#redirect\b", re.IGNORECASE)
 
 MAX_PAGE_BYTES = 2**26
 """Bytes of XML that a page, or a revision in its history, may have. Wikipedia's have 2 MiB of text at most, which is 12
@@ -42,6 +31,14 @@ MiB where each character is written as an entity."""
 MAX_BLOCK_BYTES = 2**26
 """Bytes that one kibibyte of a compressed file may become: a block holds 900 kB, but of one character 46 MB."""
 
+WIKITEXT: Final = "wikitext"
+"""Content model of an article; others are JSON, style sheets, programs."""
+
+_MODELS_OF_FORMATS = {"text/x-wiki": WIKITEXT, "": WIKITEXT}
+"""What an older dump, which names the format of a page alone, holds; its other formats are their own names."""
+
+_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
+_NUM_NAMED_TEMPLATES = 10
 _PAGE_FIELDS = ("title", "ns", "redirect", "revision")
 _PIECE_BYTES = 2**16
 _COMPRESSED_PIECE_BYTES = 2**10
@@ -60,6 +57,8 @@ class ArticleRow(TypedDict):
     title: str
     text: str
     skip_reason: str
+    lost_templates: str
+    """JSON: how often a template, by its name, was left out of the text though it may print words; "" for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +72,13 @@ class WikiPage:
     is_redirect: bool
     """Whether the dump itself marks the page as a redirect."""
     markup: str
+    model: str = WIKITEXT
+    """What its markup is: "wikitext", "wikibase-item", "css", …"""
+    site: WikiSite = field(default=ENGLISH_WIKI, compare=False, repr=False)
 
 
 def read_wiki_pages(path: Path) -> Iterator[WikiPage]:
-    """Read the pages of a dump, ``.xml`` or ``.xml.bz2``, one after the other.
+    """Read the pages of a dump, ``.xml``, ``.xml.bz2`` or ``.xml.gz``, one after the other.
 
     Yields:
         Each page that is there in full, also those before a break.
@@ -87,13 +89,11 @@ def read_wiki_pages(path: Path) -> Iterator[WikiPage]:
     """
     last_title, num_pages = "", 0
     with path.open("rb") as file:
-        is_compressed = path.suffix.lower() == ".bz2"
-        pieces = iter(partial(file.read, _COMPRESSED_PIECE_BYTES if is_compressed else _PIECE_BYTES), b"")
         try:
-            for page in _parse_pages(_decompress(pieces) if is_compressed else pieces, path):
+            for page in _parse_pages(_pieces(file, path.suffix.lower()), path):
                 yield page
                 last_title, num_pages = page.title, num_pages + 1
-        except (ElementTree.ParseError, EOFError, OSError) as error:
+        except (ElementTree.ParseError, EOFError, OSError, zlib.error) as error:
             where = f"after page {num_pages}, {last_title!r}" if num_pages else "before its first page"
             raise BrokenDumpError(
                 f"the MediaWiki dump {str(path)!r} breaks {where}: {error}; "
@@ -101,17 +101,23 @@ def read_wiki_pages(path: Path) -> Iterator[WikiPage]:
             ) from error
 
 
-def check_wiki_dump(path: Path) -> None:
-    """Read a dump as far as its first page.
+def check_wiki_dumps(paths: Sequence[Path]) -> None:
+    """Read each dump as far as its first page, and log what is not known of its wiki.
 
     Raises:
         BrokenDumpError: the file is not a MediaWiki dump, or breaks off before its first page, or holds none.
         OSError: the file cannot be opened.
     """
-    if next(read_wiki_pages(path), None) is None:
-        raise BrokenDumpError(
-            f"the MediaWiki dump {str(path)!r} holds no page; get the file again, or compare its checksum."
-        )
+    notes: dict[str, None] = {}
+    for path in paths:
+        page = next(read_wiki_pages(path), None)
+        if page is None:
+            raise BrokenDumpError(
+                f"the MediaWiki dump {str(path)!r} holds no page; get the file again, or compare its checksum."
+            )
+        notes[page.site.what_is_not_known] = None
+    for note in filter(None, notes):
+        _logger.warning("%s", note)
 
 
 def article_rows(paths: tuple[str, ...]) -> Iterator[ArticleRow]:
@@ -133,34 +139,87 @@ def article_rows(paths: tuple[str, ...]) -> Iterator[ArticleRow]:
             if num_rows == 0:
                 raise
             _logger.warning("%s", error)
-            yield {"title": str(error), "text": "", "skip_reason": BROKEN_DUMP}
+            yield {"title": str(error), "text": "", "skip_reason": BROKEN_DUMP, "lost_templates": ""}
+
+
+def streamed_article_rows(paths: tuple[str, ...]) -> Iterator[ArticleRow]:
+    """Read as `article_rows`, and log at the end which templates were lost."""
+    lost: Counter[str] = Counter()
+    for row in article_rows(paths):
+        lost.update(_lost_templates(row["lost_templates"]))
+        yield row
+    _report_lost_templates(lost)
+
+
+def report_lost_templates(column: Iterable[str]) -> None:
+    """Log which templates the articles of a table lack, by its column ``lost_templates``, and how often."""
+    lost: Counter[str] = Counter()
+    for value, num_rows in Counter(column).items():
+        lost.update({name: num_rows * count for name, count in _lost_templates(value).items()})
+    _report_lost_templates(lost)
+
+
+def _lost_templates(value: str) -> dict[str, int]:
+    return cast(dict[str, int], json.loads(value)) if value else {}
+
+
+def _report_lost_templates(lost: Counter[str]) -> None:
+    if not lost:
+        return
+    named = ", ".join(f"{name!r} ({count})" for name, count in lost.most_common(_NUM_NAMED_TEMPLATES))
+    more = f" and {len(lost) - _NUM_NAMED_TEMPLATES:,} others" if len(lost) > _NUM_NAMED_TEMPLATES else ""
+    _logger.warning(
+        "Inside of sentences %d templates were left out whose words are not known: %s%s. Each article names its own in "
+        "the column 'lost_templates'.",
+        lost.total(),
+        named,
+        more,
+    )
 
 
 def article_row(page: WikiPage) -> ArticleRow:
     """Turn a page into a row.
 
-    Its ``skip_reason`` is "" for an article, else "not_an_article" (of another namespace), "redirect",
-    "disambiguation", "list", "tangled_markup" (see `TangledMarkupError`) or "empty".
+    Its ``skip_reason`` is "" for an article, else "not_an_article" (of another namespace), "content_model:" and the
+    name of what is not wikitext ("content_model:wikibase-item"), "redirect", "disambiguation", "list",
+    "tangled_markup" (see `TangledMarkupError`) or "empty".
     """
-    reason, text = _skip_reason(page), ""
+    reason, text, lost = _skip_reason(page), "", ""
     if not reason:
         try:
-            text = plain_text(page.markup)
+            plain = plain_page(page.markup, page.site)
         except TangledMarkupError:
             reason = "tangled_markup"
-    return {"title": page.title, "text": text, "skip_reason": reason or ("" if text else "empty")}
+        else:
+            text = plain.text
+            reason = "" if text else "empty"
+            if text and plain.lost_templates:
+                lost = json.dumps(plain.lost_templates, ensure_ascii=False)
+    return {"title": page.title, "text": text, "skip_reason": reason, "lost_templates": lost}
 
 
 def _skip_reason(page: WikiPage) -> str:
     if page.namespace != 0:
         return "not_an_article"
-    if page.is_redirect or _REDIRECT.match(page.markup):
+    if page.model != WIKITEXT:
+        return f"content_model:{page.model}"
+    site = page.site
+    if page.is_redirect or site.is_redirect(page.markup):
         return "redirect"
-    if page.title.endswith(_DISAMBIGUATION_TITLE) or _DISAMBIGUATION.search(page.markup):
+    # A template that is only spoken of, inside of <nowiki> or a comment, says nothing of the page.
+    if site.is_disambiguation(page.title, page.markup) and site.is_disambiguation(page.title, protect(page.markup)):
         return "disambiguation"
-    if page.title.startswith(_LIST_TITLES) or _LIST_TEMPLATE.search(page.markup):
+    if site.is_list(page.title, page.markup) and site.is_list(page.title, protect(page.markup)):
         return "list"
     return ""
+
+
+def _pieces(file: BinaryIO, suffix: str) -> Iterator[bytes]:
+    if suffix == ".bz2":
+        return _decompress(iter(partial(file.read, _COMPRESSED_PIECE_BYTES), b""))
+    if suffix == ".gz":
+        file = cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    return iter(partial(file.read, _PIECE_BYTES), b"")
 
 
 def _decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -205,6 +264,7 @@ def _whole_blocks(decompressor: bz2.BZ2Decompressor, piece: bytes) -> bytes:
 def _parse_pages(pieces: Iterable[bytes], path: Path) -> Iterator[WikiPage]:
     root: ElementTree.Element | None = None
     page: ElementTree.Element | None = None
+    site = ENGLISH_WIKI
     size = 0
 
     def measured() -> Iterator[bytes]:
@@ -223,6 +283,8 @@ def _parse_pages(pieces: Iterable[bytes], path: Path) -> Iterator[WikiPage]:
                     f"{str(path)!r} is XML, but not a MediaWiki dump: its root element is <{_local_name(root)}>, "
                     "expected <mediawiki>."
                 )
+        elif event == "end" and _local_name(element) == "siteinfo":
+            site = _site(element, root.get(_LANGUAGE, ""))
         elif event == "start" and _local_name(element) == "page":
             page = element
         elif event == "end" and _local_name(element) == "revision" and page is not None:
@@ -231,7 +293,7 @@ def _parse_pages(pieces: Iterable[bytes], path: Path) -> Iterator[WikiPage]:
             page[:] = [fields[name] for name in _PAGE_FIELDS if name in fields]
             size = 0
         elif event == "end" and _local_name(element) == "page":
-            yield _page(element)
+            yield _page(element, site)
             size = 0
             root.clear()  # else the empty shells of millions of pages pile up
 
@@ -252,7 +314,17 @@ def _element_events(
     return cast(Iterator[tuple[str, ElementTree.Element]], parser.read_events())
 
 
-def _page(element: ElementTree.Element) -> WikiPage:
+def _site(element: ElementTree.Element, language: str) -> WikiSite:
+    fields = _children(element)
+    numbers = {
+        (name.text or "").replace("_", " ").lower(): int(name.get("key", "0"))
+        for name in fields.get("namespaces", ())
+        if name.get("key", "0").lstrip("-").isdecimal()
+    }
+    return WikiSite(_text(fields.get("sitename")), language.lower() or ENGLISH_WIKI.language, numbers)
+
+
+def _page(element: ElementTree.Element, site: WikiSite) -> WikiPage:
     fields = _children(element)
     namespace = _text(fields.get("ns")) or "0"
     if not namespace.lstrip("-").isdecimal():
@@ -265,7 +337,13 @@ def _page(element: ElementTree.Element) -> WikiPage:
         namespace=int(namespace),
         is_redirect="redirect" in fields,
         markup=_text(revision.get("text")),
+        model=_text(revision.get("model")) or _model_of_format(_text(revision.get("format"))),
+        site=site,
     )
+
+
+def _model_of_format(format_name: str) -> str:
+    return _MODELS_OF_FORMATS.get(format_name, format_name)
 
 
 def _children(element: Iterable[ElementTree.Element]) -> dict[str, ElementTree.Element]:

@@ -14,13 +14,36 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike, fspath
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 
-from attention_rl_trainer.hub import HubUnreachableError
-from attention_rl_trainer.memories.articles import brackets, dumps, files, markup, templates
+from attention_rl_trainer.hub import HubUnreachableError, expect_writable_cache
+from attention_rl_trainer.memories.articles import (
+    arguments,
+    brackets,
+    dumps,
+    files,
+    languages,
+    leftovers,
+    literal,
+    markup,
+    measures,
+    sites,
+    tags,
+    template_names,
+    templates,
+)
+from attention_rl_trainer.memories.articles.formats import (
+    DUMP_FORMAT,
+    format_of,
+    no_known_format,
+    unknown_format,
+    warn_of_unknown,
+)
+from attention_rl_trainer.memories.articles.paths import are_taken_otherwise, existing_path, files_by_split
 from attention_rl_trainer.memories.articles.wikipedia import (
     OFFLINE,
     SCRIPT_WIKIPEDIA,
@@ -35,22 +58,13 @@ from attention_rl_trainer.memories.articles.wikipedia import (
 MAX_CACHED_DUMP_BYTES = 256 * 2**20
 """A MediaWiki dump larger than this streams by default: to read all of it first would take hours."""
 
-_DUMP_FORMAT = "MediaWiki dump"
 _DUMP_SPLIT = "train"
-_FORMATS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".xml": _DUMP_FORMAT,
-}
-_COMPRESSIONS = {"json": ".gz", _DUMP_FORMAT: ".bz2"}
-_KNOWN_FORMATS = (
-    "Parquet (.parquet), JSON Lines (.jsonl, .json, .ndjson, each also with .gz), text (.txt, one article per file) "
-    "and MediaWiki dumps (.xml, .xml.bz2)"
-)
-_LIBRARY_FILES = frozenset({"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"})
+_RULES = (
+    arguments, brackets, dumps, files, languages, leftovers, literal, markup, measures, sites, tags, template_names,
+    templates,
+)  # fmt: skip
+"""Modules on which the rows of a dump depend."""
+_LIBRARY_FILES = frozenset({"README.md", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"})
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?", re.ASCII)
 _BREAKS = frozenset({dumps.BROKEN_DUMP, files.BROKEN_ROW, files.BROKEN_FILE})
 _NUM_NAMED_BREAKS = 10
@@ -63,7 +77,7 @@ _logger = logging.getLogger(__name__)
 
 
 def load_articles(
-    name_or_path: str,
+    name_or_path: str | PathLike[str],
     config_name: str | None = None,
     split: str = "train",
     streaming: bool | None = None,
@@ -73,8 +87,8 @@ def load_articles(
 
     Args:
         name_or_path: ``"offline"`` for the articles that come with the ``offline`` extra, a data set of the Hub such as
-            ``"wikimedia/wikipedia"``, or a file or folder (Parquet, JSON Lines, text, MediaWiki dump). A file or folder
-            that is called like one of these names is written with ``./`` before it.
+            ``"wikimedia/wikipedia"``, or a file or folder (Parquet, JSON Lines, text, MediaWiki dump), whatever signs
+            are in its name. One that is called like one of these names is written with ``./`` before it.
         config_name: configuration of a data set of the Hub, or of a folder laid out as one; for Wikipedia by default
             ``"20231101.en"``.
         split: a split, or a slice of it such as ``"train[:60]"`` (of rows, those without an article included). A single
@@ -85,34 +99,52 @@ def load_articles(
     Returns:
         A table with ``text_column``, and ``title`` where the source has titles; its ``info.dataset_name`` is
         ``name_or_path``. The rows of a MediaWiki dump also have ``skip_reason``: "" for an article, else a reason of
-        `dumps.article_row` or "broken_dump", and an empty text. So has what stands for an unreadable part of another
-        file: "broken_row" for each line or row, "broken_file" for the rest of a file. Of a damaged file the columns
-        ``title`` and ``text_column`` are read alone unless it streams.
+        `dumps.article_row` or "broken_dump", and an empty text; and ``lost_templates``, see `dumps.ArticleRow`. What
+        stands for an unreadable part of another file has a ``skip_reason`` too: "broken_row" for each line or row,
+        "broken_file" for the rest of a file. Of a damaged file the columns ``title`` and ``text_column`` are read alone
+        unless it streams.
 
     Raises:
         FileNotFoundError: there is no such file or folder, nor a data set of that name on the Hub.
         HubUnreachableError: the source is on the Hub, not in the local cache, and the Hub cannot be reached.
         ImportError: ``"offline"`` is asked for, and gensim's wheel is not installed.
+        UnwritableCacheError: the cache folder cannot be written.
         BrokenDumpError: a MediaWiki dump holds no page that can be read.
-        ValueError: the format is not known, or the data set is made by a script, or has no such column or split, or no
-            row of it can be read.
+        ValueError: the name is empty, the format is not known, or the data set is made by a script, or has no such
+            column or split, or no row of it can be read.
 
     Warns:
-        UserWarning: part of a file cannot be read; names the file, the place and what is wrong. Where the source
-            streams, this is logged instead, when the place is reached.
+        UserWarning: a folder holds files of an unknown format, which are passed over and named; or part of a file
+            cannot be read: names the file, the place and what is wrong. Where the source streams, the latter is logged
+            instead, when the place is reached.
     """
-    if name_or_path == OFFLINE:
-        _check_no_config(name_or_path, config_name)
+    name = _checked_name(name_or_path, split)
+    # What streams has its locks there.
+    expect_writable_cache(datasets.config.HF_DATASETS_CACHE, "HF_DATASETS_CACHE")
+    if name == OFFLINE:
+        _check_no_config(name, config_name)
         table = _load_dumps([embedded_dump()], split, streaming)
-    elif (path := Path(name_or_path).expanduser()).exists() and name_or_path not in (WIKIPEDIA, SCRIPT_WIKIPEDIA):
+    elif name not in (WIKIPEDIA, SCRIPT_WIKIPEDIA) and (path := existing_path(name)) is not None:
         table = _load_path(path, config_name, split, streaming, text_column)
     else:
-        _check_hub_name(name_or_path)
-        table = load_from_hub(name_or_path, config_name, split, streaming)
-    _check_columns(table, name_or_path, text_column)
+        _check_hub_name(name)
+        table = load_from_hub(name, config_name, split, streaming)
+    _check_columns(table, name, text_column)
     # A reader of files calls its data sets after itself ("generator", "json").
-    table.info.dataset_name = name_or_path
+    table.info.dataset_name = name
     return table
+
+
+def _checked_name(name_or_path: object, split: str) -> str:
+    name = fspath(name_or_path) if isinstance(name_or_path, PathLike) else name_or_path
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(
+            f"A source of articles is named by {OFFLINE!r}, a file or folder, or a data set of the Hub such as "
+            f"{WIKIPEDIA!r}; got {name!r}. The current folder is '.'."
+        )
+    if not _split_name(split):
+        raise ValueError(f"A split is a name such as 'train', or a slice such as 'train[:60]'; got {split!r}.")
+    return name
 
 
 def _check_no_config(name: str, config_name: str | None) -> None:
@@ -126,23 +158,22 @@ def _load_path(
     if path.suffix == ".py" or (path / f"{path.name}.py").is_file():
         raise script_error(str(path))
     paths, kind = _files_of_folder(path, split) if path.is_dir() else ([path], _format_of_file(path))
-    is_data_set = path.is_dir() and kind not in ("text", _DUMP_FORMAT)
+    is_data_set = path.is_dir() and kind not in ("text", DUMP_FORMAT)
     if not is_data_set:
         _check_no_config(str(path), config_name)
-    if kind == _DUMP_FORMAT:
+    if kind == DUMP_FORMAT:
         return _load_dumps(paths, split, streaming)
-    if is_data_set:
-        name, options = str(path), {}
-    else:
-        name, options = kind, _options_of_files(paths, kind, split)
     if streaming:
-        return _stream_files(_data_files(name, config_name, split, options), kind, split)
+        return _stream_files(_files_of_split(path, paths, is_data_set, config_name, split), kind, split)
+    reader, options = (str(path), {}) if is_data_set else (kind, _options_of_files(paths, kind, split))
     try:
-        return load_dataset(name, config_name, split, False, options)
+        if are_taken_otherwise([path, *paths]):
+            raise ValueError("its path would be taken for a pattern or an address")
+        return load_dataset(reader, config_name, split, False, options)
     except HubUnreachableError:
         raise
     except (ValueError, OSError, EOFError, pa.ArrowException) as error:
-        readable = _data_files(name, config_name, split, options)
+        readable = _files_of_split(path, paths, is_data_set, config_name, split)
         return _load_damaged_files(readable, kind, split, text_column, error)
 
 
@@ -157,9 +188,14 @@ def _split_name(split: str) -> str:
     return re.split(r"\W", split, maxsplit=1)[0]
 
 
-def _data_files(name: str, config_name: str | None, split: str, options: dict[str, object]) -> list[str]:
+def _files_of_split(path: Path, paths: list[Path], is_data_set: bool, config_name: str | None, split: str) -> list[str]:
     """Find the files of a split of local files, or of a folder laid out as a data set."""
-    by_split = datasets.load_dataset_builder(name, config_name, **options).config.data_files
+    if not is_data_set:
+        return [str(file) for file in paths]
+    if are_taken_otherwise([path, *paths]):
+        by_split = files_by_split(path, config_name)
+    else:
+        by_split = datasets.load_dataset_builder(str(path), config_name).config.data_files
     if _split_name(split) not in by_split:
         raise ValueError(f"Unknown split {split!r}; there are {', '.join(repr(str(name)) for name in by_split)}.")
     return [str(file) for file in by_split[_split_name(split)]]
@@ -174,7 +210,7 @@ def _stream_files(paths: list[str], kind: str, split: str) -> datasets.IterableD
 def _load_damaged_files(
     paths: list[str], kind: str, split: str, text_column: str, error: Exception
 ) -> datasets.Dataset:
-    """Read what can be read of files that `datasets` refuses."""
+    """Read what can be read of files that `datasets` refuses, or whose names it cannot take."""
     _logger.warning("%s is read row by row, because it cannot be read at once: %s", ", ".join(paths), error)
     _check_columns(_stream_files(paths, kind, _split_name(split)), ", ".join(paths), text_column)
     arguments = {"paths": tuple(paths), "kind": kind, "text_column": text_column}
@@ -182,38 +218,33 @@ def _load_damaged_files(
     return _generate(files.article_rows, columns, arguments, [Path(path) for path in paths], split)
 
 
-def _format(path: Path) -> str | None:
-    """Recognize the format of a file by its name, or return None."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in _FORMATS:
-        return _FORMATS[suffixes[-1]]
-    if len(suffixes) == 2 and suffixes[0] in _FORMATS:
-        kind = _FORMATS[suffixes[0]]
-        return kind if _COMPRESSIONS.get(kind) == suffixes[1] else None
-    return None
-
-
 def _format_of_file(path: Path) -> str:
-    kind = _format(path)
+    kind = format_of(path)
     if kind is None:
-        raise ValueError(f"{str(path)!r} is not of a known format; known are {_KNOWN_FORMATS}.")
+        raise unknown_format(path)
     return kind
 
 
 def _files_of_folder(folder: Path, split: str) -> tuple[list[Path], str]:
     """Find the files of the one format a folder holds; of its sub-folder called like the split, if there is one."""
-    root = folder / split if (folder / split).is_dir() else folder
+    part = folder / _split_name(split)
+    root = part if part.is_dir() else folder
     by_format: dict[str, list[Path]] = {}
+    unknown: list[Path] = []
     for file in sorted(root.rglob("*")):
         hidden = any(part.startswith((".", "_")) for part in file.relative_to(root).parts)
-        kind = _format(file)
-        if kind is not None and file.is_file() and not hidden and file.name not in _LIBRARY_FILES:
+        if not file.is_file() or hidden or file.name in _LIBRARY_FILES:
+            continue
+        if (kind := format_of(file)) is None:
+            unknown.append(file)
+        else:
             by_format.setdefault(kind, []).append(file)
     if not by_format:
-        raise ValueError(f"The folder {str(folder)!r} holds no file of a known format; known are {_KNOWN_FORMATS}.")
+        raise no_known_format(folder, unknown)
     if len(by_format) > 1:
         counts = ", ".join(f"{len(files)} of {kind}" for kind, files in sorted(by_format.items()))
         raise ValueError(f"The folder {str(folder)!r} mixes formats ({counts}); give a folder or file of one format.")
+    warn_of_unknown(folder, unknown)
     kind, files = by_format.popitem()
     return files, kind
 
@@ -222,8 +253,7 @@ def _load_dumps(paths: Sequence[Path], split: str, streaming: bool | None) -> Ar
     if _split_name(split) != _DUMP_SPLIT or "+" in split:
         raise ValueError(f"A MediaWiki dump has one split, 'train', of which a slice can be taken; got {split!r}.")
     _parse_slice(split)
-    for path in paths:
-        dumps.check_wiki_dump(path)
+    dumps.check_wiki_dumps(paths)
     arguments = {"paths": tuple(str(path.resolve()) for path in paths)}
     columns = {name: datasets.Value("string") for name in dumps.ArticleRow.__annotations__}
     if streaming is None:
@@ -231,7 +261,9 @@ def _load_dumps(paths: Sequence[Path], split: str, streaming: bool | None) -> Ar
     if streaming:
         if split != _DUMP_SPLIT:
             raise ValueError(_NO_SLICE_OF_A_STREAM.format(split=split, name=_DUMP_SPLIT))
-        return datasets.IterableDataset.from_generator(dumps.article_rows, datasets.Features(columns), arguments)
+        return datasets.IterableDataset.from_generator(
+            dumps.streamed_article_rows, datasets.Features(columns), arguments
+        )
     return _generate(dumps.article_rows, columns, arguments, paths, split)
 
 
@@ -248,6 +280,8 @@ def _generate(
         rows, datasets.Features(columns), gen_kwargs=dict(arguments), fingerprint=_state_of_files(paths, arguments)
     )
     _warn_of_breaks(table)
+    if "lost_templates" in table.column_names:
+        dumps.report_lost_templates(table["lost_templates"])
     if part is None:
         return table
     (chosen,) = part.to_absolute({_split_name(split): len(table)})
@@ -273,7 +307,7 @@ def _state_of_files(paths: Sequence[Path], arguments: Mapping[str, object]) -> s
     for path in paths:
         status = path.stat()
         state.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    for module in (brackets, dumps, files, markup, templates):
+    for module in _RULES:
         state.update(inspect.getsource(module).encode())
     return state.hexdigest()[:32]
 
@@ -292,7 +326,7 @@ def _warn_of_breaks(table: datasets.Dataset) -> None:
 
 def _check_hub_name(name: str) -> None:
     """Refuse a mistyped path, which cannot be the name of a data set."""
-    if _HUB_NAME.fullmatch(name) is None or _format(Path(name)) is not None:
+    if _HUB_NAME.fullmatch(name) is None or format_of(Path(name)) is not None:
         raise FileNotFoundError(
             f"There is no file or folder {name!r}. A source is {OFFLINE!r}, an existing file or folder, or a data set "
             f"of the Hub such as {WIKIPEDIA!r}."

@@ -1,187 +1,244 @@
 """From a template inside a sentence of a wiki page to the words it stands for.
 
 Most templates are boxes, notices and references, and leave nothing; a measure, a date, a fraction, a character or a
-quotation is part of its sentence.
+quotation is part of its sentence. What is neither known to leave nothing nor known by its words is lost, and said to
+be. The names are those of the English Wikipedia.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from collections.abc import Callable
 
 from mwparserfromhell.nodes import Template
-from mwparserfromhell.wikicode import Wikicode
 
-Render: TypeAlias = Callable[[Wikicode | None], str]
+from attention_rl_trainer.memories.articles import measures
+from attention_rl_trainer.memories.articles.arguments import Arguments, Render
+from attention_rl_trainer.memories.articles.literal import GONE, LIST_ITEM, RAISED, shield
+from attention_rl_trainer.memories.articles.sites import WikiSite
+from attention_rl_trainer.memories.articles.template_names import (
+    BLOCK_ARGUMENT,
+    CHARACTERS,
+    ENCLOSED,
+    INLINE_LISTS,
+    LAST_ARGUMENT,
+    LINES,
+    MONEY,
+    MUSIC,
+    PRINTED_ARGUMENT,
+    SHIPS,
+    prints_nothing,
+)
 
-_PUNCTUATION_TEMPLATES = {
-    "'": "'",
-    "'s": "'s",
-    "!": "|",
-    "=": "=",
-    "–": "–",
-    "—": "—",
-    "·": " · ",
-    "dot": " · ",
-    "emdash": "—",
-    "em dash": "—",
-    "en dash": "–",
-    "endash": "–",
-    "mdash": "—",
-    "nbsp": " ",
-    "ndash": "–",
-    "okina": "ʻ",
-    "pipe": "|",
-    "spaced en dash": " – ",
-    "spaced ndash": " – ",
-    "snd": " – ",
-    "spaces": " ",
-    "space": " ",
-    "thinsp": " ",
+_MONTH_AND_YEAR = re.compile(r"(?:[^\W\d_]+ )?\d{4}")
+
+
+def render_template(template: Template, render: Render, lose: Callable[[str], str], site: WikiSite) -> str:
+    """Return the words that a template stands for.
+
+    Args:
+        render: turns an argument into text.
+        lose: makes the mark that stands for the words of a template, by its name, that are not known.
+
+    Returns:
+        The words, `GONE` where there are none, or a mark of ``lose``.
+    """
+    arguments = Arguments(template, render)
+    name = site.template_name(render(template.name).strip())
+    words = _words(name, arguments, site)
+    if words is not None:
+        return words or GONE
+    if prints_nothing(name) or _MONTH_AND_YEAR.fullmatch(arguments.get("date")):
+        # Notes of editors, whatever they are called, say when they were made.
+        return GONE
+    return lose(name)
+
+
+def _words(name: str, arguments: Arguments, site: WikiSite) -> str | None:
+    """Return what a template prints, or None where that is not known."""
+    if ":" in name and (printed := _function(name, arguments, site)) is not None:
+        return printed
+    if name in _WORDS:
+        return _WORDS[name](arguments)
+    if name in CHARACTERS and (arguments.are_none or CHARACTERS[name].isspace()):
+        return shield(CHARACTERS[name])
+    if arguments.are_none:
+        # Names are compared in small letters, and {{ESP}} is a country.
+        return None
+    if name.startswith(("lang-", "script/")):
+        return arguments.get(1, "text")
+    if name in LAST_ARGUMENT:
+        return arguments.get("text") or "".join([*arguments.positional()][-1:])
+    if name in MONEY:
+        return measures.money(MONEY[name], arguments)
+    if name in SHIPS:
+        return f"{name.upper()} {arguments.get(1)}".strip()
+    if name in ENCLOSED:
+        before, after = ENCLOSED[name]
+        inside = ", ".join(arguments.positional())
+        return f"{shield(before)}{inside}{shield(after)}" if inside.strip(GONE) else ""
+    if name in INLINE_LISTS:
+        return INLINE_LISTS[name].join(part for part in arguments.positional() if part)
+    return _blocks(name, arguments)
+
+
+def _blocks(name: str, arguments: Arguments) -> str | None:
+    if name in PRINTED_ARGUMENT:
+        return arguments.get(PRINTED_ARGUMENT[name], "text")
+    if name in BLOCK_ARGUMENT:
+        return f"\n{text}\n" if (text := arguments.get(BLOCK_ARGUMENT[name], "text", "quote")) else ""
+    if name in LINES:
+        return "".join(f"\n{LIST_ITEM}{item}" for item in arguments.positional() if item) + "\n"
+    return None
+
+
+def _function(name: str, arguments: Arguments, site: WikiSite) -> str | None:
+    """Print a function of the parser, such as {{formatnum:18}}, whose first argument is part of its name."""
+    function, _, _ = name.partition(":")
+    if function not in _FUNCTIONS:
+        return None
+    text = arguments.name.partition(":")[2].strip()
+    return _FUNCTIONS[function](text, arguments, site)
+
+
+_FUNCTIONS: dict[str, Callable[[str, Arguments, WikiSite], str]] = {
+    "formatnum": lambda text, more, site: measures.grouped(text, more.get(1), site.is_english),
+    "lc": lambda text, more, site: text.lower(),
+    "lcfirst": lambda text, more, site: text[:1].lower() + text[1:],
+    "uc": lambda text, more, site: text.upper(),
+    "ucfirst": lambda text, more, site: text[:1].upper() + text[1:],
+    "nowiki": lambda text, more, site: text,
 }
-"""Templates that print nothing but a character."""
-
-_PRINTED_ARGUMENT = {
-    "abbr": 1,
-    "angbr": 1,
-    "big": 1,
-    "blockquote": 1,
-    "bquote": 1,
-    "cquote": 1,
-    "em": 1,
-    "flag": 1,
-    "flagcountry": 1,
-    "formatnum": 1,
-    "ill": 1,
-    "interlanguage link": 1,
-    "keypress": 1,
-    "lang": 2,
-    "linktext": 1,
-    "mono": 1,
-    "mvar": 1,
-    "nastaliq": 1,
-    "nobold": 1,
-    "noitalic": 1,
-    "nihongo": 1,
-    "nowrap": 1,
-    "quote": 1,
-    "quotation": 1,
-    "rtl-lang": 2,
-    "sc": 1,
-    "script": 2,
-    "small": 1,
-    "smallcaps": 1,
-    "smaller": 1,
-    "strong": 1,
-    "sub": 1,
-    "tooltip": 1,
-    "transl": 2,
-    "transliteration": 2,
-    "unicode": 1,
-    "visible anchor": 1,
-    "vanchor": 1,
-}
-"""Templates that print one of their arguments, and its number."""
-
-
-def render_template(template: Template, render: Render) -> str:
-    """Return the words that a template stands for, or "" where it is not a part of a sentence."""
-    arguments = _Arguments(template, render)
-    name = " ".join(str(template.name).replace("_", " ").split()).lower()
-    if name in _PUNCTUATION_TEMPLATES:
-        return _PUNCTUATION_TEMPLATES[name]
-    if name in _WORDS_OF_TEMPLATES:
-        return _WORDS_OF_TEMPLATES[name](arguments)
-    if name.startswith("lang-"):
-        return arguments.get(1)
-    if name in _PRINTED_ARGUMENT:
-        return arguments.get(_PRINTED_ARGUMENT[name]) or arguments.get("text")
-    return ""
 
 
 def raised(contents: str) -> str:
     """Keep an exponent apart from the number before it: 10 with a raised 6 is not 106."""
-    return f"^{contents}" if re.fullmatch(r"[-+−]?\d+", contents.strip()) else contents
+    return f"{RAISED}{contents}" if re.fullmatch(r"[-+−]?\d+", contents.strip()) else contents
 
 
-class _Arguments:
-    """The arguments of a template as text; each is rendered when it is asked for, since most are not."""
-
-    def __init__(self, template: Template, render: Render) -> None:
-        self._template = template
-        self._render = render
-
-    def get(self, name: int | str) -> str:
-        return self._render(self._template.get(name).value).strip() if self._template.has(str(name)) else ""
-
-    def positional(self) -> Iterator[str]:
-        number = 1
-        while self._template.has(str(number)):
-            yield self.get(number)
-            number += 1
+def _circa(arguments: Arguments) -> str:
+    first, last = arguments.get(1), arguments.get(2)
+    return f"c. {first} – c. {last}" if last else f"c. {first}"
 
 
-def _measure(arguments: _Arguments) -> str:
-    """Print the value and unit of {{convert|5|to|6|km|mi}}, without the conversion."""
-    words = list(arguments.positional())
-    length = 4 if len(words) >= 4 and words[1] in _RANGE_WORDS else 2
-    if length == 4:
-        words[1] = _RANGE_WORDS[words[1]]
-    return " ".join(words[:length]).replace(" – ", "–")
+def _sic(arguments: Arguments) -> str:
+    """Print {{sic|wo|rd}} as "word [sic]", and with ``hide`` as "word"."""
+    words = "".join(arguments.positional())
+    return words if arguments.is_on("hide") else f"{words} {shield('[sic]')}".strip()
 
 
-_RANGE_WORDS = {
-    "-": "–",
-    "–": "–",
-    "to": "to",
-    "and": "and",
-    "or": "or",
-    "by": "by",
-    "x": "by",
-    "*": "by",
-    "to(-)": "to",
-}
+def _link_elsewhere(arguments: Arguments) -> str:
+    return arguments.get("lt", 1, "en")
 
 
-def _date(arguments: _Arguments) -> str:
-    """Print {{start date|1969|7|16}} as 1969-07-16."""
-    numbers = [word for word in arguments.positional() if word.isdigit()][:3]
-    return "-".join(number.zfill(2) for number in numbers)
+def _nihongo(arguments: Arguments) -> str:
+    """Print {{nihongo|Tokyo|東京|Tōkyō}} as "Tokyo (東京, Tōkyō)"."""
+    others = ", ".join(part for part in (arguments.get(2), arguments.get(3)) if part)
+    return f"{arguments.get(1)} ({others})".strip() if others else arguments.get(1)
 
 
-def _fraction(arguments: _Arguments) -> str:
-    """Print {{frac|1|2}} as 1/2 and {{frac|3|1|2}} as 3 1/2."""
-    parts = [part for part in arguments.positional() if part]
-    if len(parts) == 3:
-        return f"{parts[0]} {parts[1]}/{parts[2]}"
-    return "/".join(parts if len(parts) == 2 else ["1", *parts])
+def _chinese(arguments: Arguments) -> str:
+    forms = dict.fromkeys(arguments.get(name) for name in ("c", "s", "t", "p", "l", "1"))
+    return "; ".join(form for form in forms if form)
 
 
-def _value(arguments: _Arguments) -> str:
-    """Print {{val|1.5|e=6|u=m/s}} as 1.5 x 10^6 m/s."""
-    exponent = arguments.get("e")
-    power = f" × 10^{exponent}" if exponent else ""
-    return f"{arguments.get(1)}{power} {arguments.get('u') or arguments.get('ul')}".strip()
+def _ship(arguments: Arguments) -> str:
+    return " ".join(part for part in list(arguments.positional())[:2] if part)
 
 
-_WORDS_OF_TEMPLATES: dict[str, Callable[[_Arguments], str]] = {
-    "as of": lambda t: f"As of {_date(t)}",
-    "birth date": _date,
-    "c.": lambda t: f"c. {t.get(1)}",
-    "chem": lambda t: "".join(t.positional()),
-    "chem2": lambda t: "".join(t.positional()),
-    "circa": lambda t: f"c. {t.get(1)}",
-    "convert": _measure,
-    "cvt": _measure,
-    "frac": _fraction,
-    "fraction": _fraction,
+def _ship_class(arguments: Arguments) -> str:
+    """Print {{sclass|Nimitz|aircraft carrier}} as "Nimitz-class aircraft carrier"."""
+    return f"{arguments.get(1)}-class {arguments.get(2)}".strip()
+
+
+def _harvard(arguments: Arguments) -> str | None:
+    """Print {{harvtxt|Smith|Roe|1990}} as "Smith & Roe (1990)"."""
+    *names, year = [*arguments.positional()] or [""]
+    return f"{' & '.join(names)} ({year})" if names else None
+
+
+def _bible(arguments: Arguments) -> str:
+    return " ".join(part for part in [*arguments.positional()][:2] if part)
+
+
+def _section_link(arguments: Arguments) -> str:
+    page, *sections = [*arguments.positional()] or [""]
+    return " ".join([page, *(f"§ {section}" for section in sections if section)]).strip()
+
+
+def _chemical(arguments: Arguments) -> str:
+    return "".join(arguments.positional())
+
+
+def _reign(arguments: Arguments) -> str:
+    return "r. " + "–".join(part for part in arguments.positional() if part)
+
+
+def _sub_and_super(arguments: Arguments) -> str:
+    """Print {{subsup|x|1|2}} as "x1" with a raised 2."""
+    base, below, above = [*arguments.positional(), "", "", ""][:3]
+    return f"{base}{below}{raised(above)}"
+
+
+def _address(arguments: Arguments) -> str:
+    """Print the words of an address, as of a link; an address without words is left out."""
+    return arguments.get(2)
+
+
+_WORDS: dict[str, Callable[[Arguments], str | None]] = {
+    "as of": measures.as_of,
+    "bibleref": _bible,
+    "bibleref2": _bible,
+    "bibleverse": _bible,
+    "birth date": measures.date,
+    "c.": _circa,
+    "ca.": _circa,
+    "chem": _chemical,
+    "circa": _circa,
+    "convert": measures.measure,
+    "currency": lambda t: measures.money(MONEY.get((t.get(2) or "usd").lower(), ""), t) if t.get(1) else None,
+    "cvt": measures.measure,
+    "death date": measures.date,
+    "end date": measures.date,
+    "frac": measures.fraction,
+    "fraction": measures.fraction,
+    "gaps": measures.gaps,
+    "harvtxt": _harvard,
+    "height": measures.height,
+    "ill": _link_elsewhere,
+    "illm": _link_elsewhere,
+    "inrconvert": measures.rupees,
+    "interlanguage link": _link_elsewhere,
+    "interlanguage link multi": _link_elsewhere,
+    "lang-zh": _chinese,
     "math": lambda t: t.get(1),
-    "ship": lambda t: " ".join(part for part in list(t.positional())[:2] if part),
-    "sfrac": _fraction,
-    "start date": _date,
+    "music": lambda t: MUSIC.get(t.get(1).lower()) or None,
+    "nihongo": _nihongo,
+    "nihongo2": lambda t: t.get(1),
+    "nihongo3": lambda t: t.get(1),
+    "nts": lambda t: t.get(1),
+    "nuclide": measures.nuclide,
+    "nuclide2": measures.nuclide,
+    "oldstyledate": measures.old_style_date,
+    "oldstyledatedy": measures.old_style_date,
+    "ord": measures.ordinal,
+    "ordinal": measures.ordinal,
+    "railgauge": measures.gauge,
+    "reign": _reign,
+    "sclass": _ship_class,
+    "sclass2": _ship_class,
+    "section link": _section_link,
+    "sfrac": measures.fraction,
+    "ship": _ship,
+    "sic": _sic,
+    "slink": _section_link,
+    "start date": measures.date,
+    "subsup": _sub_and_super,
+    "su": lambda t: f"{t.get('b')}{raised(t.get('p'))}",
     "sup": lambda t: raised(t.get(1)),
-    "uss": lambda t: f"USS {t.get(1)}",
-    "val": _value,
+    "track gauge": measures.gauge,
+    "url": _address,
+    "val": measures.value,
+    "zh": _chinese,
 }
-"""Templates that stand for words inside a sentence, and how each is printed."""
+"""Templates that stand for words inside a sentence, and how each is printed; None is for words that are not known."""

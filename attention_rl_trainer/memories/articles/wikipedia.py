@@ -6,6 +6,7 @@ the Hub cannot be reached.
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import logging
 import warnings
@@ -16,8 +17,9 @@ import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.cache.cache import Cache
+from huggingface_hub import constants
 
-from attention_rl_trainer.hub import HubUnreachableError, hub_obstacle
+from attention_rl_trainer.hub import HubUnreachableError, expect_writable_cache, hub_obstacle
 
 ArticleTable: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -56,6 +58,7 @@ def load_from_hub(name: str, config_name: str | None, split: str, streaming: boo
     Raises:
         FileNotFoundError: the Hub has no such data set.
         HubUnreachableError: it is not in the cache either.
+        UnwritableCacheError: what the Hub sends cannot be kept.
         ValueError: as in `load_dataset`.
     """
     if name == SCRIPT_WIKIPEDIA:
@@ -70,6 +73,7 @@ def load_from_hub(name: str, config_name: str | None, split: str, streaming: boo
         streaming = True if streaming is None else streaming
     obstacle = hub_obstacle()
     if obstacle is None:
+        expect_writable_cache(constants.HF_HUB_CACHE, "HF_HUB_CACHE")
         return load_dataset(name, config_name, split, bool(streaming), {})
     if not _is_prepared(name, config_name):
         raise _unreachable(name, obstacle)
@@ -110,7 +114,8 @@ def _is_prepared(name: str, config_name: str | None) -> bool:
     """Whether `datasets` has prepared a Hub data set in its cache before."""
     *namespace, last = name.split("/")
     folder = Path(datasets.config.HF_DATASETS_CACHE, "___".join([*namespace, camelcase_to_snakecase(last)]))
-    return any(entry.is_dir() for entry in folder.glob(f"{config_name or '*'}/*/*"))
+    config = "*" if config_name is None else glob.escape(config_name)
+    return any(entry.is_dir() for entry in folder.glob(f"{config}/*/*"))
 
 
 def _unreachable(name: str, obstacle: str) -> HubUnreachableError:
