@@ -21,6 +21,15 @@ from transformers.trainer_utils import SaveStrategy
 
 from attention_rl_trainer.evaluation.evaluate import EvaluationOptions
 from attention_rl_trainer.hub import without_credentials
+from attention_rl_trainer.inherited import (
+    NewerOptions,
+    check_inherited_options,
+    expect_optimization,
+    expect_plain_loaders,
+    mirror_newer_options,
+    must_stay,
+    pass_on_newer_options,
+)
 from attention_rl_trainer.memories.loading import ReadingOptions
 from attention_rl_trainer.models.policy import PolicyOptions
 from attention_rl_trainer.options import Count, Positive, option
@@ -65,13 +74,15 @@ class AttentionGuidedRLConfig(
     SelectionOptions,
     PolicyOptions,
     ReadingOptions,
+    NewerOptions,
     TrainingArguments,
 ):
     """Options of `AttentionGuidedRLTrainer`: those of every room, those of a run, and the Trainer's.
 
     The number of optimizer steps follows from ``num_episodes``, and the moments of saving from ``save_episodes``; the
     Trainer's ``max_steps``, ``num_train_epochs``, ``save_steps`` and ``per_device_train_batch_size`` are refused beside
-    them. Each field's meaning is in its ``help``.
+    them. Each field's meaning is in its ``help``; what becomes of those inherited from `TrainingArguments` is in
+    docs/training_arguments.md.
 
     Raises:
         ValueError: an option is out of range, or two contradict each other; names the option, its value and the range.
@@ -89,23 +100,22 @@ class AttentionGuidedRLConfig(
     lr_scheduler_type: str = option("constant", "Learning rate schedule; held constant here.")
     optim: str = option("adamw_bnb_8bit", "Optimizer; 'adamw_torch' is taken where bitsandbytes is missing.")
     logging_steps: float = option(1, "Log every so many steps.")
-    logging_nan_inf_filter: bool = option(
-        False, "Must stay false: a non-finite loss is an error here, not a 0 in the log."
-    )
-    remove_unused_columns: bool = option(False, "Must stay false: columns are read by name.")
-    ignore_data_skip: bool = option(True, "Must stay true: resuming seeks to the stored position instead of replaying.")
-    save_strategy: SaveStrategy | str = option(
-        "no", "Must stay 'no': save_episodes decides when a checkpoint is written."
-    )
+    logging_nan_inf_filter: bool = option(False, must_stay("logging_nan_inf_filter"))
+    remove_unused_columns: bool = option(False, must_stay("remove_unused_columns"))
+    ignore_data_skip: bool = option(True, must_stay("ignore_data_skip"))
+    save_strategy: SaveStrategy | str = option("no", must_stay("save_strategy"))
 
     def __post_init__(self) -> None:
         """Check every option and derive the Trainer's own."""
         self.check_options()
-        self._refuse_derived_options()
-        self._refuse_unsupported_options()
+        check_inherited_options(self)
         self._resolve_optimizer()
         self._parse_model_init_kwargs()
+        pass_on_newer_options(self)
         TrainingArguments.__post_init__(self)  # type: ignore[no-untyped-call]  # transformers does not annotate it
+        mirror_newer_options(self)
+        expect_plain_loaders(self)
+        expect_optimization(self, math.ceil(self.num_episodes / self.episodes_per_step))
 
     @classmethod
     def for_model(cls, model: str | PreTrainedModel | PeftModel) -> Self:
@@ -157,55 +167,6 @@ class AttentionGuidedRLConfig(
         super().__init_subclass__(**kwargs)
         if "__repr__" not in cls.__dict__:
             cls.__repr__ = AttentionGuidedRLConfig.__str__  # type: ignore[assignment, method-assign]
-
-    def _refuse_derived_options(self) -> None:
-        derived = {
-            "max_steps": (-1, "num_episodes"),
-            "num_train_epochs": (3.0, "num_episodes"),
-            "save_steps": (500, "save_episodes"),
-            "per_device_train_batch_size": (8, "generation_batch_size"),
-        }
-        for name, (default, instead) in derived.items():
-            if getattr(self, name) != default:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, but it follows from {instead} ({getattr(self, instead)}): a run "
-                    f"is counted in episodes, not in optimizer steps. Set {instead} alone"
-                )
-        fixed = {"save_strategy": "no", "logging_nan_inf_filter": False, "remove_unused_columns": False}
-        for name, value in {**fixed, "ignore_data_skip": True}.items():
-            if getattr(self, name) != value:
-                reason = self.__dataclass_fields__[name].metadata["help"]
-                raise ValueError(f"{name} must stay {value!r}, got {getattr(self, name)!r}: {reason}")
-
-    def _refuse_unsupported_options(self) -> None:
-        own_precision = (
-            "the rollout and the update must compute alike, so precision is that of the weights; "
-            "set model_init_kwargs={'dtype': 'bfloat16'} instead"
-        )
-        unsupported = {
-            "bf16": own_precision,
-            "fp16": own_precision,
-            "bf16_full_eval": own_precision,
-            "fp16_full_eval": own_precision,
-            "auto_find_batch_size": "a retried step would count its episodes twice; lower generation_batch_size",
-            "enable_jit_checkpoint": "SIGTERM writes a checkpoint anyway",
-            "load_best_model_at_end": "a checkpoint is written by save_episodes, not at evaluations",
-            "torch_compile": "the cache's growing length makes it compile again and again, for no gain where it was "
-            "measured (docs/benchmarks.md)",
-        }
-        for name, reason in unsupported.items():
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported: {reason}")
-        if self.metric_for_best_model is not None and self.save_total_limit is not None:
-            raise ValueError(
-                f"save_total_limit is {self.save_total_limit} beside metric_for_best_model, but checkpoints are "
-                "written by save_episodes, not at the best evaluation, and removed by age; leave save_total_limit out"
-            )
-        if self.dataloader_num_workers not in (0, 1):
-            raise ValueError(
-                f"dataloader_num_workers must be 0 or 1, got {self.dataloader_num_workers}: the articles are one "
-                "stream in a fixed order"
-            )
 
     def _resolve_optimizer(self) -> None:
         if ("bnb" in self.optim or "8bit" in self.optim) and importlib.util.find_spec("bitsandbytes") is None:

@@ -10,25 +10,26 @@ import functools
 import inspect
 import math
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class AtLeast:
-    """A finite number of at least ``minimum``."""
+    """A finite number of at least ``minimum`` and below ``maximum``."""
 
     minimum: float
-    maximum: ClassVar[float] = math.inf
+    maximum: float = math.inf
 
     def __str__(self) -> str:
-        return f"at least {self.minimum:g}"
+        return f"at least {self.minimum}" if math.isinf(self.maximum) else f"in [{self.minimum}, {self.maximum})"
 
     def admits(self, value: float) -> bool:
         """Whether a value is in the range."""
-        return self.minimum <= value < math.inf
+        return self.minimum <= value < self.maximum
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Options:
         """Check every option; a subclass with options that depend on each other extends this."""
         kind: type = type(self)
         for name, hint in _hints(kind).items():
-            _check(name, getattr(self, name), hint)
+            check_value(name, getattr(self, name), hint)
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
@@ -102,7 +103,12 @@ def _hints(kind: type) -> dict[str, Any]:
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
-def _check(name: str, value: Any, hint: Any) -> None:
+def check_value(name: str, value: Any, hint: Any) -> None:
+    """Check an option's value against a type, a range, a choice, or an enumeration by its values.
+
+    Raises:
+        ValueError: the value has another type or is out of range; names the option, the value and what is expected.
+    """
     or_none, ranges = "", []
     if get_origin(hint) in (Union, UnionType):
         arms = [arm for arm in get_args(hint) if arm is not NoneType]
@@ -112,9 +118,9 @@ def _check(name: str, value: Any, hint: Any) -> None:
         (hint,), or_none = arms, " or none"
     if get_origin(hint) is Annotated:
         hint, *ranges = get_args(hint)
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(hint)))}{or_none}, got {value!r}")
+    if (choices := _choices(hint)) is not None:
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}{or_none}, got {value!r}")
     elif not _is_of(hint, value):
         raise ValueError(f"{name} must be {_KINDS[hint]}{or_none}, got {value!r}")
     for allowed in ranges:
@@ -123,6 +129,12 @@ def _check(name: str, value: Any, hint: Any) -> None:
             raise ValueError(f"{name} must be {allowed}{finite}, got {value!r}")
     if hint is float and math.isnan(value):
         raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def _choices(hint: Any) -> list[Any] | None:
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return [member.value for member in hint]
+    return list(get_args(hint)) if get_origin(hint) is Literal else None
 
 
 def _is_of(kind: Any, value: Any) -> bool:

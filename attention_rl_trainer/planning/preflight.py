@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import math
 import platform
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, DynamoBackend
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -28,17 +31,21 @@ from attention_rl_trainer.planning.sizes import ModelShape, RunShape, WeightBits
 from attention_rl_trainer.rollout.environment import DifferentiableEnvironment, MemoryEnvironment
 from attention_rl_trainer.rollout.layout import Layout, Separators
 
+logger = logging.getLogger(__name__)
+
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
 def expect_usable_machine(args: AttentionGuidedRLConfig) -> None:
-    """Refuse several processes, a device without float64, and a folder that cannot be written.
+    """Refuse several processes, a device without float64, mixed precision, and a folder that cannot be written.
 
     Raises:
         ValueError: names which, and the way out.
     """
     expect_one_process(args.world_size, args.n_gpu)
     expect_double_precision(args.device)
+    # As the Trainer reads it from the launcher; it would ask accelerate for it, which wants packages for some.
+    expect_no_mixed_precision(args.mixed_precision)
     expect_writable(Path(str(args.output_dir)))
 
 
@@ -172,6 +179,27 @@ def expect_no_mixed_precision(mixed_precision: str) -> None:
         )
 
 
+def expect_plain_accelerator(accelerator: Accelerator) -> None:
+    """Refuse what an accelerator does to the update alone, wherever it comes from: an earlier one, too, sets its state.
+
+    Raises:
+        ValueError: it computes in mixed precision, compiles, or shares the model over processes.
+    """
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"accelerate shares the model over processes ({kind.value}), but the rollout needs it whole; launch with "
+            "accelerate launch --num_processes 1, without the options of a plugin"
+        )
+    expect_no_mixed_precision(accelerator.mixed_precision)
+    backend = accelerator.state.dynamo_plugin.backend
+    if backend != DynamoBackend.NO:
+        raise ValueError(
+            f"accelerate compiles the model with {backend.value}, but the rollout runs it as it is; launch with "
+            "--dynamo_backend no, and make no Accelerator with a dynamo_backend beside the trainer"
+        )
+
+
 def expect_fitting_vocabulary(max_token_id: int, embeddings: nn.Embedding) -> None:
     """Refuse a tokenizer whose ids the model cannot embed; ``max_token_id`` is the largest that text can turn into.
 
@@ -209,6 +237,13 @@ def memory_shortage(config: AttentionGuidedRLConfig, policy: PolicyModel, separa
     if free is None:
         return None
     return memory_warning(plan_memory(shape, run), int(free * 2**30), model_is_loaded=True)
+
+
+def warn_of_shortage(config: AttentionGuidedRLConfig, policy: PolicyModel, separators: Separators) -> None:
+    """Warn of what `memory_shortage` finds."""
+    shortage = memory_shortage(config, policy, separators)
+    if shortage is not None:
+        logger.warning("%s", shortage)
 
 
 def run_facts(

@@ -12,7 +12,7 @@ from by_hand import SHORT, SMALL, part_bytes
 from peft import PeftModel
 from tiny import adapted, tiny_gpt2, tiny_llama
 
-from attention_rl_trainer.models.causal_lm import dropout_disabled
+from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.planning.footprint import (
     GIBIBYTE,
     Phase,
@@ -36,7 +36,7 @@ def saved_bytes(model: PeftModel, token_ids: torch.Tensor) -> int:
             kept[storage.data_ptr()] = storage
         return tensor
 
-    with dropout_disabled(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with update_mode(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model.get_base_model().base_model(input_ids=token_ids, use_cache=False)
     assert output.last_hidden_state.requires_grad
     return sum(storage.nbytes() for storage in kept.values())

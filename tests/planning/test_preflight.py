@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from rich.console import Console
 from tiny import adapted, make_environment, tiny_config, tiny_gpt2, tiny_llama, tiny_trainer
@@ -24,6 +27,8 @@ from attention_rl_trainer.planning.preflight import (
     expect_log_prob,
     expect_no_mixed_precision,
     expect_one_process,
+    expect_plain_accelerator,
+    expect_usable_machine,
     expect_writable,
     memory_shortage,
     print_facts,
@@ -170,6 +175,58 @@ class TestWhatCannotWork:
         expect_no_mixed_precision("no")
         with pytest.raises(ValueError, match=r"^accelerate's mixed precision is 'bf16', .*--mixed_precision no"):
             expect_no_mixed_precision("bf16")
+
+    @pytest.mark.parametrize("kind", ["fp8", "fp16"])
+    def test_mixed_precision_of_the_launcher_is_refused_before_accelerate_asks_for_its_packages(
+        self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", kind)
+        with pytest.raises(ValueError, match=rf"^accelerate's mixed precision is '{kind}', .*--mixed_precision no"):
+            expect_usable_machine(tiny_config(tmp_path))
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"mixed_precision": "bf16"}, "^accelerate's mixed precision is 'bf16'"),
+            ({"dynamo_backend": "EAGER"}, "^accelerate compiles the model with EAGER, .*--dynamo_backend no"),
+            ({"dynamo_backend": "INDUCTOR"}, "^accelerate compiles the model with INDUCTOR"),
+        ],
+        ids=["bf16", "eager", "inductor"],
+    )
+    def test_what_an_accelerator_does_to_the_update_alone(self, settings: dict[str, Any], message: str) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            with pytest.raises(ValueError, match=message):
+                expect_plain_accelerator(Accelerator(cpu=True, **settings))
+            AcceleratorState._reset_state(reset_partial_state=True)
+            expect_plain_accelerator(Accelerator(cpu=True))
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+    @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+    def test_a_model_that_accelerate_shares(self, kind: str) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            accelerator = Accelerator(cpu=True)
+            # As the plugin would set it, which needs several processes or packages.
+            accelerator.state.distributed_type = DistributedType(kind)
+            with pytest.raises(ValueError, match=rf"^accelerate shares the model over processes \({kind}\)"):
+                expect_plain_accelerator(accelerator)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+    def test_an_accelerator_that_was_made_before_the_trainer(
+        self, tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        """Its state is the trainer's too."""
+        config = tiny_config(tmp_path)
+        try:
+            Accelerator(cpu=True, dynamo_backend="EAGER")
+            with pytest.raises(ValueError, match=r"^accelerate compiles the model with EAGER"):
+                AttentionGuidedRLTrainer(tiny_llama(), config, processing_class=tokenizer)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
     def test_ids_that_the_model_cannot_embed(self) -> None:
         embeddings = torch.nn.Embedding(10, 2)
