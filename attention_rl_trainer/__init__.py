@@ -23,10 +23,11 @@ if TYPE_CHECKING:
         split_key_values,
     )
     from attention_rl_trainer.memories.stream import Article, ArticleSource, ArticleStream, iter_wikipedia_articles
-    from attention_rl_trainer.models.attention import AttentionLayer, UnsupportedArchitectureError
+    from attention_rl_trainer.models.attention import AttentionLayer
     from attention_rl_trainer.models.base import load_base_model, load_tokenizer
     from attention_rl_trainer.models.choice import choose_base_model
     from attention_rl_trainer.models.key_vectors import extract_embeddings
+    from attention_rl_trainer.models.projections import UnsupportedArchitectureError
     from attention_rl_trainer.planning.footprint import memory_warning, plan_memory
     from attention_rl_trainer.planning.sizes import ModelShape, RunShape
     from attention_rl_trainer.planning.timing import plan_time
@@ -76,7 +77,7 @@ _MODULES = {
     "Trajectory": "types",
     "TrajectoryFilter": "update.filter",
     "TrajectoryStep": "types",
-    "UnsupportedArchitectureError": "models.attention",
+    "UnsupportedArchitectureError": "models.projections",
     "Verdict": "update.filter",
     "add_embeddings": "memories.pairs",
     "calculate_reward": "rollout.reward",

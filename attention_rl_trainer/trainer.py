@@ -5,10 +5,9 @@ What each of these computes is in the rooms below: `rollout`, `update`, `records
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,12 +24,15 @@ from attention_rl_trainer.durability.discovery import Fact
 from attention_rl_trainer.durability.states import Stateful
 from attention_rl_trainer.durability.trainer import DurableTrainer
 from attention_rl_trainer.errors import RunContext
-from attention_rl_trainer.evaluation.evaluate import evaluate
+from attention_rl_trainer.evaluation.evaluate import evaluate, expect_evaluable
 from attention_rl_trainer.evaluation.tables import folder_name
 from attention_rl_trainer.memories import Articles, ArticleStream, MemoryLoader, PlainTextEncoder
-from attention_rl_trainer.models import PolicyModel, add_adapter, with_tokenizer
-from attention_rl_trainer.models.causal_lm import dropout_disabled
+from attention_rl_trainer.memories.given import expect_data
+from attention_rl_trainer.models import PolicyModel, add_adapter, left_bare_on_failure, take_model, with_tokenizer
+from attention_rl_trainer.models.modes import update_mode
+from attention_rl_trainer.models.trial import expect_trainable
 from attention_rl_trainer.planning import preflight
+from attention_rl_trainer.planning.arguments import expect_arguments
 from attention_rl_trainer.records.console import EpisodeProgressCallback, without_trainers_bar
 from attention_rl_trainer.records.health import HealthLimits
 from attention_rl_trainer.records.identity import identity_facts, kind_of
@@ -40,9 +42,8 @@ from attention_rl_trainer.records.summary import REPORT_FOLDER
 from attention_rl_trainer.rollout import KVMemoryEnvironment, Layout, MemoryEnvironment, RewardFunction, Separators
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.update import KeptTrajectories, LossTerms, RewardFilter, TrajectoryFilter, Updater
+from attention_rl_trainer.update.agreement import RolloutAgreement
 from attention_rl_trainer.update.objective import compute_loss_terms
-
-logger = logging.getLogger(__name__)
 
 Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 
@@ -53,10 +54,10 @@ class AttentionGuidedRLTrainer(DurableTrainer):
     """Trains a language model to direct its own reading of articles.
 
     Args:
-        model: the base model, or its name: a Hub name, a folder, ``"offline"`` or ``"auto"``; or a PEFT model.
+        model: the base model, or its name: a Hub name, a folder, ``"offline"`` or ``"auto"``; or a PEFT model, whose
+            adapter is trained further. A base model is left as it was where the construction fails.
         args: options; by default those of `AttentionGuidedRLConfig` with a folder named after the model.
-        train_dataset: articles: a (streamed) `datasets` data set with a text column, or an `ArticleSource` such as a
-            list of rows.
+        train_dataset: articles: a `datasets` data set with a text column, or an `ArticleSource` such as a list of rows.
         eval_dataset: articles for `evaluate`.
         processing_class: the tokenizer; by default the base model's own. It must be a fast one.
         peft_config: the adapter; by default LoRA of rank 8, alpha 16 on all attention projections.
@@ -76,9 +77,10 @@ class AttentionGuidedRLTrainer(DurableTrainer):
     run_trace = RUN_CONFIG_NAME
     free_options = ("num_episodes",)
 
+    @left_bare_on_failure
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Path | PreTrainedModel | PeftModel,
         args: AttentionGuidedRLConfig | None = None,
         train_dataset: Articles | None = None,
         eval_dataset: Articles | dict[str, Articles] | None = None,
@@ -90,7 +92,11 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         reward_filter: TrajectoryFilter | None = None,
         optimizers: Optimizers = (None, None),
     ) -> None:
+        model = take_model(model, processing_class, peft_config)
+        parts = {"environment": environment, "reward_fn": reward_fn, "reward_filter": reward_filter}
+        expect_arguments(args, eval_dataset=eval_dataset, callbacks=callbacks, optimizers=optimizers, **parts)
         args = args or AttentionGuidedRLConfig.for_model(model)
+        expect_data(train_dataset, eval_dataset, args.dataset_text_column)
         preflight.expect_usable_machine(args)
         # The base class does this too, but only after the adapter has drawn its first weights.
         set_seed(args.seed)
@@ -108,45 +114,35 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         preflight.expect_log_prob(self.environment, args.selector_coef)
         preflight.expect_fitting(adapted, self.layout, self.encoder, args, with_orders=eval_dataset is not None)
         # Without the data: of a stream the base class wants to know the number of steps now, which `train` finds out.
-        super().__init__(
-            model=adapted,
-            args=args,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        taken = {"eval_dataset": eval_dataset, "callbacks": callbacks, "optimizers": optimizers}
+        super().__init__(adapted, args, processing_class=tokenizer, **taken)
         self.train_dataset = train_dataset
-        preflight.expect_no_mixed_precision(self.accelerator.mixed_precision)
+        preflight.expect_plain_accelerator(self.accelerator)
         # As the Trainer's option names its own.
         self._given_optimizer = None if optimizers[0] is None else type(optimizers[0]).__qualname__
         self.policy = PolicyModel.of(adapted, tokenizer, args)
-        self.sampler = TrajectorySampler(
-            self.policy, self.environment, self.separators, args, args.seed, reward_fn=reward_fn
-        )
+        sampled = self.policy, self.environment, self.separators
+        self.sampler = TrajectorySampler(*sampled, args, args.seed, reward_fn=reward_fn)
+        expect_trainable(self.policy, through_choice=args.selector_coef > 0)
         sizes = self.layout.sizes | {"vocabulary": self.policy.head.linear.weight.shape[0]}
         self.context = RunContext(self.policy.device, sizes, lambda: self.state.global_step + 1)
         self._first_filter_state = self.filter.state_dict()
         self.start_afresh()
         self.callback_handler.callbacks = without_trainers_bar(self.callback_handler.callbacks)
         every = args.log_trajectory_steps * args.episodes_per_step
-        bar = EpisodeProgressCallback(
-            args.num_episodes,
-            lambda: self.progress.num_episodes,
-            table_episodes=every or None,
-            latest_trajectory=(lambda: self.recorder.latest_row) if every else None,
-        )
-        self.add_callback(bar)
+        latest = (lambda: self.recorder.latest_row) if every else None
+        counts = args.num_episodes, lambda: self.progress.num_episodes
+        self.add_callback(EpisodeProgressCallback(*counts, table_episodes=every or None, latest_trajectory=latest))
 
     def start_afresh(self) -> None:
         """Forget the run before, but not what the model has learned in it."""
         args = self.args
         self.filter.load_state_dict(self._first_filter_state)
         self.progress = Progress(args.num_episodes)
-        self.recorder = Recorder(
-            self.output_dir, self.encoder, self.progress, HealthLimits.of(args, args, args), self.context
-        )
-        self.updater = Updater(self.policy.model, args, self.context, self.recorder.add_metrics)
+        limits = HealthLimits.of(args, args, args)
+        self.recorder = Recorder(self.output_dir, self.encoder, self.progress, limits, self.context)
+        self.updater = Updater(self.policy.model, args, self.context, self.recorder.add_update)
+        self.agreement = RolloutAgreement(self.policy, args.training_batch_size)
         self._stream: ArticleStream | None = None
         self._identity: dict[str, Fact] | None = None
 
@@ -163,16 +159,14 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         """Roll out a batch, judge it, and accumulate the gradient of what was kept.
 
         Args:
-            model: the model as the Trainer wrapped it.
             inputs: ``{"memories": MemoryBatch}``.
-            num_items_in_batch: unused; the loss is divided by the trajectories of the update.
 
         Returns:
-            The loss, detached; 0, without a gradient, if nothing was kept.
+            Its share of the update's loss, a mean over ``num_iterations``, detached; 0, without a gradient, if nothing
+            was kept.
 
         Raises:
-            NonFiniteError: a number is not finite; names which, where, and the articles. Weights, optimizer, statistics
-                and ledger are those before the step.
+            NonFiniteError: a number is not finite; names which, where, and the articles. Nothing of the step is kept.
         """
         model.train()
         batch = inputs["memories"].head(self.progress.episodes_left)
@@ -180,18 +174,19 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         with self._all_or_nothing():
             if len(batch) == 0:  # the last update has fewer rollout batches
                 with self.context.phase("update", 0):
-                    self._take_further_steps(model, differentiate)
-                return torch.zeros((), device=self.args.device)
+                    loss = self._take_further_steps(model, differentiate)
+                self.recorder.add_update_time()
+                return loss
             with self.context.phase("rollout", len(batch)):
                 trajectories = self.sampler.sample(batch, self.progress.next_episodes(batch))
             with self.context.phase("filter", len(batch), batch.articles):
                 verdict = self.filter.judge(trajectories.avg_reward)
             with self.context.phase("update", int(verdict.keep.sum()), batch.articles):
-                kept = KeptTrajectories.of(
-                    trajectories, verdict, self.args, self.updater.num_trajectories, batch.articles
-                )
+                self.agreement.expect(model, trajectories, verdict.keep, self.updater.num_updates)
+                num_trajectories = self.updater.num_trajectories
+                kept = KeptTrajectories.of(trajectories, verdict, self.args, num_trajectories, batch.articles)
                 loss = self.updater.accumulate(kept, differentiate)
-                self._take_further_steps(model, differentiate)
+                loss = loss + self._take_further_steps(model, differentiate)
             self.progress.advance(batch)
             self.recorder.add(batch, trajectories, verdict)
             self.recorder.add_times(trajectories)
@@ -201,17 +196,18 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         trajectories = min(self.progress.episodes_left, self.args.episodes_per_step)
         return self.updater.all_or_nothing(self.parts, trajectories)
 
-    def _take_further_steps(self, model: nn.Module, differentiate: Any) -> None:
-        if self.accelerator.sync_gradients:
-            assert self.optimizer is not None
-            largest = self.args.max_grad_norm or math.inf
-            clip = partial(self.accelerator.clip_grad_norm_, list(model.parameters()), largest)
-            self.updater.take_further_steps(differentiate, self.optimizer, clip)
+    def _take_further_steps(self, model: nn.Module, differentiate: Any) -> Tensor:
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        assert self.optimizer is not None
+        parameters, largest = list(model.parameters()), self.args.max_grad_norm or math.inf
+        clip = partial(self.accelerator.clip_grad_norm_, parameters, largest)
+        return self.updater.take_further_steps(differentiate, self.optimizer, clip)
 
     def _differentiate(self, model: nn.Module, micro_batch: KeptTrajectories) -> tuple[Tensor, LossTerms | None]:
         """Add a micro-batch's gradient to what is there; returns the loss, detached, and its parts."""
-        # Activation checkpointing runs the layers again in the backward, which must see the same dropout.
-        with dropout_disabled(model) if self.args.disable_dropout else nullcontext():
+        # Activation checkpointing runs the layers again in the backward, which must compute alike.
+        with update_mode(model, adapter_dropout=not self.args.disable_dropout):
             with self.compute_loss_context_manager():
                 loss, terms = self.compute_loss(model, {"trajectories": micro_batch}, return_outputs=True)
             self.accelerator.backward(loss)
@@ -230,25 +226,25 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         ``None``.
 
         Args:
-            model: the model as the Trainer wrapped it.
             inputs: ``{"trajectories": KeptTrajectories}``.
             return_outputs: whether its `LossTerms` are wanted beside the loss; so it is called in training.
-            num_items_in_batch: unused.
         """
-        terms = compute_loss_terms(
-            self.policy, model, self.environment, self.updater.previous_adapter, inputs["trajectories"], self.args
-        )
+        kept, previous = inputs["trajectories"], self.updater.previous_adapter
+        terms = compute_loss_terms(self.policy, model, self.environment, previous, kept, self.args)
         return (terms.loss, terms) if return_outputs else terms.loss
 
     def before_optimizer_step(self) -> None:
         """Refresh the previous adapter, and write down what the update read; called before the Trainer's own step."""
         with self._all_or_nothing(), self.updater.last_step():
+            super().before_optimizer_step()
             self.recorder.commit()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's numbers together with what the steps since the last log collected."""
         if "loss" in logs:
             logs = self.recorder.log(logs, self.updater.num_updates)
+        elif "train_loss" in logs:
+            self.recorder.correct_totals(logs)
         super().log(logs, start_time)
 
     # ---- A run ----
@@ -286,12 +282,19 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             yield
 
     def begin_run(self) -> None:
-        """Write the options, and show what will run."""
-        self.args.save_json(self.output_dir / RUN_CONFIG_NAME)
+        """Show what will run, and check what its evaluations need."""
+        if self.args.gradient_checkpointing:  # it was off when the trainer was made
+            expect_trainable(self.policy, through_choice=self.args.selector_coef > 0)
         preflight.print_facts(preflight.run_facts(self.args, self.policy, self.layout))
-        shortage = preflight.memory_shortage(self.args, self.policy, self.separators)
-        if shortage is not None:
-            logger.warning("%s", shortage)
+        preflight.warn_of_shortage(self.args, self.policy, self.separators)
+        if self.args.eval_strategy != "no" or self.args.eval_on_start:
+            expect_evaluable(self.loader, self.eval_dataset, self.args)
+
+    def begin_records(self, *, is_resumed: bool) -> None:
+        """Write the options, and remove what is not of this run from its ledger and its report."""
+        self.save_extras(self.output_dir)
+        if is_resumed:
+            self.recorder.cut_ledger()
         self.recorder.forget_report()
 
     def end_run(self, *, is_repeated: bool = False) -> None:
@@ -300,7 +303,8 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             return
         if is_repeated:
             self.recorder.cut_ledger()
-        self.recorder.write_report(self.state.log_history, preflight.run_facts(self.args, self.policy, self.layout))
+        facts = preflight.run_facts(self.args, self.policy, self.layout)
+        self.recorder.write_report(self.state.log_history, facts, self.updater.num_updates)
 
     def checkpoint_is_due(self) -> bool:
         """Whether the step reached or passed a multiple of ``save_episodes``, or was the last one."""
@@ -325,7 +329,6 @@ class AttentionGuidedRLTrainer(DurableTrainer):
 
         Args:
             eval_dataset: articles, or several sets by name; by default those given to the trainer.
-            ignore_keys: unused.
             metric_key_prefix: put before each metric's name.
 
         Returns:
@@ -357,7 +360,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
     # ---- Checkpoints ----
 
     def expect_own_checkpoint(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint that was written in another format, lacks a part, or belongs to another run."""
+        """Refuse a checkpoint of another format or another run, or one that lacks a part."""
         expect_format(checkpoint)
         super().expect_own_checkpoint(checkpoint)
 
@@ -395,4 +398,3 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         position = self.progress.open_stream()
         if self._stream is not None:
             self._stream.position = position
-        self.recorder.cut_ledger()

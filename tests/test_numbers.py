@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 import re
 import weakref
@@ -22,8 +23,11 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.errors import NonFiniteError
+from attention_rl_trainer.models.trial import expect_trainable
 from attention_rl_trainer.records.ledger import read_ledger
+from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
+from attention_rl_trainer.update.agreement import RolloutAgreement
 
 ALWAYS = -math.inf
 NAN, INF = math.nan, math.inf
@@ -116,6 +120,17 @@ def error_at(trainer: AttentionGuidedRLTrainer, inject: Inject, global_step: int
     return error
 
 
+def is_outside_the_update() -> bool:
+    """Whether the code that asks was called by a rollout or a check; a module's mode does not show it."""
+    codes = TrajectorySampler.sample.__code__, RolloutAgreement.expect.__code__, expect_trainable.__code__
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code in codes:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def on_head(rows: int, spoil: Callable[[Tensor], None], *, training: bool, grad: bool = False, call: int = 1) -> Inject:
     """Change the logits of the head's n-th call of so many rows."""
 
@@ -124,7 +139,7 @@ def on_head(rows: int, spoil: Callable[[Tensor], None], *, training: bool, grad:
 
         def hook(module: nn.Module, arguments: Any, output: Tensor) -> Tensor | None:
             nonlocal calls
-            if output.shape[0] != rows or trainer.model.training != training or torch.is_grad_enabled() != grad:
+            if output.shape[0] != rows or is_outside_the_update() == training or torch.is_grad_enabled() != grad:
                 return None
             calls += 1
             if calls != call:
@@ -193,7 +208,7 @@ class LastQueryToken:
         self.tokens = 0
 
     def __call__(self, trainer: AttentionGuidedRLTrainer, output: Tensor) -> Any:
-        if trainer.model.training or output.shape[1] != 1:
+        if not is_outside_the_update() or output.shape[1] != 1:
             return None
         self.tokens += 1
         return (2, 0, 5) if self.tokens == self.step * L else None
@@ -295,7 +310,7 @@ def in_reference(trainer: AttentionGuidedRLTrainer) -> None:
     """Spoil the base model's forward in the update."""
 
     def hook(module: nn.Module, arguments: Any, output: Tensor) -> Tensor | None:
-        return output * NAN if trainer.model.training and module.disable_adapters else None
+        return output * NAN if module.disable_adapters and not is_outside_the_update() else None
 
     trainer.policy.adapter.layers[-1].register_forward_hook(hook)
 
@@ -308,7 +323,7 @@ def in_selector(trainer: AttentionGuidedRLTrainer) -> None:
     """A temperature that overflows, from the update on."""
 
     def hook(module: nn.Module, arguments: Any) -> None:
-        if trainer.model.training:
+        if not is_outside_the_update():
             trainer.args.selection_temperature = 1e-39
 
     trainer.policy.backbone.register_forward_pre_hook(hook)
@@ -321,7 +336,7 @@ def spread(logits: Tensor) -> None:
 
 def last_query_token_of_update(trainer: AttentionGuidedRLTrainer, output: Tensor) -> Any:
     """No logit of a query token is computed from the query vector of the very last one."""
-    if not trainer.model.training or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return None
     return (1, trainer.layout.query_starts[-1] + L - 1, 5)
 
@@ -526,7 +541,7 @@ class Exhausted:
         trainer.policy.backbone.layers[0].register_forward_hook(self._hook)
 
     def _hook(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
-        if not (self.trainer.model.training and torch.is_grad_enabled()):
+        if is_outside_the_update() or not torch.is_grad_enabled():
             return
         rows = output.shape[0]
         self.tried.append(rows)
@@ -669,7 +684,7 @@ class TestMemoryInTheUpdate:
         alive: list[int] = []
 
         def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            if trainer.model.training and torch.is_grad_enabled():
+            if torch.is_grad_enabled():
                 alive.append(sum(reference() is not None for reference in held))
                 if output.shape[0] > 2:
                     held.append(weakref.ref(output))
@@ -698,7 +713,7 @@ def test_memory_in_the_rollout(make: Make, fail: Callable[[], None], call: int) 
 
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
             nonlocal calls
-            calls += not trainer.model.training
+            calls += is_outside_the_update()
             if calls == call:
                 fail()
 

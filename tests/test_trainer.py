@@ -500,10 +500,15 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, texts: list[str], token
     trainer = tiny_trainer(tmp_path, texts, tokenizer, filter_threshold=ALWAYS)
     trainer.train()
     folder = Path(trainer.args.output_dir)
-    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    def written() -> dict[Path, int]:
+        # Some releases of filelock truncate the lock's file, which is empty, whenever they take it.
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "_run.lock"}
+
+    files = written()
     again = tiny_trainer(tmp_path, texts, tokenizer, filter_threshold=ALWAYS)
     assert again.train(resume_from_checkpoint=True).global_step == 6
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == files
+    assert written() == files
     assert adapter_bytes(again) == adapter_bytes(trainer)  # so that saving it now loses nothing
     assert states(again) == states(trainer)
 
@@ -809,11 +814,10 @@ def test_unwritable_output_dir_is_refused(tmp_path: Path, texts: list[str], toke
 
 
 def test_rows_without_the_text_column_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    trainer = AttentionGuidedRLTrainer(
-        tiny_llama(), args=tiny_config(tmp_path), processing_class=tokenizer, train_dataset=[{"body": "words"}]
-    )
     with pytest.raises(ValueError, match="no column 'text'; its columns are 'body'"):
-        trainer.train()
+        AttentionGuidedRLTrainer(
+            tiny_llama(), args=tiny_config(tmp_path), processing_class=tokenizer, train_dataset=[{"body": "words"}]
+        )
 
 
 def test_several_processes_are_refused() -> None:

@@ -138,6 +138,12 @@ def adapted(model: PreTrainedModel, scale: float = 0.1) -> PeftModel:
     return peft_model
 
 
+def checkpoint_activations(model: PreTrainedModel | PeftModel, *, reentrant: bool = False) -> None:
+    """Switch activation checkpointing on, which transformers renamed in 5.23."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
 def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **options: Any) -> PolicyModel:
     """An adapted policy over a tiny model."""
     return PolicyModel(adapted(model), allowed_token_ids(tokenizer, VOCABULARY_SIZE), PolicyOptions(**options))

@@ -8,7 +8,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from attention_rl_trainer.models.base import load_tokenizer
@@ -64,3 +64,67 @@ def llama_like(texts: list[str], *, has_prefix: bool) -> PreTrainedTokenizerFast
         unk_token="<unk>",
         pad_token="<pad>",
     )
+
+
+# How today's families split text into words before their byte-level merges.
+CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+WORD_PATTERNS = {
+    "llama 3": (
+        CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "camel case": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{CONTRACTION}?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{CONTRACTION}?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "digits from the right": r"\p{N}{1,3}(?=(?:\p{N}{3})*(?:\P{N}|$))| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+}
+
+
+def byte_level_like(texts: list[str], pattern: str | None, vocabulary_size: int = 600) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that splits by a pattern, or, without one, merges across words and lines."""
+    bpe = Tokenizer(models.BPE())
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([*split, bytes_alone])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocabulary_size, initial_alphabet=alphabet, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
+
+
+BLANKS = [sign * length for sign in ("\n", "\u2581", "\t") for length in range(2, 32)]
+
+
+def gemma_like(texts: list[str]) -> PreTrainedTokenizerFast:
+    """BPE over `\u2581` without words; its blank runs are both added tokens and what merges make."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    bpe.normalizer = normalizers.Replace(" ", "\u2581")
+    bpe.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *BYTES, "\n", "\t", "\u2581"]
+    bpe.train_from_iterator(
+        [text.replace("\n", " ") for text in texts],
+        trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False),
+    )
+    specification = json.loads(bpe.to_str())
+    specification["added_tokens"] = []
+    # As in Gemma: it splits at spaces, of which the normalizer leaves none.
+    specification["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False
+    }  # fmt: skip
+    model = specification["model"]
+    for blank in BLANKS:
+        model["vocab"][blank] = len(model["vocab"])
+        model["merges"].append([blank[1:], blank[0]])
+    to_text = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer = Tokenizer.from_str(json.dumps(specification))
+    tokenizer.decoder = decoders.Sequence(to_text)
+    tokenizer.add_tokens([AddedToken(blank, normalized=False) for blank in BLANKS])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<table>", "[multimodal]", "<unused0>")])
+    loaded = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>"
+    )
+    loaded.add_special_tokens({"additional_special_tokens": ["<start_of_turn>"]})
+    return loaded

@@ -128,9 +128,6 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, float]:
             "report_to": "none",
         }
     )
-    name = arguments.model_name_or_path or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    base, tokenizer = load_named_model(name, config.device, {"dtype": arguments.dtype})
-    model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
     articles: Any = load_articles(
         arguments.dataset,
         arguments.dataset_config,
@@ -139,6 +136,9 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, float]:
     )
     if arguments.skip_articles:
         articles = articles.skip(arguments.skip_articles)
+    name = arguments.model_name_or_path or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    base, tokenizer = load_named_model(name, config.device, {"dtype": arguments.dtype})
+    model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
     trainer = AttentionGuidedRLTrainer(model=model, args=config, eval_dataset=articles, processing_class=tokenizer)
     metrics = trainer.evaluate()
     print((output_dir / "evaluation" / "eval" / "evaluation.md").read_text(encoding="utf-8"))

@@ -14,7 +14,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from attention_rl_trainer.durability.discovery import find_checkpoint
-from attention_rl_trainer.durability.staging import adopt_checkpoint, checkpoint_step, copy_file, set_aside_run
+from attention_rl_trainer.durability.staging import (
+    adopt_checkpoint,
+    checkpoint_step,
+    copy_file,
+    list_checkpoints,
+    set_aside_run,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +59,11 @@ class ResumePoint:
     def global_step(self) -> int:
         """The Trainer's steps before it."""
         return 0 if self.checkpoint is None else int(trainer_state(self.checkpoint).global_step)
+
+    def is_first_run(self, records: Sequence[Path], trace: str) -> bool:
+        """Whether the run's folder holds nothing of a run yet."""
+        kept = [*list_checkpoints(self.output_dir), *records, self.output_dir / trace]
+        return not any(path.exists() for path in kept)
 
     def set_aside_others(self, records: Sequence[Path]) -> None:
         """Move what the run does not resume out of its way, also of its ``records``; nothing is lost."""

@@ -60,6 +60,7 @@ class DurableTrainer(Trainer):
         self._interruption = Interruption()
         self._loss_before: tuple[Tensor, float, int] | None = None
         self._random_states_before: dict[str, Any] | None = None
+        self._start: ResumePoint | None = None
         self._callback = DurabilityCallback(self)
         # Before those of others, which may print.
         self.callback_handler.callbacks.insert(0, self._callback)
@@ -114,10 +115,8 @@ class DurableTrainer(Trainer):
             steps = self.steps_left(start.checkpoint)
             if start.checkpoint is not None and steps == 0:
                 return self._stay_finished(start, start.checkpoint)
-            start.set_aside_others(self.records)
             start.warn_of_changed_options(self.run_trace, self.run_options(), self.free_options)
-            if start.checkpoint is not None and not start.is_own:
-                start = start.adopted(self.records)
+            self._start = start
             with self.running(start.global_step + steps):
                 self._loss_before, self._random_states_before = None, None
                 output = super().train(None if start.checkpoint is None else str(start.checkpoint))
@@ -125,17 +124,31 @@ class DurableTrainer(Trainer):
                 self.end_run()
             return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
 
+    def _begin_writing(self) -> None:
+        """Make the folder the run's own, once: set aside what is not resumed, take over what is from elsewhere."""
+        start, self._start = self._start, None
+        if start is None:
+            return
+        start.set_aside_others(self.records)
+        start.adopted(self.records)
+        if self.is_world_process_zero():
+            self.begin_records(is_resumed=start.checkpoint is not None)
+
     def _stay_finished(self, start: ResumePoint, checkpoint: Path) -> TrainOutput:
         """Load what a finished run has learned, and run nothing."""
         logger.warning("%s is the end of its run; nothing is run", checkpoint)
         self._load_from_checkpoint(str(checkpoint))
         self.load_run_state(checkpoint)
         self.state = trainer_state(checkpoint)
+        loss = 0.0
+        if self._loss_before is not None:
+            since_last_log, total, _ = self._loss_before
+            loss = (since_last_log.item() + total) / max(start.global_step, 1)
         if start.is_own:
             # A run that was killed after its last checkpoint did not come to these.
             self.rotate()
             self.end_run(is_repeated=True)
-        return TrainOutput(start.global_step, 0.0, {})
+        return TrainOutput(start.global_step, loss, {})
 
     # What a subclass says of its runs.
 
@@ -165,10 +178,25 @@ class DurableTrainer(Trainer):
             self.args.max_steps = -1
 
     def begin_run(self) -> None:
-        """On the main process, before the first step."""
+        """On the main process, before the first step; an earlier run may be in the folder still."""
+
+    def begin_records(self, *, is_resumed: bool) -> None:
+        """On the main process, when the folder is the run's own, in its first step."""
+
+    def begin(self) -> None:
+        """Begin a run on the main process.
+
+        Where an earlier run is in the folder, nothing is written until the first step lacks nothing but its end: a
+        start that fails, for want of usable articles or for numbers that are not finite, leaves the earlier run as it
+        was.
+        """
+        self.begin_run()
+        if self._start is not None and self._start.is_first_run(self.records, self.run_trace):
+            self._begin_writing()
 
     def before_optimizer_step(self) -> None:
         """Before each optimizer step of the Trainer."""
+        self._begin_writing()
 
     def checkpoint_is_due(self) -> bool:
         """Whether the step that ended is to be saved; at a run's end, and when a signal comes, it is saved anyway."""

@@ -6,6 +6,8 @@ resample draws articles with replacement and takes all of their trajectories.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,11 @@ _RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean or ratio of means with its 95% interval; ``None`` for one article, which says nothing about others."""
+    """A mean or ratio of means with its 95% interval.
+
+    The interval is ``None`` for one article, which says nothing about others, and where some articles alone have no
+    ratio, because their denominators sum to 0.
+    """
 
     mean: float
     low: float | None
@@ -62,16 +68,21 @@ def clustered_ratio(
     mean = float(_ratio(sums[0], sums[1]))
     if len(places) == 1:
         return Estimate(mean, None, None, len(numerators), 1)
-    interval = stats.bootstrap(
-        (sums[0], sums[1]),
-        _ratio,
-        paired=True,
-        vectorized=True,
-        n_resamples=_RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(mean, float(interval.low), float(interval.high), len(numerators), len(places))
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        interval = stats.bootstrap(
+            (sums[0], sums[1]),
+            _ratio,
+            paired=True,
+            vectorized=True,
+            n_resamples=_RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    low, high = float(interval.low), float(interval.high)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return Estimate(mean, None, None, len(numerators), len(places))
+    return Estimate(mean, low, high, len(numerators), len(places))
 
 
 def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable], *, seed: int = 0) -> Estimate:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from attention_rl_trainer.evaluation.tables import TableBuilder
+from attention_rl_trainer.memories.loading import MemoryLoader
 from attention_rl_trainer.memories.pairs import MemoryBatch
+from attention_rl_trainer.memories.stream import Articles
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 from attention_rl_trainer.options import Count, CountOrZero, Options, option
 from attention_rl_trainer.records.metrics import trajectory_metrics
@@ -41,6 +44,33 @@ class EvaluationOptions(Options):
         "How often the evaluation articles are read, each time with another memory; above 1 where they are fewer than "
         "eval_episodes.",
     )
+
+
+def expect_evaluable(
+    loader: MemoryLoader, articles: Articles | Mapping[str, Articles] | None, options: EvaluationOptions
+) -> None:
+    """Read as much of the evaluation articles as shows that an evaluation in the middle of a run will not lack any.
+
+    Raises:
+        ValueError: none can be used, or with ``eval_tables`` a single one.
+    """
+    if articles is None:
+        return
+    sets = articles if isinstance(articles, Mapping) else {"": articles}
+    for name, part in sets.items():
+        place = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+        rows = loader.rows(loader.evaluation_stream(part, num_epochs=1))
+        needed = 2 if options.eval_tables else 1
+        try:
+            num_read = len(list(itertools.islice(rows, min(needed, options.eval_episodes))))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        if num_read < needed:
+            raise ValueError(
+                f"{place}: eval_tables compares queries with those on another article, but the first "
+                f"{options.eval_episodes} episodes are on a single one; use more articles, raise eval_episodes above "
+                "1, or set eval_tables to false"
+            )
 
 
 def evaluate(

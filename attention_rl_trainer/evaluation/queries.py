@@ -53,6 +53,10 @@ class ControlQueries:
         self._articles: list[tuple[str, int]] = []
         self._queries: Tensor | None = None
 
+    def has_others(self, articles: Sequence[ArticleReference]) -> bool:
+        """Whether each of the articles, which come next, has a trajectory on another one to take queries from."""
+        return len({*self._articles, *((article.source, article.article_index) for article in articles)}) > 1
+
     def take(self, articles: Sequence[ArticleReference], queries: Tensor) -> Tensor:
         """Choose for each row of queries ``[B, T, L]`` the next row, cyclically, or else the last before the batch.
 

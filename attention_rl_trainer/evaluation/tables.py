@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+import torch
+from torch import Tensor
+
 from attention_rl_trainer.durability.staging import staged_files
 from attention_rl_trainer.evaluation.estimates import Estimate, clustered_mean, clustered_ratio
 from attention_rl_trainer.evaluation.orders import BEST, ORACLE, RANDOM, WORST, score_orders
@@ -23,6 +26,8 @@ from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.types import Trajectory
 
 LEARNED = "learned"
+# Nats per token: below it is rounding, as where all orders of a memory are the same, or it has one pair.
+_SMALLEST_GAP = 1e-5
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class EvaluationTables:
     order_gains: dict[str, Estimate]
     """Each order less the random one, on the same memories."""
     share_closed: dict[str, Estimate]
-    """Share of the gap between the random order and the oracle's that each order closes."""
+    """Share of the gap between the random order and the oracle's that each order closes; empty without a gap."""
     queries: dict[str, Estimate]
     """Gain of each query over those that the base model samples."""
     policy_less: dict[str, Estimate]
@@ -48,10 +53,9 @@ class EvaluationTables:
         """Name the figures that tell whether a policy has learned anything."""
         orders = {}
         if LEARNED in self.orders:
-            orders = {
-                "order_over_random": self.order_gains[LEARNED].mean,
-                "order_share_closed": self.share_closed[LEARNED].mean,
-            }
+            orders["order_over_random"] = self.order_gains[LEARNED].mean
+        if LEARNED in self.share_closed:
+            orders["order_share_closed"] = self.share_closed[LEARNED].mean
         return orders | {
             "query_over_counterfactuals": self.queries[POLICY].mean,
             "query_over_empty": self.policy_less[EMPTY].mean,
@@ -140,6 +144,8 @@ class TableBuilder:
         self._num_counterfactuals = num_counterfactuals
         self._num_random = num_random
         self._control = ControlQueries()
+        self._waiting: list[tuple[MemoryBatch, Trajectory]] = []
+        """Trajectories on one article, until there is another one to take control queries from."""
         self._articles: list[str] = []
         self._orders: dict[str, list[float]] = {}
         self._queries: dict[str, list[float]] = {}
@@ -147,12 +153,21 @@ class TableBuilder:
         self._chosen_ease: list[float] = []
 
     def add(self, batch: MemoryBatch, trajectory: Trajectory) -> None:
-        """Measure trajectories that the sampler rolled out.
+        """Measure trajectories that the sampler rolled out; those on a first article wait for a second one."""
+        self._waiting.append((batch, trajectory))
+        if not self._control.has_others([article for item, _ in self._waiting for article in item.articles]):
+            return
+        controls = torch.split(self._take_controls(), [len(item) for item, _ in self._waiting])
+        for (item, rolled_out), control in zip(self._waiting, controls, strict=True):
+            self._measure(item, rolled_out, control)
+        self._waiting = []
 
-        Raises:
-            ValueError: all trajectories so far are on one article.
-        """
-        control = self._control.take(batch.articles, trajectory.stack("query_tokens"))
+    def _take_controls(self) -> Tensor:
+        articles = [article for batch, _ in self._waiting for article in batch.articles]
+        queries = torch.cat([trajectory.stack("query_tokens") for _, trajectory in self._waiting])
+        return self._control.take(articles, queries)
+
+    def _measure(self, batch: MemoryBatch, trajectory: Trajectory, control: Tensor) -> None:
         queries = score_queries(
             self._sampler, batch, trajectory, control, num_counterfactuals=self._num_counterfactuals
         )
@@ -186,8 +201,10 @@ class TableBuilder:
         """Estimate every figure.
 
         Raises:
-            ValueError: nothing was added.
+            ValueError: nothing was added, or all trajectories are on one article.
         """
+        if self._waiting:
+            self._take_controls()  # says that there is none
         articles = self._articles
         if not articles:
             raise ValueError("nothing was measured: add trajectories before building the tables")
@@ -196,6 +213,8 @@ class TableBuilder:
         random = self._orders.get(RANDOM, [])
         gap = _less(oracle, random)
         others = {name: scores for name, scores in self._orders.items() if name not in (RANDOM, BEST, WORST)}
+        if sum(gap) <= _SMALLEST_GAP * len(gap):
+            others = {}
         ease = _estimates({"chosen_ease": self._chosen_ease} if ordered else {}, ordered)
         return EvaluationTables(
             orders=_estimates(self._orders, ordered),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import cast
+from functools import partial, wraps
+from typing import TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -15,12 +16,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attention_rl_trainer.models.attention import find_attention_projections
+from attention_rl_trainer.models.given import (
+    adapter_layers,
+    expect_adapter_config,
+    expect_no_adapter,
+    expect_whole_adapter,
+)
 
-# Options that change the base model itself; these are not undone where the adapter is switched off.
-_CHANGING_OPTIONS = ("modules_to_save", "trainable_token_indices", "layer_replication", "kasa_config")
-# Others put a part of the base model's weights into the adapter.
-HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+ConstructorT = TypeVar("ConstructorT", bound=Callable[..., None])
+
 _SAMPLED_VALUES = 64
+# Of B in B · A · x, with the usual A: moves a layer's output by about a third of its input's size.
+_SCALE_OF_OTHER_WEIGHTS = 0.1
 
 
 def default_lora_config(model: PreTrainedModel) -> LoraConfig:
@@ -45,28 +52,33 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
 
     Raises:
         ValueError: the model has an adapter already and ``peft_config`` asks for another, or the adapter changes more
-            than can be switched off to get the base model back, or it has another name.
+            than can be switched off to get the base model back, or would not be saved as it is trained. A base model is
+            left as it was.
     """
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError("the model has an adapter already; give a base model with peft_config, or no peft_config")
-        if list(model.peft_config) != ["default"]:
-            # PEFT saves any other adapter in a folder of the adapter's name, whatever the name is.
-            names = ", ".join(map(repr, model.peft_config))
-            raise ValueError(
-                f"the model has adapters named {names}, but the one to be trained must be the only one, named "
-                '"default", as PEFT names it where no name is given'
-            )
-        _expect_reversible(model.peft_config["default"])
+        expect_whole_adapter(model)
         return model
+    expect_no_adapter(model)
     if peft_config is None:
         peft_config = default_lora_config(model)
-    elif isinstance(peft_config, LoraConfig) and not peft_config.target_modules:
+    expect_adapter_config(peft_config)
+    # PEFT writes into it, and the user may have another use for it.
+    peft_config = copy.deepcopy(peft_config)
+    if isinstance(peft_config, LoraConfig) and not peft_config.target_modules:
         # PEFT's own default would leave half of the projections out.
         default = default_lora_config(model)
         peft_config.target_modules = default.target_modules
         peft_config.fan_in_fan_out = default.fan_in_fan_out
-    _expect_reversible(peft_config)
+    try:
+        return _with_new_adapter(model, peft_config)
+    except Exception:
+        take_off(model)
+        raise
+
+
+def _with_new_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     before = sampled_weights(model.named_parameters())
     adapted: PeftModel = get_peft_model(model, peft_config)
     base = {name: values for name, values in sampled_weights(adapted.named_parameters()).items() if name in before}
@@ -74,9 +86,40 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
         raise ValueError(
             f"the adapter {type(peft_config).__name__} has changed the weights of the base model "
             f"({', '.join(sorted(name for name in before if base.get(name) != before[name])[:3])}); the reward is "
-            "measured against the untouched base model. Use another kind, or another initialization"
+            "measured against the untouched base model. Load it again, and use another kind, or another initialization"
         )
+    expect_whole_adapter(adapted)
     return adapted
+
+
+def take_off(model: PreTrainedModel) -> None:
+    """Take the layers of an adapter out of a base model, whatever state they are in."""
+    taken: list[str] = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer) and not name.startswith(tuple(f"{outer}." for outer in taken)):
+            model.set_submodule(name, module.get_base_layer())
+            taken.append(name)
+    # PEFT's note of the adapters, which a later one would be added to.
+    vars(model).pop("peft_config", None)
+
+
+def left_bare_on_failure(construct: ConstructorT) -> ConstructorT:
+    """Let a constructor that fails take its adapter off the ``model`` that it was given without one.
+
+    So the same object can be given again, with other options.
+    """
+
+    @wraps(construct)
+    def constructed(self: object, model: object, *args: object, **kwargs: object) -> None:
+        is_bare = isinstance(model, PreTrainedModel) and not adapter_layers(model)
+        try:
+            construct(self, model, *args, **kwargs)
+        except BaseException:
+            if is_bare:
+                take_off(cast(PreTrainedModel, model))
+            raise
+
+    return cast(ConstructorT, constructed)
 
 
 def sampled_weights(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[list[int], str, str]]:
@@ -92,23 +135,6 @@ def sampled_weights(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple
         own_name = name.removeprefix("base_model.model.").replace("base_layer.", "")
         samples[own_name] = list(parameter.shape), str(parameter.dtype), values.numpy().tobytes().hex()
     return samples
-
-
-def _expect_reversible(config: PeftConfig) -> None:
-    """Refuse an adapter beside which the reference would not be the base model, or that alters the prompt."""
-    options = config.to_dict()
-    changes = [name for name in _CHANGING_OPTIONS if options.get(name)]
-    if options.get("bias", "none") != "none":
-        changes.append(f"bias={options['bias']!r}")
-    if options.get("init_lora_weights", True) not in HARMLESS_INITS:
-        changes.append(f"init_lora_weights={options['init_lora_weights']!r}")
-    if config.is_prompt_learning:
-        changes.append(f"prompt learning ({config.peft_type})")
-    if changes:
-        raise ValueError(
-            f"the adapter has {', '.join(changes)}, which changes the base model itself or the prompt; the reward is "
-            "measured against the untouched base model. Use LoRA without it"
-        )
 
 
 class AdapterLayers:
@@ -148,6 +174,61 @@ class AdapterLayers:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @torch.no_grad()
+    def can_adapt_rows(self, read: Callable[[Tensor], Tensor], token_ids: Tensor) -> bool:
+        """Prove on a few tokens that `on_first_rows` adapts the first rows and leaves the others as they are.
+
+        It does not where a layer sees tokens without their rows, as the experts of a mixture do. The adapter gets other
+        weights meanwhile, because a new one changes nothing.
+
+        Args:
+            read: tokens ``[B, S]`` to hidden states ``[B, S, C]``.
+            token_ids: at least 3 rows of some length, each number different.
+        """
+        if not self.are_plain_lora:
+            return False
+        num_rows = len(token_ids) // 2
+        shapes: dict[nn.Module, list[torch.Size]] = {layer: [] for layer in self.layers}
+        handles = [layer.register_forward_hook(partial(_note_shape, shapes)) for layer in self.layers]
+        try:
+            with self._other_weights():
+                policy = read(token_ids)
+                # Each layer once, on all rows: any other input has lost them.
+                if any([shape[:-1] for shape in seen] != [token_ids.shape] for seen in shapes.values()):
+                    return False
+                with self.disabled():
+                    base = read(token_ids)
+                with self.on_first_rows(num_rows):
+                    joint = read(token_ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        expected = torch.cat([policy[:num_rows], base[num_rows:]]).float()
+        effect = (policy - base)[:num_rows].float().norm()
+        tolerance = 1e-3 if joint.dtype == torch.float32 else 0.1
+        return bool((joint.float() - expected).norm() < tolerance * effect)
+
+    @contextmanager
+    def _other_weights(self) -> Iterator[None]:
+        """Draw the weights that a new adapter has at 0, and restore them."""
+        generator = torch.Generator().manual_seed(0)
+        loras = [cast(LoraLayer, layer) for layer in self.layers]
+        widening = [cast(nn.Linear, lora.lora_B[lora.active_adapters[0]]).weight for lora in loras]
+        before = [weight.detach().clone() for weight in widening]
+        try:
+            for weight in widening:
+                weight.copy_(_SCALE_OF_OTHER_WEIGHTS * torch.randn(weight.shape, generator=generator))
+            yield
+        finally:
+            for weight, values in zip(widening, before, strict=True):
+                weight.copy_(values)
+
+
+def _note_shape(
+    shapes: dict[nn.Module, list[torch.Size]], layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor
+) -> None:
+    shapes[layer].append(arguments[0].shape)
 
 
 def _is_plain_lora(layer: BaseTunerLayer) -> bool:

@@ -34,10 +34,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from attention_rl_trainer.errors import BaseModelError
-from attention_rl_trainer.hub import HubUnreachableError, cached_in_hub_cache, hub_obstacle, without_credentials
+from attention_rl_trainer.hub import (
+    HubUnreachableError,
+    cached_in_hub_cache,
+    expect_writable_cache,
+    hub_obstacle,
+    without_credentials,
+)
 from attention_rl_trainer.models.embedded import embedded_model_path, expect_gguf_reader
 
 logger = logging.getLogger(__name__)
@@ -113,6 +120,8 @@ def how_to_get_access(repo_id: str) -> str:
 
 
 def _locate(name_or_path: str, revision: str | None) -> _Source:
+    if not name_or_path:
+        raise BaseModelError(f"The name of the base model is empty, so that there is nothing to load; {_WAY_OUT}.")
     if name_or_path == AUTO:
         raise ValueError(f"{AUTO!r} is not a model but a choice: pass it to choose_base_model() first.")
     if name_or_path == OFFLINE:
@@ -149,6 +158,8 @@ def _locate_on_hub(repo_id: str, revision: str | None) -> _Source:
             f"{repo_id} is neither a folder nor in the local cache, and the Hub cannot be reached: {obstacle}. "
             f"{_WAY_OUT}."
         )
+    if not is_cached:
+        expect_writable_cache(constants.HF_HUB_CACHE, "HF_HUB_CACHE")
     return _Source(repo_id, repo_id, revision=revision, local_files_only=obstacle is not None)
 
 
@@ -229,15 +240,19 @@ def load_base_model(
 
 
 def _check_architecture(source: _Source) -> None:
-    adapter_config = Path(source.location) / "adapter_config.json"
-    if adapter_config.is_file():
-        base = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    with _explained(source, "adapter"):
+        # transformers would put it on the model.
+        adapter_config = find_adapter_config_file(
+            source.location, revision=source.revision, local_files_only=source.local_files_only
+        )
+    if adapter_config is not None:
         raise BaseModelError(
-            f"{source.name} holds an adapter, not a base model: name the model that it was trained on ({base})."
+            f"{source.name} holds an adapter, not a base model: name the model that it was trained on "
+            f"({_base_of_adapter(Path(adapter_config))})."
         )
     with _explained(source, "configuration"):
         config = AutoConfig.from_pretrained(source.location, **source.arguments())
-    problem = _why_not_causal(config)
+    problem = why_not_causal(config)
     if problem is not None:
         raise BaseModelError(
             f"{source.name} cannot be the base model: {config.model_type} is {problem}. Use a decoder-only model such "
@@ -245,7 +260,17 @@ def _check_architecture(source: _Source) -> None:
         )
 
 
-def _why_not_causal(config: PreTrainedConfig) -> str | None:
+def _base_of_adapter(adapter_config: Path) -> str:
+    try:
+        stored = json.loads(adapter_config.read_text(encoding="utf-8"))
+    except ValueError:
+        stored = None
+    name = stored.get("base_model_name_or_path") if isinstance(stored, dict) else None
+    return str(name or f"{adapter_config.name} does not say which")
+
+
+def why_not_causal(config: PreTrainedConfig) -> str | None:
+    """Say what the models of a configuration are, where they are not causal language models."""
     if config.is_encoder_decoder:
         return "an encoder-decoder"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

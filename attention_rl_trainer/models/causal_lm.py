@@ -1,9 +1,7 @@
-"""What a causal language model consists of, its output head, and the modes in which it computes (design §4, §8)."""
+"""What a causal language model consists of, and its output head (design §4, §8)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -11,48 +9,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from attention_rl_trainer.models.attention import UnsupportedArchitectureError
+from attention_rl_trainer.models.modes import deterministic_inference
+from attention_rl_trainer.models.projections import UnsupportedArchitectureError
 
 # In main memory, blocks below 32 MiB are kept by glibc's allocator, which finds no use for freed aligned ones: the heap
 # grows to several times what is alive. Above, every new block costs cleared pages, so no larger than need be.
 # A GPU would rather read the head's weight less often.
 _LOGITS_CHUNK_BYTES_ON_CPU = 40 * 2**20
 _LOGITS_CHUNK_BYTES = 64 * 2**20
-
-
-@contextmanager
-def deterministic_inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and back.
-
-    In train mode a rollout would apply dropout, and activation checkpointing would drop the cache.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
-@contextmanager
-def dropout_disabled(model: nn.Module) -> Iterator[None]:
-    """Set every dropout probability to 0, and back: ``nn.Dropout.p`` and floats such as ``attention_dropout``.
-
-    ``model.eval()`` would do it too, but silently switches activation checkpointing off.
-    """
-    saved = []
-    for module in model.modules():
-        names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else []
-        names += [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
-        saved += [(module, name, getattr(module, name)) for name in names]
-    try:
-        for module, name, _ in saved:
-            setattr(module, name, 0.0)
-        yield
-    finally:
-        for module, name, probability in saved:
-            setattr(module, name, probability)
 
 
 def base_language_model(model: PeftModel) -> PreTrainedModel:
@@ -68,6 +32,16 @@ def input_embeddings(model: PreTrainedModel) -> nn.Embedding:
 def output_head(model: PreTrainedModel) -> nn.Linear:
     """The layer that turns hidden states into vocabulary logits; ``model`` has no PEFT wrapper."""
     return cast(nn.Linear, model.get_output_embeddings())  # type: ignore[no-untyped-call]  # not annotated upstream
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The part that turns ids into the hidden states that the head is given; ``model`` has no PEFT wrapper."""
+    if model.base_model is not model:
+        return model.base_model
+    # The class does not know the name of its own backbone, which is the child with the embeddings.
+    embeddings = input_embeddings(model)
+    holding = (child for child in model.children() if embeddings in child.modules())
+    return next(holding, cast(nn.Module, model))
 
 
 class LogitsHead:
@@ -96,13 +70,22 @@ class LogitsHead:
 
     def _verify(self, model: PreTrainedModel) -> None:
         token_ids = torch.arange(4, device=self.linear.weight.device)[None]
-        with deterministic_inference(model):
-            own = self(model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state)
-            expected = model(input_ids=token_ids, use_cache=False).logits.float()
+        try:
+            with deterministic_inference(model):
+                own = self(backbone(model)(input_ids=token_ids, use_cache=False).last_hidden_state)
+                expected = model(input_ids=token_ids, use_cache=False).logits.float()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise UnsupportedArchitectureError(
+                f"{type(model).__name__} (model_type {model.config.model_type!r}) cannot read four tokens: "
+                f"{type(error).__name__}: {error}. Use another base model, or another adapter"
+            ) from error
         if own.shape != expected.shape or not torch.allclose(own, expected, rtol=1e-2, atol=1e-2, equal_nan=True):
             raise UnsupportedArchitectureError(
-                f"{type(model).__name__} does something to its logits after the output head that is not known here "
-                "(known: final_logit_softcapping, logit_scale, logits_scaling); use another base model"
+                f"{type(model).__name__} does something to its hidden states or logits, before or after the output "
+                "head, that is not known here (known: final_logit_softcapping, logit_scale, logits_scaling); use "
+                "another base model"
             )
 
 

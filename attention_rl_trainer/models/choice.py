@@ -31,6 +31,7 @@ from attention_rl_trainer.models.base import (
     native_dtype,
 )
 from attention_rl_trainer.models.embedded import embedded_model_path
+from attention_rl_trainer.models.given import expect_language_model, expect_no_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,9 @@ def load_named_model(
         options["dtype"] = _parse_dtype(options["dtype"], choice.dtype)
     revision = options.get("revision")
     model = load_base_model(choice, **options)
-    return model, tokenizer or load_tokenizer(choice.name_or_path, revision=revision)
+    expect_no_adapter(model)
+    expect_language_model(model)
+    return model, load_tokenizer(choice.name_or_path, revision=revision) if tokenizer is None else tokenizer
 
 
 def _parse_dtype(name: str, default: torch.dtype) -> torch.dtype:
@@ -195,7 +198,10 @@ def tokenizer_of(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
     name = model.config.name_or_path
     if not name:
         raise ValueError("the model does not say where it was loaded from; give its tokenizer as processing_class")
-    return load_tokenizer(name)
+    try:
+        return load_tokenizer(name)
+    except BaseModelError as error:
+        raise BaseModelError(f"{error} Or give the model's tokenizer as processing_class.") from error
 
 
 def with_tokenizer(
@@ -211,7 +217,16 @@ def with_tokenizer(
         device: where it will run.
         loading: options of the loading, a mapping; ``None`` for none.
         tokenizer: one to use instead of the model's own.
+
+    Raises:
+        ValueError: there are options of the loading for a model that is loaded already; or as `load_named_model`.
     """
+    options = loading if isinstance(loading, Mapping) else {}
     if isinstance(model, str):
-        return load_named_model(model, device, loading if isinstance(loading, Mapping) else {}, tokenizer)
-    return model, tokenizer or tokenizer_of(model)
+        return load_named_model(model, device, options, tokenizer)
+    if options:
+        raise ValueError(
+            f"model_init_kwargs ({', '.join(map(str, options))}) are for a model that is given by its name, but model "
+            f"is a {type(model).__name__}, which is loaded already; leave them out, or give the name"
+        )
+    return model, tokenizer_of(model) if tokenizer is None else tokenizer

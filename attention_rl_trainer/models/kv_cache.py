@@ -11,16 +11,41 @@ On a CPU matrix products need contiguous memory, so attention runs over all plac
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from attention_rl_trainer.models.causal_lm import input_embeddings
+from attention_rl_trainer.models.projections import UnsupportedArchitectureError
 
 # Tokens by which a cache grows on a CPU: attention runs over the empty places too, and a growth copies the cache.
 _PIECE_ON_CPU = 128
+
+# Since transformers 5.24, before it, and before it where a recurrent state was kept too.
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
+
+
+def cache_argument(backbone: nn.Module, model: nn.Module) -> str:
+    """The name under which a backbone's forward takes its cache, which differs between releases of transformers.
+
+    Args:
+        model: the whole language model, which is asked where the backbone passes on whatever it is given.
+
+    Raises:
+        UnsupportedArchitectureError: neither takes a cache.
+    """
+    for module in (backbone, model):
+        parameters = inspect.signature(module.forward).parameters
+        for name in _CACHE_ARGUMENTS:
+            if name in parameters:
+                return name
+    raise UnsupportedArchitectureError(
+        f"{type(model).__name__} reads without a key-value cache: its forward takes none of "
+        f"{', '.join(_CACHE_ARGUMENTS)}; use another base model"
+    )
 
 
 def keeps_every_token(model: PreTrainedModel) -> bool:

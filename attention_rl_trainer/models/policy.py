@@ -7,9 +7,10 @@ layer copy the head's weight for every row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from peft import PeftModel
@@ -22,17 +23,22 @@ from attention_rl_trainer.models.adapters import AdapterLayers
 from attention_rl_trainer.models.attention import AttentionLayer, VectorCapture
 from attention_rl_trainer.models.causal_lm import (
     LogitsHead,
+    backbone,
     base_language_model,
     default_logits_chunk_size,
-    deterministic_inference,
     input_embeddings,
     output_head,
 )
 from attention_rl_trainer.models.grouped_attention import grouped_attention
 from attention_rl_trainer.models.key_vectors import KeyVectorCache, extract_embeddings
-from attention_rl_trainer.models.kv_cache import keeps_every_token, new_cache
+from attention_rl_trainer.models.kv_cache import cache_argument, keeps_every_token, new_cache
+from attention_rl_trainer.models.modes import deterministic_inference
 from attention_rl_trainer.models.sampling import sample_by_inverse
 from attention_rl_trainer.options import Count, Options, Positive, option
+
+# Different numbers, so that neither can be taken for the other, nor for a number of heads or experts.
+_TRIED_ROWS = 5
+_TRIED_TOKENS = 7
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +63,10 @@ class PolicyOptions(Options):
 
     query_temperature: Positive = option(1.0, "Divides the logits of query tokens, everywhere.")
     attention_layer: int = option(-1, "Layer whose attention selects; negative numbers count from the last.")
+    joint_reading: bool = option(
+        True,
+        "Read as policy and as reference in one batch, where that is proved equal to reading one after the other.",
+    )
     embedding_batch_size: Count = option(32, "Keys embedded in one forward.")
     logits_chunk_size: Count | None = option(
         None,
@@ -90,7 +100,7 @@ class PolicyModel:
         options = options or PolicyOptions()
         self.model = model
         self.causal_lm = base_language_model(model)
-        self.backbone: nn.Module = self.causal_lm.base_model
+        self.backbone = backbone(self.causal_lm)
         self.head = LogitsHead(self.causal_lm)
         if any(parameter.requires_grad for parameter in self.head.linear.parameters()):
             raise ValueError(
@@ -98,6 +108,7 @@ class PolicyModel:
                 "the same head; leave it out of the adapter's target_modules"
             )
         self.attention = AttentionLayer(self.causal_lm, options.attention_layer)
+        self._cache_argument = cache_argument(self.backbone, self.causal_lm)
         self.query_temperature = options.query_temperature
         self.logits_chunk_size = options.logits_chunk_size or default_logits_chunk_size(
             self.head.linear.weight.shape[0], on_cpu=self.device.type == "cpu"
@@ -109,6 +120,7 @@ class PolicyModel:
         self._first_id, self._last_id = int(allowed_ids[0]), int(allowed_ids[-1])
         self._is_range = self._last_id - self._first_id + 1 == len(allowed_ids)
         self.adapter = AdapterLayers(model)
+        self._joint_reading = options.joint_reading
 
     @classmethod
     def of(cls, model: PeftModel, tokenizer: PreTrainedTokenizerBase, options: PolicyOptions) -> PolicyModel:
@@ -129,10 +141,14 @@ class PolicyModel:
         """Let the policy read the first rows of a batch and the reference the others; without the adapter's dropout."""
         return self.adapter.on_first_rows(num_rows)
 
-    @property
+    @cached_property
     def can_read_jointly(self) -> bool:
-        """Whether policy and reference can be rows of one batch."""
-        return keeps_every_token(self.causal_lm) and self.adapter.are_plain_lora
+        """Whether policy and reference can be rows of one batch: proved on a few tokens."""
+        if not self._joint_reading or not keeps_every_token(self.causal_lm):
+            return False
+        ids = self.allowed_ids[torch.arange(_TRIED_ROWS * _TRIED_TOKENS, device=self.device) % len(self.allowed_ids)]
+        with self.inference():
+            return self.adapter.can_adapt_rows(self.forward, ids.view(_TRIED_ROWS, _TRIED_TOKENS))
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -146,15 +162,16 @@ class PolicyModel:
 
     def forward(self, token_ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Hidden states of new tokens, ``[B, S]`` to ``[B, S, C]``; the tokens are added to the cache."""
-        output = self.backbone(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None)
+        output = self.backbone(input_ids=token_ids, use_cache=cache is not None, **{self._cache_argument: cache})
         hidden: Tensor = output.last_hidden_state
         return hidden
 
     def embed_keys(self, token_ids: Tensor) -> Tensor:
         """The keys' vectors, adapters disabled, looked up or computed: ``[n, K]`` int64 to ``[n, G, D]`` float32."""
-        return self.key_cache.embed(token_ids.cpu(), self._embed_unseen)
+        return self.key_cache.embed(token_ids.cpu(), self.embed_unseen)
 
-    def _embed_unseen(self, token_ids: Tensor) -> Tensor:
+    def embed_unseen(self, token_ids: Tensor) -> Tensor:
+        """Compute the keys' vectors, remembering nothing."""
         self.embedded_tokens += token_ids.numel()
         with self.inference(), self.reference():
             return extract_embeddings(
@@ -182,12 +199,23 @@ class PolicyModel:
 
     def token_logprobs(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """`score_tokens` in chunks: states ``[B, n, C]`` and tokens ``[B, n]`` to ``[B, n]``, nats."""
+        return self._in_chunks(self.score_tokens, hidden, token_ids)
+
+    def query_token_logprobs(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Log-probability of query tokens over the allowed ids, ``[B, n, C]`` and ``[B, n]`` to ``[B, n]``, nats."""
+
+        def score(states: Tensor, ids: Tensor) -> Tensor:
+            return self.query_log_probabilities(states).gather(1, self.allowed_index(ids)[:, None]).squeeze(1)
+
+        return self._in_chunks(score, hidden, token_ids)
+
+    def _in_chunks(self, score: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, token_ids: Tensor) -> Tensor:
         chunks = zip(
             torch.split(hidden.flatten(0, 1), self.logits_chunk_size),
             torch.split(token_ids.flatten(), self.logits_chunk_size),
             strict=True,
         )
-        return torch.cat([self.score_tokens(states, ids) for states, ids in chunks]).view(token_ids.shape)
+        return torch.cat([score(states, ids) for states, ids in chunks]).view(token_ids.shape)
 
     def score_tokens(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Log-probability of article tokens over the whole vocabulary, from the states ``[n, C]`` that predict them.
@@ -237,18 +265,17 @@ class PolicyModel:
             Hidden states ``[b, S, C]`` of tokens ``[b, S]``, and the attention layer's query heads where wanted.
         """
         states: list[Tensor] = []
-        handles = [
-            self.backbone.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state)),
-            # The wrapper's own logits are not used: those of a single position are the fewest that it can be told.
-            self.head.linear.register_forward_pre_hook(lambda module, args: (args[0].flatten(0, -2)[:1],)),
-        ]
+
+        def keep_states(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+            # What the head is given: not every wrapper calls the backbone itself. Its own logits are not used, so it
+            # gets a single position.
+            states.append(arguments[0])
+            return (arguments[0].flatten(0, -2)[:1],)
+
+        handle = self.head.linear.register_forward_pre_hook(keep_states)
         try:
-            if not capture_queries:
-                model(input_ids=token_ids, use_cache=False, logits_to_keep=1)
-                return states[0], None
-            with self.attention.capture_queries() as capture:
-                model(input_ids=token_ids, use_cache=False, logits_to_keep=1)
+            with self.attention.capture_queries() if capture_queries else nullcontext() as capture:
+                model(input_ids=token_ids, use_cache=False)
             return states[0], capture
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attention_rl_trainer.models.sampling import entropy
 from attention_rl_trainer.types import Trajectory
+from attention_rl_trainer.update.filter import RewardStatistics
 
 
 def repetition(token_ids: Tensor) -> Tensor:
@@ -45,45 +47,77 @@ def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
     return {name: value.item() for name, value in metrics.items()}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _latest(_: float, value: float) -> float:
+    return value
 
 
-def _latest(values: Sequence[float]) -> float:
-    return values[-1]
-
-
-# How a metric that is collected several times between two logs becomes one number; the others are averaged.
-_REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
-    "reward_max": max,
-    "peak_memory_gib": max,
-    **dict.fromkeys(("kept_trajectories", "rollout_seconds", "update_seconds"), sum),
+# How a metric that is collected several times between two logs becomes one number; the others are means by weight.
+_JOINS: dict[str, Callable[[float, float], float]] = {
+    **dict.fromkeys(("reward_max", "peak_memory_gib"), max),
+    **dict.fromkeys(("kept_trajectories", "rollout_seconds", "update_seconds", "policy_loss"), operator.add),
     **dict.fromkeys(("episodes", "updates", "skipped_articles", "history_mean", "history_std", "threshold"), _latest),
 }
+# As the Trainer does with the loss: a step that kept nothing counts as 0.
+_PER_STEP = ("policy_loss",)
 
 
 class MetricsBuffer:
-    """Collects the metrics of the steps between two logs."""
+    """Joins the metrics of the steps between two logs, without keeping those of each step."""
 
     def __init__(self) -> None:
-        self._values: dict[str, list[float]] = defaultdict(list)
+        self._joined: dict[str, float] = {}
+        self._means: dict[str, tuple[float, float]] = {}
+        """Weighted sums, and the sums of the weights."""
+        self._rewards = RewardStatistics()
+        self._num_steps = 0
 
-    def add(self, values: Mapping[str, float | None]) -> None:
-        """Collect numbers by name; ``None`` stands for one that does not exist this time."""
+    def add(self, values: Mapping[str, float | None], weight: float = 1.0) -> None:
+        """Collect numbers by name; ``None`` stands for one that does not exist this time.
+
+        Args:
+            weight: of those that are averaged: how much each is a mean of, such as trajectories or seconds.
+        """
         for name, value in values.items():
-            if value is not None:
-                self._values[name].append(float(value))
+            if value is None:
+                continue
+            if name in _JOINS:
+                held = self._joined.get(name)
+                self._joined[name] = float(value) if held is None else float(_JOINS[name](held, value))
+            else:
+                total, weights = self._means.get(name, (0.0, 0.0))
+                self._means[name] = total + value * weight, weights + weight
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """Return what was collected and not yet joined."""
-        return {name: list(values) for name, values in self._values.items()}
+    def add_rewards(self, rewards: Tensor) -> None:
+        """Collect trajectories' rewards, ``[B]``: their mean and SD are of all trajectories, not means over batches."""
+        self._rewards.update(rewards)
 
-    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+    def count_step(self) -> None:
+        """Count a step of the Trainer."""
+        self._num_steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was collected and not yet logged, JSON-able."""
+        means = {name: list(mean) for name, mean in self._means.items()}
+        rewards = self._rewards.state_dict()
+        return {"joined": dict(self._joined), "means": means, "rewards": rewards, "steps": self._num_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to what `state_dict` returned."""
-        self._values = defaultdict(list, {name: list(values) for name, values in state.items()})
+        self._joined = dict(state["joined"])
+        self._means = {name: (total, weights) for name, (total, weights) in state["means"].items()}
+        self._rewards = RewardStatistics.from_state_dict(state["rewards"])
+        self._num_steps = int(state["steps"])
+
+    def numbers(self) -> dict[str, float]:
+        """Return one number per name."""
+        numbers = self._joined | {name: total / weights for name, (total, weights) in self._means.items()}
+        numbers |= {name: numbers[name] / self._num_steps for name in _PER_STEP if name in numbers}
+        if self._rewards.count:
+            numbers |= {"reward": self._rewards.mean, "reward_std": self._rewards.std}
+        return numbers
 
     def drain(self) -> dict[str, float]:
-        """Join what was collected into one number per name, and forget it."""
-        joined = {name: float(_REDUCTIONS.get(name, _mean)(values)) for name, values in self._values.items()}
-        self._values.clear()
-        return joined
+        """Return one number per name, and forget them."""
+        numbers = self.numbers()
+        self.load_state_dict(MetricsBuffer().state_dict())
+        return numbers

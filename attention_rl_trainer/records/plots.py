@@ -95,11 +95,11 @@ def plot_gains(log_history: Sequence[Mapping[str, float]], path: Path) -> Path:
 
 
 def plot_kl(log_history: Sequence[Mapping[str, float]], path: Path) -> Path:
-    """Plot the KL divergence of the steps that trained on something; `kl` is absent where nothing was kept."""
+    """Plot the KL divergence of the steps that trained on something; `kl` is absent where none was computed."""
     figure = _new_figure(8.0, 3.4)
     axes = figure.subplots()
     steps = _training_steps(log_history)
-    missing = "no step kept a trajectory: no KL was computed" if steps else _NOTHING_LOGGED
+    missing = "no KL was computed: no step kept a trajectory, or beta is 0" if steps else _NOTHING_LOGGED
     _draw_trend(axes, *finite_points(steps, "kl"), colour=_BLUE, missing=missing)
     _start_at_zero(axes)
     _frame(

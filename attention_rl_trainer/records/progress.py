@@ -24,7 +24,7 @@ STATE_NAME = "attention_rl_state.json"
 PREVIOUS_ADAPTER_NAME = "previous_adapter.safetensors"
 CHECKPOINT_PARTS = (STATE_NAME, PREVIOUS_ADAPTER_NAME)
 """The adapter before the last update."""
-_FORMAT = 4
+_FORMAT = 5
 
 
 class Progress:
@@ -39,6 +39,12 @@ class Progress:
         self.skipped: dict[str, int] = {}
         """Articles passed over, by reason."""
         self._skipped_before: dict[str, int] = {}
+        self._episodes_before = 0
+
+    @property
+    def episodes_of_process(self) -> int:
+        """Trajectories rolled out since the stream was opened, without those before a checkpoint."""
+        return self.num_episodes - self._episodes_before
 
     @property
     def episodes_left(self) -> int:
@@ -56,6 +62,7 @@ class Progress:
     def open_stream(self) -> StreamPosition:
         """Return where a stream of articles begins; what it skips is added to what was skipped so far."""
         self._skipped_before = dict(self.skipped)
+        self._episodes_before = self.num_episodes
         return self.position
 
     def advance(self, batch: MemoryBatch) -> None:

@@ -18,9 +18,10 @@ from attention_rl_trainer.records.health import HealthLimits, HealthMonitor
 from attention_rl_trainer.records.ledger import Ledger, LedgerRow, VerdictName
 from attention_rl_trainer.records.metrics import MetricsBuffer, trajectory_metrics
 from attention_rl_trainer.records.progress import Progress
-from attention_rl_trainer.records.summary import REPORT_FOLDER, SUMMARY_NAME, write_report
+from attention_rl_trainer.records.summary import REPORT_FOLDER, SUMMARY_NAME, RunCounts, write_report
 from attention_rl_trainer.types import Trajectory
 from attention_rl_trainer.update.filter import Verdict
+from attention_rl_trainer.update.micro_batches import LossSums
 
 logger = logging.getLogger(__name__)
 
@@ -66,34 +67,40 @@ class Recorder:
         rows = ledger_rows(trajectories, batch, self._encoder, verdict, self._context.step)
         self._pending += rows
         self.latest_row = max(rows, key=lambda row: row.reward)
-        self._metrics.add(trajectory_metrics(trajectories))
+        num_kept = int(verdict.keep.sum())
+        self._metrics.add(trajectory_metrics(trajectories), weight=len(rows))
+        self._metrics.add({"kept_fraction": num_kept / len(rows)}, weight=len(rows))
+        self._metrics.add_rewards(trajectories.avg_reward)
         self._metrics.add(
             {
                 "history_mean": verdict.history_after.mean,
                 "history_std": verdict.history_after.std,
                 "threshold": verdict.threshold,
-                "kept_fraction": verdict.keep.float().mean().item(),
-                "kept_trajectories": int(verdict.keep.sum()),
+                "kept_trajectories": num_kept,
                 "episodes": self._progress.num_episodes,
                 "skipped_articles": sum(self._progress.skipped.values()),
             }
         )
 
-    def add_metrics(self, values: Mapping[str, float | None]) -> None:
-        """Collect numbers for the next log; ``None`` stands for one that does not exist this time."""
-        self._metrics.add(values)
+    def add_update(self, sums: LossSums) -> None:
+        """Collect the loss of a step's update; it kept nothing if there are no query tokens."""
+        self._metrics.count_step()
+        self._metrics.add({"policy_loss": sums.policy})
+        if sums.kl is not None:
+            self._metrics.add({"kl": sums.kl / sums.num_query_tokens}, weight=sums.num_query_tokens)
 
     def add_times(self, trajectories: Trajectory) -> None:
-        """Collect how long the phases of the step took, and the peak memory."""
+        """Collect how long the phases of a rollout batch took, and the peak memory."""
         seconds = self._context.seconds
-        self._metrics.add(
-            {
-                "tokens_per_second": trajectories.forward_tokens / seconds["rollout"],
-                "rollout_seconds": seconds["rollout"],
-                "update_seconds": seconds["filter"] + seconds["update"],
-                "peak_memory_gib": peak_memory_gib(self._context.device),
-            }
-        )
+        rate = trajectories.forward_tokens / seconds["rollout"]
+        self._metrics.add({"tokens_per_second": rate}, weight=seconds["rollout"])
+        self._metrics.add({"rollout_seconds": seconds["rollout"], "update_seconds": seconds["filter"]})
+        self.add_update_time()
+
+    def add_update_time(self) -> None:
+        """Collect how long the update took, and the peak memory, where there may have been no rollout."""
+        peak = peak_memory_gib(self._context.device)
+        self._metrics.add({"update_seconds": self._context.seconds["update"], "peak_memory_gib": peak})
 
     def commit(self) -> None:
         """Write the rows of an update to the ledger: nothing stands in the way of its last optimizer step."""
@@ -109,6 +116,16 @@ class Recorder:
             logger.warning("Step %d: %s", self._context.step - 1, warning)
         return joined
 
+    def correct_totals(self, totals: dict[str, float]) -> None:
+        """Correct what the Trainer logs at a run's end, in place.
+
+        It takes every batch for a full one, and has 0 floating-point operations where nobody counts them.
+        """
+        totals.pop("total_flos", None)
+        if "train_samples_per_second" in totals and totals["train_runtime"] > 0:
+            rate = self._progress.episodes_of_process / totals["train_runtime"]
+            totals["train_samples_per_second"] = round(rate, 3)
+
     # ---- A run ----
 
     def forget_report(self) -> None:
@@ -120,8 +137,13 @@ class Recorder:
         """Whether the run's report is there."""
         return self._summary.is_file()
 
-    def write_report(self, log_history: Sequence[Mapping[str, float]], facts: Mapping[str, Fact]) -> None:
-        """Write summary and plots of the ledger, with ``facts`` about what ran as they are."""
+    def write_report(
+        self, log_history: Sequence[Mapping[str, float]], facts: Mapping[str, Fact], num_updates: int
+    ) -> None:
+        """Write summary and plots of the ledger, with ``facts`` about what ran as they are.
+
+        What was collected since the last log is in it too.
+        """
         if not self.ledger.path.is_file():
             logger.warning("No report: %s is missing", self.ledger.path)
             return
@@ -131,18 +153,26 @@ class Recorder:
                 'No plots: matplotlib is missing. Install it with: pip install "attention-rl-trainer[report]"'
             )
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(self._progress.skipped.items())) or "none"
-        files = write_report(self._folder, log_history, {**facts, "articles skipped": skipped}, with_plots=with_plots)
+        files = write_report(
+            self._folder,
+            [*log_history, self._metrics.numbers()],
+            {**facts, "articles skipped": skipped},
+            counts=RunCounts(self._progress.num_episodes, num_updates),
+            with_plots=with_plots,
+        )
         logger.warning("Report: %s", files[0])
 
     def cut_ledger(self) -> None:
         """Remove the rows past a checkpoint that a run resumes from, and say which are missing."""
-        gaps = self.ledger.cut(self._progress.num_episodes)
+        # Those of the first step after the checkpoint are counted, and wait to be written.
+        num_written = self._progress.num_episodes - len(self._pending)
+        gaps = self.ledger.cut(num_written)
         if gaps.missing or gaps.copy is not None:
             logger.warning(
                 "%s lacks %d of the %d trajectories before the checkpoint%s; the report lacks them, the run does not",
                 self.ledger.path,
                 gaps.missing,
-                self._progress.num_episodes,
+                num_written,
                 "" if gaps.copy is None else f", and had damaged lines or repeated ones (as it was: {gaps.copy})",
             )
 

@@ -10,6 +10,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from attention_rl_trainer.durability.discovery import Fact
@@ -24,15 +25,29 @@ SUMMARY_NAME = "summary.md"
 _NOT_LOGGED = "not logged"
 
 
+@dataclass(frozen=True)
+class RunCounts:
+    """What a run's state has counted; a ledger may have lost rows, and the last steps may not have been logged."""
+
+    num_episodes: int
+    num_updates: int
+    """Optimizer steps that moved weights."""
+
+
 def summarize_run(
-    rows: Sequence[LedgerRow], log_history: Sequence[Mapping[str, float]], run: Mapping[str, Fact]
+    rows: Sequence[LedgerRow],
+    log_history: Sequence[Mapping[str, float]],
+    run: Mapping[str, Fact],
+    *,
+    counts: RunCounts | None = None,
 ) -> str:
     """Say in Markdown what a run changed, with the uncertainty of each figure.
 
     Args:
         rows: the run's ledger, in any order.
-        log_history: metrics as logged, one mapping per step; a metric absent everywhere is reported as not logged.
+        log_history: metrics as logged, one mapping per log; a metric absent everywhere is reported as not logged.
         run: names and values to list as they are (model, data set, commit, seed, settings).
+        counts: of the run's state; without them, what ledger and log say.
 
     Returns:
         A Markdown document that ends in a newline. Rewards and gains are in nats per value token.
@@ -40,13 +55,13 @@ def summarize_run(
     ordered = sorted(rows, key=lambda row: row.episode)
     parts = ["# What this run changed", ""]
     if not ordered:
-        parts += ["The ledger holds no trajectories: nothing was rolled out, so there is nothing to compare.", ""]
+        parts += [_nothing_sentence(counts), ""]
         return "\n".join([*parts, *_settings_section(run)])
     changes = _measure_changes(ordered)
-    parts += [" ".join(_verdict_section(ordered, changes, _num_updates(log_history))), ""]
+    parts += [" ".join(_verdict_section(ordered, changes, counts)), ""]
     if changes:
         parts += [*_changes_section(ordered, changes), ""]
-    parts += [*_run_section(ordered, log_history), ""]
+    parts += [*_run_section(ordered, log_history, counts), ""]
     parts += [*_best_section(ordered), ""]
     return "\n".join([*parts, *_settings_section(run)])
 
@@ -56,14 +71,15 @@ def write_report(
     log_history: Sequence[Mapping[str, float]],
     run: Mapping[str, Fact] | None = None,
     *,
+    counts: RunCounts | None = None,
     with_plots: bool = True,
 ) -> list[Path]:
     """Write `summary.md` and plots of a run into `output_dir/report/`.
 
     Args:
         output_dir: folder of the run, which holds its ledger.
-        log_history: metrics as logged, one mapping per step.
-        run: see `summarize_run`.
+        log_history: metrics as logged, one mapping per log.
+        run: see `summarize_run`, also for ``counts``.
         with_plots: whether to draw, which needs matplotlib.
 
     Returns:
@@ -76,7 +92,7 @@ def write_report(
     """
     rows = read_ledger(output_dir / LEDGER_NAME)
     folder = output_dir / REPORT_FOLDER
-    text = summarize_run(rows, log_history, run or {})
+    text = summarize_run(rows, log_history, run or {}, counts=counts)
     with staged_files(folder) as staging:
         plots = _draw(rows, log_history, staging) if with_plots else []
         if plots:
@@ -119,15 +135,16 @@ def _measure_changes(ordered: Sequence[LedgerRow]) -> dict[str, Change]:
     return {name: change for name, change in compared.items() if change is not None}
 
 
-def _num_updates(log_history: Sequence[Mapping[str, float]]) -> int | None:
-    """Optimizer updates so far at the last step that logged them."""
-    logged = [entry["updates"] for entry in log_history if "updates" in entry]
-    return int(logged[-1]) if logged else None
+def _nothing_sentence(counts: RunCounts | None) -> str:
+    if counts is not None and counts.num_episodes > 0:
+        return f"The ledger holds none of the {counts.num_episodes} trajectories, so there is nothing to compare."
+    return "The ledger holds no trajectories: nothing was rolled out, so there is nothing to compare."
 
 
-def _verdict_section(rows: Sequence[LedgerRow], changes: Mapping[str, Change], updates: int | None) -> list[str]:
+def _verdict_section(rows: Sequence[LedgerRow], changes: Mapping[str, Change], counts: RunCounts | None) -> list[str]:
     sentences = []
-    if updates == 0 or not any(row.verdict == "kept" for row in rows):
+    has_kept = any(row.verdict == "kept" for row in rows)
+    if not (has_kept if counts is None else counts.num_updates):
         sentences.append(
             "**No optimizer update was made**: the weights are the ones the run started with, and any difference "
             "below is chance or a difference between articles."
@@ -201,24 +218,44 @@ def _changes_section(rows: Sequence[LedgerRow], changes: Mapping[str, Change]) -
     return lines
 
 
-def _run_section(rows: Sequence[LedgerRow], log_history: Sequence[Mapping[str, float]]) -> list[str]:
+def _run_section(
+    rows: Sequence[LedgerRow], log_history: Sequence[Mapping[str, float]], counts: RunCounts | None
+) -> list[str]:
     kept_by_step: dict[int, int] = {}
     for row in rows:
         kept_by_step[row.step] = kept_by_step.get(row.step, 0) + (row.verdict == "kept")
-    updates = _num_updates(log_history)
     num_kept, num_warmup = sum(kept_by_step.values()), sum(row.verdict == "warmup" for row in rows)
     judged = len(rows) - num_warmup
     figures = {
-        "episodes": f"{len(rows)}, of which {num_warmup} in warm-up",
-        "optimizer updates": _NOT_LOGGED if updates is None else str(updates),
+        "episodes": _episodes_figure(len(rows), num_warmup, counts),
+        "optimizer updates": _updates_figure(len(rows), log_history, counts),
         "steps skipped because nothing was kept": f"{list(kept_by_step.values()).count(0)} of {len(kept_by_step)}",
         "kept after warm-up": f"{num_kept} of {judged} ({num_kept / judged:.1%})" if judged else "nothing was judged",
         "selector entropy": _selector_figure(rows),
         "time": _time_figure(log_history),
-        "tokens per second, mean of the logged steps": _logged_mean(log_history, "tokens_per_second"),
+        "tokens per second, mean of the logged steps": _speed_figure(log_history),
         "peak memory": _logged_peak(log_history, "peak_memory_gib"),
     }
     return ["## The run", "", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in figures.items())]
+
+
+def _episodes_figure(num_rows: int, num_warmup: int, counts: RunCounts | None) -> str:
+    if counts is None or counts.num_episodes == num_rows:
+        return f"{num_rows}, of which {num_warmup} in warm-up"
+    missing = counts.num_episodes - num_rows
+    return f"{counts.num_episodes}, of which {missing} are not in the ledger; of the others {num_warmup} in warm-up"
+
+
+def _updates_figure(num_rows: int, log_history: Sequence[Mapping[str, float]], counts: RunCounts | None) -> str:
+    if counts is not None:
+        return str(counts.num_updates)
+    logged = [entry for entry in log_history if "updates" in entry]
+    if not logged:
+        return _NOT_LOGGED
+    updates, episodes = int(logged[-1]["updates"]), int(logged[-1].get("episodes", 0))
+    if episodes < num_rows:
+        return f"at least {updates}, as of episode {episodes}; later steps were not logged"
+    return str(updates)
 
 
 def _selector_figure(rows: Sequence[LedgerRow]) -> str:
@@ -257,9 +294,13 @@ def _time_figure(log_history: Sequence[Mapping[str, float]]) -> str:
     return f"rollout {share:.0%} ({rollout:.1f} s), update {1.0 - share:.0%} ({update:.1f} s), over the logged steps"
 
 
-def _logged_mean(log_history: Sequence[Mapping[str, float]], name: str) -> str:
-    values = _logged(log_history, name)
-    return f"{statistics.fmean(values):.1f}" if values else _NOT_LOGGED
+def _speed_figure(log_history: Sequence[Mapping[str, float]]) -> str:
+    logged = [entry for entry in log_history if "tokens_per_second" in entry]
+    seconds = math.fsum(entry["rollout_seconds"] for entry in logged)
+    if seconds <= 0.0:
+        return _NOT_LOGGED
+    tokens = math.fsum(entry["tokens_per_second"] * entry["rollout_seconds"] for entry in logged)
+    return f"{tokens / seconds:.1f}"
 
 
 def _logged_peak(log_history: Sequence[Mapping[str, float]], name: str) -> str:

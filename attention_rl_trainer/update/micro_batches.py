@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -108,6 +108,32 @@ Differentiate: TypeAlias = Callable[[KeptTrajectories], tuple[Tensor, LossTerms 
 """Adds a micro-batch's gradient to what is there; returns the loss, detached, and its parts if they are known."""
 
 
+@dataclass(frozen=True)
+class LossSums:
+    """The loss of kept trajectories, and the parts of it that are known, summed over them."""
+
+    loss: Tensor
+    """Weighted by 1 / B_all, like ``policy``; a scalar, detached."""
+    policy: float | None = None
+    kl: float | None = None
+    """Not weighted: nats, over ``num_query_tokens``."""
+    num_query_tokens: int = 0
+
+    def __add__(self, other: LossSums) -> LossSums:
+        """Add what other trajectories, or another pass over the same ones, gave."""
+        return LossSums(
+            self.loss + other.loss,
+            _sum_of_known(self.policy, other.policy),
+            _sum_of_known(self.kl, other.kl),
+            self.num_query_tokens + other.num_query_tokens,
+        )
+
+
+def _sum_of_known(first: float | None, second: float | None) -> float | None:
+    known = [value for value in (first, second) if value is not None]
+    return sum(known) if known else None
+
+
 class GradientAccumulator:
     """Sums the gradients of micro-batches, whose size it halves where memory runs out."""
 
@@ -116,14 +142,8 @@ class GradientAccumulator:
         self._parameters = dict(parameters)
         self._context = context
 
-    def accumulate(
-        self, differentiate: Differentiate, batches: Sequence[KeptTrajectories], iteration: int
-    ) -> tuple[Tensor, list[dict[str, float]]]:
-        """Add the gradient of kept trajectories to what is there, and check it.
-
-        Returns:
-            The loss of all trajectories, a scalar, detached; and of each batch, where the parts of the loss are known,
-            its policy loss and its mean KL per query token.
+    def accumulate(self, differentiate: Differentiate, batches: Sequence[KeptTrajectories], iteration: int) -> LossSums:
+        """Add the gradient of kept trajectories to what is there, and check it; returns their loss.
 
         Raises:
             NonFiniteError: the gradient is not finite; names the parameter, the micro-batch and the iteration.
@@ -132,7 +152,7 @@ class GradientAccumulator:
         size_before = self.size.size
         start = AccumulationStart(self._parameters.values(), self._context.device)
 
-        def try_size(size: int) -> tuple[Tensor, list[dict[str, float]]]:
+        def try_size(size: int) -> LossSums:
             with self._context.phase("update", largest, micro_batch_size=size):
                 return self._accumulate_in(size, differentiate, batches, iteration)
 
@@ -149,22 +169,16 @@ class GradientAccumulator:
 
     def _accumulate_in(
         self, size: int, differentiate: Differentiate, batches: Sequence[KeptTrajectories], iteration: int
-    ) -> tuple[Tensor, list[dict[str, float]]]:
-        total = torch.zeros((), device=self._context.device)
-        metrics = []
+    ) -> LossSums:
+        total = LossSums(torch.zeros((), device=self._context.device))
         numbers = itertools.count(1)
         for batch in batches:
-            sums: dict[str, float] = defaultdict(float)
             for micro_batch in batch.split(size):
                 with located(f"micro-batch {next(numbers)} of iteration {iteration}", micro_batch.articles):
                     loss, terms = differentiate(micro_batch)
                     self.expect_finite()
-                total += loss
-                if terms is not None:
-                    sums["policy_loss"] += terms.policy.item()
-                    sums["kl"] += terms.kl.item() / _weight_of_tokens(batch)
-            metrics.append(sums)
-        return total, metrics
+                total += LossSums(loss) if terms is None else _sums_of(micro_batch, loss, terms)
+        return total
 
     @property
     def has_gradient(self) -> bool:
@@ -179,6 +193,9 @@ class GradientAccumulator:
             raise NonFiniteError(f"the gradient of {bad[0]}" if bad else "the norm of the gradient")
 
 
-def _weight_of_tokens(batch: KeptTrajectories) -> float:
-    """Sum the weights of all query tokens of a batch, by which a weighted sum over them becomes a mean."""
-    return batch.weights.sum().item() * len(batch.query_starts) * batch.query_length
+def _sums_of(batch: KeptTrajectories, loss: Tensor, terms: LossTerms) -> LossSums:
+    if terms.kl is None:
+        return LossSums(loss, terms.policy.item())
+    # All trajectories of an update weigh the same.
+    kl = terms.kl.item() / batch.weights.mean().item()
+    return LossSums(loss, terms.policy.item(), kl, len(batch) * len(batch.query_starts) * batch.query_length)

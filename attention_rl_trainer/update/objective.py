@@ -5,14 +5,13 @@ Joins the policy's states and log-probabilities, the previous adapter's, and the
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from attention_rl_trainer.errors import NonFiniteError, expect_finite
-from attention_rl_trainer.models.causal_lm import dropout_disabled
+from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.rollout.environment import DifferentiableEnvironment, MemoryEnvironment
 from attention_rl_trainer.rollout.layout import positions
@@ -36,8 +35,8 @@ class LossTerms:
     loss: Tensor
     """What to differentiate."""
     policy: Tensor
-    kl: Tensor
-    """To the previous adapter or the base model, before β, nats."""
+    kl: Tensor | None
+    """To the previous adapter or the base model, before β, nats; ``None`` where it is not computed, as at β = 0."""
 
 
 def compute_loss_terms(
@@ -66,9 +65,9 @@ def compute_loss_terms(
         ValueError: ``log_prob`` does not return one number per draw.
     """
     places = positions(kept.query_starts, kept.query_length, kept.token_ids.device)
-    with dropout_disabled(policy.model):
+    with update_mode(policy.model):
         previous_hidden = _reference_hidden(policy, snapshot, kept, places, options)
-    with dropout_disabled(policy.model) if options.disable_dropout else nullcontext():
+    with update_mode(policy.model, adapter_dropout=not options.disable_dropout):
         hidden, capture = policy.training_forward(model, kept.token_ids, capture_queries=options.selector_coef > 0)
     tokens = _query_tokens(policy, kept, places, hidden, previous_hidden, options)
     terms = query_terms(
@@ -93,7 +92,7 @@ def compute_loss_terms(
     if not bool(loss.isfinite()):
         parts = f"(policy {terms.policy.item()}, KL {terms.kl.item()})"
         raise NonFiniteError("the loss", parts, kept.articles)
-    return LossTerms(loss, terms.policy, terms.kl)
+    return LossTerms(loss, terms.policy, terms.kl if options.beta > 0 else None)
 
 
 def _named(terms: TokenTerms, kept: KeptTrajectories, options: LossOptions) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from attention_rl_trainer.options import Count, option
 from attention_rl_trainer.types import ArticleReference
 from attention_rl_trainer.update.kept import KeptTrajectories
 from attention_rl_trainer.update.losses import LossOptions
-from attention_rl_trainer.update.micro_batches import Differentiate, GradientAccumulator, MicroBatchSize
+from attention_rl_trainer.update.micro_batches import Differentiate, GradientAccumulator, LossSums, MicroBatchSize
 from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
 from attention_rl_trainer.update.undo import OptimizerRestorePoint
 
@@ -42,6 +42,8 @@ class _OpenUpdate:
     num_trajectories: int
     """Of all its rollout batches, kept or not."""
     states_before: dict[str, Any]
+    sums: LossSums
+    """Of all batches and optimizer steps so far."""
     kept: list[KeptTrajectories] = field(default_factory=list)
     """Of each batch so far; batches of which nothing was kept are left out."""
     weights_before: OptimizerRestorePoint | None = None
@@ -57,7 +59,8 @@ class Updater:
 
     Args:
         model: its parameters with ``requires_grad`` are trained.
-        record: called with metrics of each accumulated batch.
+        record: called at the end of each update with its loss and the parts of it: loss and policy loss are means over
+            its optimizer steps, the KL and its query tokens sums over them.
 
     Attributes:
         num_updates: optimizer steps that moved weights.
@@ -69,7 +72,7 @@ class Updater:
         model: PeftModel,
         options: UpdateOptions,
         context: RunContext,
-        record: Callable[[Mapping[str, float]], None],
+        record: Callable[[LossSums], None],
     ) -> None:
         self.num_updates = 0
         self.previous_adapter = AdapterSnapshot(model)
@@ -91,7 +94,8 @@ class Updater:
         """
         if self._update is None:
             states = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
-            self._update = _OpenUpdate(num_trajectories, states)
+            nothing = LossSums(torch.zeros((), device=self._context.device))
+            self._update = _OpenUpdate(num_trajectories, states, nothing)
         update = self._update
         try:
             yield
@@ -115,7 +119,10 @@ class Updater:
         return self._open.num_trajectories
 
     def accumulate(self, kept: KeptTrajectories, differentiate: Differentiate) -> Tensor:
-        """Add the gradient of a rollout batch's kept trajectories; returns their loss, detached, 0 if there are none.
+        """Add the gradient of a rollout batch's kept trajectories, of which there may be none.
+
+        Returns:
+            Their share of the update's loss, which is a mean over its optimizer steps; a scalar, detached.
 
         Raises:
             NonFiniteError: a logit, the KL, the loss or the gradient is not finite; names which and where.
@@ -125,18 +132,22 @@ class Updater:
         return self._accumulate(batches, differentiate, iteration=1)
 
     def _accumulate(self, batches: Sequence[KeptTrajectories], differentiate: Differentiate, iteration: int) -> Tensor:
-        loss, metrics = self._accumulator.accumulate(differentiate, batches, iteration)
-        for values in metrics:
-            self._record(values)
-        return loss
+        sums = self._accumulator.accumulate(differentiate, batches, iteration)
+        self._open.sums += sums
+        return sums.loss / self._options.num_iterations
 
     def take_further_steps(
         self, differentiate: Differentiate, optimizer: torch.optim.Optimizer, clip: Callable[[], None]
-    ) -> None:
-        """Take the optimizer steps, clipped, that ``num_iterations`` > 1 adds before the Trainer's own."""
+    ) -> Tensor:
+        """Take the optimizer steps, clipped, that ``num_iterations`` > 1 adds before the Trainer's own.
+
+        Returns:
+            Their share of the update's loss, as of `accumulate`.
+        """
         update = self._open
+        loss = torch.zeros((), device=self._context.device)
         if not update.kept or self._options.num_iterations == 1:
-            return
+            return loss
         changing = [*self._trainable.values(), *self.previous_adapter.state_dict().values()]
         update.weights_before = OptimizerRestorePoint(changing, optimizer)
         for iteration in range(2, self._options.num_iterations + 1):
@@ -145,7 +156,8 @@ class Updater:
             self._refresh_previous_adapter()
             optimizer.step()
             self._model.zero_grad()
-            self._accumulate(update.kept, differentiate, iteration)
+            loss += self._accumulate(update.kept, differentiate, iteration)
+        return loss
 
     @contextmanager
     def last_step(self) -> Iterator[None]:
@@ -156,7 +168,13 @@ class Updater:
             yield
             # Only now: nothing takes it back.
             self._refresh_previous_adapter()
+            self._record(self._mean_over_steps(update.sums))
         self._update = None
+
+    def _mean_over_steps(self, sums: LossSums) -> LossSums:
+        steps = self._options.num_iterations
+        policy = None if sums.policy is None else sums.policy / steps
+        return replace(sums, loss=sums.loss / steps, policy=policy)
 
     def _refresh_previous_adapter(self) -> None:
         """Copy the present adapter, unless the step that follows will move nothing."""

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.harness import PeakMemory, run_in_process
 from tiny import adapted, made_up_kept, random_batch, tiny_llama
 
-from attention_rl_trainer.models.causal_lm import dropout_disabled
+from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.planning.footprint import ROLLOUT_PHASES, UPDATE_PHASES, Phase, plan_memory
 from attention_rl_trainer.planning.sizes import ModelShape, RunShape
@@ -120,7 +120,7 @@ def update(policy: PolicyModel, run: RunShape) -> None:
         policy.causal_lm.gradient_checkpointing_enable()
         policy.causal_lm.enable_input_require_grads()
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad])
-    with dropout_disabled(policy.model):
+    with update_mode(policy.model):
         kept, environment = kept_trajectories(run), KVMemoryEnvironment()
         terms = compute_loss_terms(policy, policy.model, environment, snapshot, kept, run)
         terms.loss.backward()

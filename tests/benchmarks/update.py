@@ -25,7 +25,7 @@ from scene import new_sampler, offline_batch, offline_policy
 from tiny import adapted, made_up_kept, tiny_llama
 from torch import nn
 
-from attention_rl_trainer.models.causal_lm import dropout_disabled
+from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.rollout.environment import KVMemoryEnvironment
 from attention_rl_trainer.update.kept import KeptTrajectories
@@ -67,7 +67,7 @@ class Update:
         """Differentiate the loss as the trainer does."""
         model = self.policy.model
         for batch in self.kept.split(self.micro_batch_size):
-            with dropout_disabled(model):
+            with update_mode(model):
                 terms = compute_loss_terms(
                     self.policy, model, self.environment, self.previous_adapter, batch, self.options
                 )
@@ -78,7 +78,7 @@ class Update:
         """Forward, forward and backward, with logits at the query positions, in as many chunks as ours."""
         policy, model = self.policy, self.policy.model
         for batch in self.kept.split(self.micro_batch_size):
-            with dropout_disabled(model):
+            with update_mode(model):
                 with self.previous_adapter.swapped_in():
                     for states in self.chunks(policy.forward(batch.token_ids)):
                         head(states)

@@ -62,3 +62,9 @@ def test_what_does_not_fit_is_refused(values: list[float], articles: list[str]) 
 def test_a_gap_of_nothing_has_no_share() -> None:
     with pytest.raises(ValueError, match="sum to 0"):
         clustered_ratio([1.0, 2.0], [1.0, -1.0], ["a", "b"])
+
+
+def test_articles_that_alone_have_no_ratio_leave_no_interval() -> None:
+    """A resample may take nothing but the article without a gap."""
+    estimate = clustered_ratio([0.0, 1.0, 3.0], [0.0, 2.0, 2.0], ["a", "b", "c"])
+    assert estimate == Estimate(1.0, None, None, 3, 3)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import make_sampler, random_batch, tiny_llama
@@ -13,6 +15,7 @@ from attention_rl_trainer.evaluation.evaluate import evaluate_policy
 from attention_rl_trainer.evaluation.orders import BEST, ORACLE, RANDOM, WORST, score_orders
 from attention_rl_trainer.evaluation.queries import CONTROL, EMPTY, POLICY
 from attention_rl_trainer.evaluation.tables import EvaluationTables, TableBuilder
+from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 
 
@@ -117,3 +120,64 @@ def test_nothing_measured_is_an_error(llama: PreTrainedModel, tokenizer: PreTrai
     builder = TableBuilder(make_sampler(llama, tokenizer), PlainTextEncoder(tokenizer))
     with pytest.raises(ValueError, match="nothing was measured"):
         builder.build()
+
+
+def repeated(batch: MemoryBatch, rows: list[int]) -> MemoryBatch:
+    """Let all pairs of some memories be the same."""
+    keys, values = batch.key_tokens.clone(), batch.value_tokens.clone()
+    keys[rows], values[rows] = keys[rows][:, :1], values[rows][:, :1]
+    return replace(batch, key_tokens=keys, value_tokens=values)
+
+
+class TestNothingToCompare:
+    """What has no value in a setting is left out; the rest of the tables is there."""
+
+    def tables(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batches: list[MemoryBatch], **options: Any
+    ) -> EvaluationTables:
+        sampler = make_sampler(model, tokenizer, **options)
+        builder = TableBuilder(sampler, PlainTextEncoder(tokenizer), num_counterfactuals=2)
+        evaluate_policy(sampler, batches, 99, builder.add)
+        return builder.build()
+
+    @pytest.mark.parametrize("num_pairs", [1, 4, 7])
+    def test_orders_that_are_all_the_same(
+        self, num_pairs: int, tmp_path: Path, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        batch = repeated(random_batch(3, num_pairs=num_pairs), [0, 1, 2])
+        tables = self.tables(llama, tokenizer, [batch], num_steps=1)
+        assert tables.share_closed == {}
+        assert tables.metrics()["order_over_random"] == pytest.approx(0.0, abs=1e-5)
+        assert "order_share_closed" not in tables.metrics()
+        assert "query_over_empty" in tables.metrics()
+        assert tables.orders.keys() >= {"learned", RANDOM, ORACLE}
+        for file in tables.write(tmp_path):
+            assert "nan" not in file.read_text(encoding="utf-8").lower()
+
+    def test_one_memory_without_a_gap_leaves_no_interval(
+        self, tmp_path: Path, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        tables = self.tables(llama, tokenizer, [repeated(random_batch(3, num_pairs=3), [1])])
+        share = tables.share_closed["learned"]
+        assert share.low is None
+        assert share.high is None
+        assert tables.order_gains["learned"].low is not None
+        assert tables.metrics()["order_share_closed"] == share.mean
+        tables.write(tmp_path)
+
+    def test_a_first_trajectory_alone_waits_for_another_article(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        whole = random_batch(3)
+        one_by_one = self.tables(tiny_llama(), tokenizer, [whole.select_rows([row]) for row in range(3)])
+        together = self.tables(tiny_llama(), tokenizer, [whole])
+        for name in (POLICY, EMPTY):
+            assert one_by_one.queries[name].mean == pytest.approx(together.queries[name].mean, abs=1e-5)
+        assert {estimate.num_values for estimate in one_by_one.queries.values()} == {3}
+        for name, order in together.orders.items():
+            assert one_by_one.orders[name].mean == pytest.approx(order.mean, abs=1e-5)
+
+    def test_a_single_article_is_refused_with_the_way_out(
+        self, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        one = random_batch(2).select_rows([0])
+        with pytest.raises(ValueError, match="all trajectories so far are on 'title 0'; evaluate on more articles"):
+            self.tables(llama, tokenizer, [one, one])

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from tiny import adapted
 from transformers import PreTrainedModel
 
-from attention_rl_trainer.models import adapters
+from attention_rl_trainer.models import given
 from attention_rl_trainer.models.adapters import AdapterLayers, add_adapter
 
 
@@ -28,11 +28,26 @@ class TestBaseModelStays:
         with pytest.raises(ValueError, match=rf"the adapter has {next(iter(options))}.*untouched base model"):
             add_adapter(llama, LoraConfig(**options))
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"lora_alpha": 0}, "lora_alpha=0, which multiplies all that it learns by 0"),
+            ({"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens, behind which alone"),
+            ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS'.*untouched base model"),
+            ({"task_type": "TOKEN_CLS"}, "task_type='TOKEN_CLS'.*untouched base model"),
+        ],
+    )
+    def test_adapters_that_would_do_nothing_or_have_a_head_are_refused(
+        self, options: dict[str, Any], message: str, llama: PreTrainedModel
+    ) -> None:
+        with pytest.raises(ValueError, match=f"the adapter has {message}"):
+            add_adapter(llama, LoraConfig(**options))
+
     @pytest.mark.parametrize("init", ["pissa", "olora"])
     def test_those_that_are_not_known_by_name_too(
         self, init: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(adapters, "HARMLESS_INITS", (init,))
+        monkeypatch.setattr(given, "HARMLESS_INITS", (init,))
         with pytest.raises(ValueError, match=r"LoraConfig has changed the weights .*q_proj\.weight\)"):
             add_adapter(llama, LoraConfig(init_lora_weights=init))
 

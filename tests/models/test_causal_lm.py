@@ -1,48 +1,15 @@
-"""A causal language model's modes, and its output head against the model's own logits."""
+"""A causal language model's output head against the model's own logits."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tiny import adapted, tiny_llama
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tiny import tiny_llama
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from attention_rl_trainer.models.attention import UnsupportedArchitectureError
-from attention_rl_trainer.models.causal_lm import (
-    LogitsHead,
-    default_logits_chunk_size,
-    deterministic_inference,
-    dropout_disabled,
-)
-
-
-def test_inference_mode_is_restored(llama: PreTrainedModel) -> None:
-    model = adapted(llama).train()
-    with deterministic_inference(model):
-        assert not model.training
-        assert not torch.is_grad_enabled()
-    assert model.training
-    assert torch.is_grad_enabled()
-
-
-def test_dropout_is_zero_inside_and_restored_after(model: PreTrainedModel) -> None:
-    peft_model = adapted(model).train()
-    ids = torch.randint(1, 380, (2, 8))
-
-    def forward() -> Tensor:
-        return peft_model(input_ids=ids).logits
-
-    with torch.no_grad():
-        assert not torch.equal(forward(), forward())
-        with dropout_disabled(peft_model):
-            assert peft_model.training
-            inside = forward()
-            assert torch.equal(inside, forward())
-        assert not torch.equal(forward(), forward())
-        peft_model.eval()
-        torch.testing.assert_close(inside, forward())
-    assert any(isinstance(m, nn.Dropout) and m.p == 0.05 for m in peft_model.modules())
+from attention_rl_trainer.models.causal_lm import LogitsHead, default_logits_chunk_size
+from attention_rl_trainer.models.projections import UnsupportedArchitectureError
 
 
 @pytest.mark.parametrize(
@@ -77,7 +44,7 @@ def test_an_unknown_change_of_the_logits_is_refused() -> None:
 
     model = Shifted(tiny_llama().config)
     nn.init.normal_(model.get_output_embeddings().weight)
-    with pytest.raises(UnsupportedArchitectureError, match="Shifted does something to its logits"):
+    with pytest.raises(UnsupportedArchitectureError, match="Shifted does something to its hidden states or logits"):
         LogitsHead(model)
 
 

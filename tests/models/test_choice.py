@@ -199,6 +199,26 @@ def test_loading_options_that_are_not_known_are_refused(
         load_named_model(str(llama_folder), CPU, options)
 
 
+def test_a_gguf_file_is_no_longer_quantized_once_it_is_loaded(gguf_file: Path) -> None:
+    model, _ = load_named_model(str(gguf_file), CPU, {"dtype": "float32"})
+    assert model.config.vocab_size == 300
+
+
+def test_an_adapter_beside_a_cached_hub_model_is_not_put_on_it(llama_folder: Path, hub_cache: Path) -> None:
+    adapted(LlamaForCausalLM.from_pretrained(llama_folder)).save_pretrained(llama_folder)
+    files = {path.name: path.read_bytes() for path in llama_folder.iterdir()}
+    put_in_hub_cache(hub_cache, "acme/both", files)
+    with pytest.raises(BaseModelError, match=rf"acme/both holds an adapter, not a base model.*\({llama_folder}\)"):
+        load_named_model("acme/both", CPU, {})
+
+
+@pytest.mark.parametrize("name", ["", None])
+def test_an_empty_name_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BaseModelError, match="The name of the base model is empty"):
+        load_named_model(name, CPU, {})
+
+
 def test_the_tokenizer_of_a_model_is_found_by_its_name(
     llama_folder: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -16,6 +16,7 @@ from attention_rl_trainer.models.grouped_attention import (
     grouped_attention,
     grouped_attention_forward,
 )
+from attention_rl_trainer.models.kv_cache import cache_argument
 
 
 class Attention(nn.Module):
@@ -123,10 +124,10 @@ def test_a_model_computes_the_same_and_gets_its_own_attention_back(build: type[P
     ids = torch.randint(1, 380, (3, 9))
 
     def read() -> torch.Tensor:
-        cache = DynamicCache(config=model.config)
+        held = {cache_argument(model.base_model, model): DynamicCache(config=model.config)}
         pieces = [ids[:, :4], ids[:, 4:5], ids[:, 5:]]
         with torch.no_grad():
-            states = [model.base_model(input_ids=piece, past_key_values=cache).last_hidden_state for piece in pieces]
+            states = [model.base_model(input_ids=piece, **held).last_hidden_state for piece in pieces]
         return torch.cat(states, dim=1)
 
     expected = read()

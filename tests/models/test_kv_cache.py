@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from model_builders import sliding_model
 from tiny import tiny_gpt2, tiny_llama
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from attention_rl_trainer.models.kv_cache import PreallocatedCache, keeps_every_token, memory_bytes, new_cache
+from attention_rl_trainer.models.kv_cache import (
+    PreallocatedCache,
+    cache_argument,
+    keeps_every_token,
+    memory_bytes,
+    new_cache,
+)
+from attention_rl_trainer.models.projections import UnsupportedArchitectureError
 
 
 def read(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+    held = {cache_argument(model.base_model, model): cache}
     with torch.no_grad():
-        hidden: Tensor = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden: Tensor = model.base_model(input_ids=ids, use_cache=True, **held).last_hidden_state
     return hidden
 
 
@@ -130,3 +141,37 @@ def test_a_new_cache_is_preallocated_where_every_token_is_kept(model: PreTrained
     torch.testing.assert_close(
         read(sliding, ids[:, :40], theirs), sliding.base_model(input_ids=ids[:, :40]).last_hidden_state
     )
+
+
+class Forwards(nn.Module):
+    """Hands on whatever it is given, as some backbones do."""
+
+    def forward(self, **arguments: Any) -> None: ...
+
+
+class Renamed(nn.Module):
+    def forward(self, input_ids: Tensor, cache: Cache | None = None, **arguments: Any) -> None: ...
+
+
+class Named(nn.Module):
+    def forward(self, input_ids: Tensor, past_key_values: Cache | None = None) -> None: ...
+
+
+class Recurrent(nn.Module):
+    def forward(self, input_ids: Tensor, cache_params: Cache | None = None) -> None: ...
+
+
+def test_the_cache_goes_by_the_name_that_the_forward_has() -> None:
+    assert cache_argument(Renamed(), Renamed()) == "cache"
+    assert cache_argument(Named(), Named()) == "past_key_values"
+    assert cache_argument(Recurrent(), Recurrent()) == "cache_params"
+    # Code that came with a model keeps its own name, whatever the installed transformers calls it.
+    assert cache_argument(Named(), Renamed()) == "past_key_values"
+    assert cache_argument(Forwards(), Renamed()) == "cache"
+    with pytest.raises(UnsupportedArchitectureError, match=r"Forwards reads without a key-value cache.*none of cache"):
+        cache_argument(Forwards(), Forwards())
+
+
+def test_a_forward_that_was_wrapped_keeps_the_name(llama: PreTrainedModel) -> None:
+    name = cache_argument(llama.base_model, llama)
+    assert cache_argument(Forwards(), add_hook_to_module(llama, ModelHook())) == name

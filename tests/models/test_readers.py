@@ -10,7 +10,7 @@ from model_builders import sliding_model
 from peft import IA3Config, LoraConfig, get_peft_model
 from tiny import VOCABULARY_SIZE, make_policy, tiny_llama
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from attention_rl_trainer.memories.tokenization import allowed_token_ids
 from attention_rl_trainer.models import grouped_attention
@@ -158,3 +158,107 @@ def test_no_number_of_a_decoding_step_is_asked_back_from_the_device(
         assert policy.token_logprobs(policy_hidden, queries.query.token_ids).shape == (3, 4)
         with pytest.raises(DataDependentOutputException):
             bool(queries.query.logprobs.isfinite().all())
+
+
+EXPERTS: dict[str, Any] = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+}
+FOUR_OF_TWO: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+ALL_LINEAR: dict[str, Any] = {"target_modules": "all-linear"}
+MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "shared expert": ("qwen2_moe", FOUR_OF_TWO | {"shared_expert_intermediate_size": 16}, ALL_LINEAR),
+    "router": ("mixtral", {"num_local_experts": 4}, ALL_LINEAR),
+    "router, qwen3": ("qwen3_moe", FOUR_OF_TWO | {"head_dim": 8}, ALL_LINEAR),
+    "router, olmoe": ("olmoe", FOUR_OF_TWO, ALL_LINEAR),
+    "experts' weights": (
+        "olmoe",
+        FOUR_OF_TWO,
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    ),
+    "experts' weights, mixtral": (
+        "mixtral",
+        {"num_local_experts": 4},
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
+    ),
+    "experts' weights, qwen3": (
+        "qwen3_moe",
+        FOUR_OF_TWO | {"head_dim": 8},
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
+    ),
+    "shared expert, dots1": (
+        "dots1",
+        {
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 0,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        ALL_LINEAR,
+    ),
+    "shared expert, ernie": (
+        "ernie4_5_moe",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0},
+        ALL_LINEAR,
+    ),
+    "shared expert, glm4": (
+        "glm4_moe",
+        {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 0},
+        ALL_LINEAR,
+    ),
+}
+
+
+# Upstream: PEFT adds a pattern for weights that it was not asked to adapt.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_that_see_tokens_without_their_rows_read_separately(
+    name: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    family, sizes, adapter = MIXTURES[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **EXPERTS | sizes)).eval()
+    policy = adapted_by(LoraConfig(**adapter), model, tokenizer)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    prompt, noise = torch.randint(1, 380, (3, 6)), torch.rand(2, 3, 4, dtype=torch.float64)
+    weights = {key: value.clone() for key, value in policy.model.state_dict().items()}
+    with policy.inference():
+        readers = open_readers(policy, prompt, 30)
+        queries = readers.write_queries(noise[0], noise[1])
+        whole = policy.forward(torch.cat([prompt, queries.query.token_ids], dim=1))
+        logprobs = policy.query_log_probabilities(whole[:, 5:-1])
+        with policy.reference():
+            counterfactual = policy.forward(torch.cat([prompt, queries.counterfactual.token_ids], dim=1))
+        base_logprobs = policy.query_log_probabilities(counterfactual[:, 5:-1])
+    assert isinstance(readers, SeparateReaders)
+    for query, expected in ((queries.query, logprobs), (queries.counterfactual, base_logprobs)):
+        index = policy.allowed_index(query.token_ids)[..., None]
+        torch.testing.assert_close(query.logprobs, expected.gather(2, index).squeeze(2), atol=1e-4, rtol=1e-4)
+    # What was tried has left no trace.
+    assert all(torch.equal(policy.model.state_dict()[key], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_attention_of_a_mixture_of_experts_reads_jointly(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    torch.manual_seed(0)
+    sizes = {"mixtral": {"num_local_experts": 4}, "olmoe": FOUR_OF_TWO}[family]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **EXPERTS | sizes)).eval()
+    assert make_policy(model, tokenizer).can_read_jointly
+
+
+def test_joint_reading_can_be_switched_off(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    policy = make_policy(llama, tokenizer, joint_reading=False)
+    with policy.inference():
+        assert isinstance(open_readers(policy, torch.randint(1, 380, (2, 5)), 30), SeparateReaders)

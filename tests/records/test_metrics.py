@@ -95,4 +95,29 @@ class TestMetricsBuffer:
         other.load_state_dict(state)
         other.add({"reward": 2.0})
         assert other.drain() == {"reward": pytest.approx(10 / 9), "episodes": 8.0}
-        assert state == {"reward": [1 / 3, 1.0], "episodes": [8.0]}
+        assert state["joined"] == {"episodes": 8.0}
+        assert state["means"] == {"reward": [pytest.approx(4 / 3), 2.0]}
+
+    def test_what_is_held_does_not_grow(self) -> None:
+        buffer, sizes = MetricsBuffer(), set()
+        for _ in range(9):
+            buffer.add({"kl": 0.5, "reward_max": 1.0, "updates": 1})
+            buffer.add_rewards(torch.ones(1))
+            buffer.count_step()
+            sizes.add(len(json.dumps(buffer.state_dict())))
+        # The number of digits may.
+        assert max(sizes) - min(sizes) < 10
+
+    def test_means_are_weighted(self) -> None:
+        buffer = MetricsBuffer()
+        buffer.add({"kl": 1.0, "reward_max": 1.0, "episodes": 3}, weight=3)
+        buffer.add({"kl": 5.0, "reward_max": 0.5, "episodes": 4}, weight=1)
+        assert buffer.drain() == {"kl": 2.0, "reward_max": 1.0, "episodes": 4.0}
+
+    def test_rewards_are_those_of_all_trajectories(self) -> None:
+        buffer, other = MetricsBuffer(), MetricsBuffer()
+        buffer.add_rewards(torch.tensor([1.0, 3.0, 5.0]))
+        other.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
+        other.add_rewards(torch.tensor([11.0]))
+        assert other.drain() == {"reward": 5.0, "reward_std": pytest.approx(math.sqrt(14))}
+        assert other.drain() == {}

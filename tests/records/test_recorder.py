@@ -7,13 +7,14 @@ import importlib.util
 import json
 import logging
 import math
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
 from made_up_run import make_row
-from tiny import make_sampler, tiny_llama
-from transformers import PreTrainedTokenizerFast
+from tiny import make_sampler, random_batch, tiny_llama
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from attention_rl_trainer.errors import RunContext
 from attention_rl_trainer.memories.pairs import MemoryBatch
@@ -25,6 +26,7 @@ from attention_rl_trainer.records.progress import Progress
 from attention_rl_trainer.records.recorder import Recorder, ledger_rows
 from attention_rl_trainer.types import Trajectory
 from attention_rl_trainer.update.filter import RewardStatistics, Verdict
+from attention_rl_trainer.update.micro_batches import LossSums
 
 
 class TestLedgerRows:
@@ -223,21 +225,61 @@ class TestStep:
     ) -> None:
         progress.advance(dataclasses.replace(batch, skipped={"too short": 2, "empty": 1}))
         recorder.add(batch, trajectory, verdict)
-        recorder.add_metrics({"kl": 0.25, "clip_fraction": None})
-        assert recorder.log({"loss": 0.5, "epoch": 0.1}, num_updates=3) == {
-            "loss": 0.5,
-            "epoch": 0.1,
-            **trajectory_metrics(trajectory),
-            "history_mean": -0.25,
-            "history_std": 0.5,
-            "threshold": -0.3,
-            "kept_fraction": 0.5,
-            "kept_trajectories": 2.0,
-            "episodes": 4.0,
-            "skipped_articles": 3.0,
-            "kl": 0.25,
-            "updates": 3.0,
-        }
+        recorder.add_update(LossSums(torch.zeros(()), policy=0.75, kl=6.0, num_query_tokens=24))
+        logged = recorder.log({"loss": 0.5, "epoch": 0.1}, num_updates=3)
+        assert logged == pytest.approx(
+            {
+                "loss": 0.5,
+                "epoch": 0.1,
+                **trajectory_metrics(trajectory),
+                "history_mean": -0.25,
+                "history_std": 0.5,
+                "threshold": -0.3,
+                "kept_fraction": 0.5,
+                "kept_trajectories": 2.0,
+                "episodes": 4.0,
+                "skipped_articles": 3.0,
+                "policy_loss": 0.75,
+                "kl": 0.25,
+                "updates": 3.0,
+            }
+        )
+
+    def test_numbers_of_batches_of_different_sizes_are_those_of_all_trajectories(
+        self, recorder: Recorder, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        sampler = make_sampler(llama, tokenizer)
+        rewards: list[float] = []
+        gains: list[float] = []
+        for rows, keep in ((4, [True, False, False, False]), (1, [True])):
+            batch = random_batch(rows, seed=rows)
+            trajectory = sampler.sample(batch, range(rows))
+            history = RewardStatistics(4, 0.0, 1.0)
+            recorder.add(batch, trajectory, Verdict(torch.tensor(keep), history, history, threshold=0.5))
+            rewards += trajectory.avg_reward.tolist()
+            gains += trajectory.stack("query_gain").mean(dim=1).tolist()
+        logged = recorder.log({}, 0)
+        assert logged["reward"] == pytest.approx(statistics.fmean(rewards))
+        assert logged["reward_std"] == pytest.approx(statistics.pstdev(rewards))
+        assert logged["query_gain"] == pytest.approx(statistics.fmean(gains), abs=1e-7)
+        assert logged["kept_fraction"] == 2 / 5
+
+    def test_a_step_that_keeps_nothing_counts_in_the_policy_loss_and_not_in_the_kl(self, recorder: Recorder) -> None:
+        nothing = torch.zeros(())
+        recorder.add_update(LossSums(nothing, policy=0.75, kl=6.0, num_query_tokens=24))
+        recorder.add_update(LossSums(nothing))
+        recorder.add_update(LossSums(nothing, policy=0.15, kl=3.0, num_query_tokens=6))
+        assert recorder.log({}, 2) == pytest.approx({"policy_loss": 0.3, "kl": 0.3, "updates": 2.0})
+        recorder.add_update(LossSums(nothing))
+        assert recorder.log({}, 2) == {"updates": 2.0}
+
+    def test_totals_of_a_run(self, recorder: Recorder, progress: Progress) -> None:
+        progress.num_episodes = 8
+        progress.open_stream()
+        progress.num_episodes = 21
+        totals = {"train_runtime": 2.0, "train_samples_per_second": 12.0, "total_flos": 0.0, "train_loss": 0.5}
+        recorder.correct_totals(totals)
+        assert totals == {"train_runtime": 2.0, "train_samples_per_second": 6.5, "train_loss": 0.5}
 
     def test_times_of_the_phases(self, recorder: Recorder, context: RunContext, trajectory: Trajectory) -> None:
         context.seconds |= {"rollout": 2.0, "filter": 0.5, "update": 1.0}
@@ -250,6 +292,16 @@ class TestStep:
             "update_seconds": 1.5,
             "updates": 0.0,
         }
+        # Three times as many tokens in nine times the time, and then the rest of an update.
+        context.seconds |= {"rollout": 1.0, "filter": 0.0}
+        recorder.add_times(trajectory)
+        context.seconds |= {"rollout": 9.0}
+        recorder.add_times(dataclasses.replace(trajectory, forward_tokens=3 * trajectory.forward_tokens))
+        context.seconds |= {"update": 4.0}
+        recorder.add_update_time()
+        logged = recorder.log({}, 0)
+        assert logged["tokens_per_second"] == pytest.approx(4 * trajectory.forward_tokens / 10)
+        assert (logged["rollout_seconds"], logged["update_seconds"]) == (10.0, 6.0)
 
     def test_log_warns_of_the_step_that_ended(
         self, recorder: Recorder, clock: Clock, caplog: pytest.LogCaptureFixture
@@ -271,7 +323,7 @@ class TestRun:
         assert not recorder.has_report
         facts = {"model": "tiny", "seed": 5, "learning rate": 1e-3, "adapter": None, "order": True}
         with caplog.at_level(logging.WARNING):
-            recorder.write_report([], facts)
+            recorder.write_report([], facts, 0)
         assert recorder.has_report
         summary = tmp_path / "report" / "summary.md"
         assert f"Report: {summary}" in caplog.text
@@ -293,13 +345,13 @@ class TestRun:
 
     def test_no_articles_were_skipped(self, recorder: Recorder, tmp_path: Path) -> None:
         recorder.ledger.append([make_row(0)])
-        recorder.write_report([], {})
+        recorder.write_report([], {}, 0)
         assert "| articles skipped | none |" in (tmp_path / "report" / "summary.md").read_text(encoding="utf-8")
 
     def test_without_a_ledger_there_is_no_report(
         self, recorder: Recorder, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        recorder.write_report([], {})
+        recorder.write_report([], {}, 0)
         assert f"No report: {tmp_path / LEDGER_NAME} is missing" in caplog.text
         assert not list(tmp_path.iterdir())
 
@@ -312,7 +364,7 @@ class TestRun:
     ) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         recorder.ledger.append([make_row(0)])
-        recorder.write_report([], {})
+        recorder.write_report([], {}, 0)
         assert [path.name for path in (tmp_path / "report").iterdir()] == ["summary.md"]
         assert 'pip install "attention-rl-trainer[report]"' in caplog.text
 

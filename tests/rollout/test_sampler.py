@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_sampler, random_batch, tiny_gpt2, tiny_llama
+from tiny import checkpoint_activations, make_sampler, random_batch, tiny_gpt2, tiny_llama
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -186,7 +186,7 @@ def test_activation_checkpointing_does_not_drop_the_cache(tokenizer: PreTrainedT
     model = tiny_llama()
     sampler, batch = make_sampler(model, tokenizer), random_batch(2)
     plain = sampler.sample(batch, [0, 1])
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     sampler.policy.model.train()
     checkpointed = sampler.sample(batch, [0, 1])
     assert torch.equal(plain.token_ids, checkpointed.token_ids)

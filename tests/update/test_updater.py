@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from attention_rl_trainer.durability.states import Stateful
 from attention_rl_trainer.errors import NonFiniteError, RunContext
 from attention_rl_trainer.update.kept import KeptTrajectories
+from attention_rl_trainer.update.micro_batches import LossSums
 from attention_rl_trainer.update.objective import LossTerms
 from attention_rl_trainer.update.updater import UpdateOptions, Updater
 
@@ -61,10 +64,10 @@ class Run:
         self.model.bias.requires_grad_(False)
         self.optimizer = build([self.model.weight])
         self.counter = Counter()
-        self.metrics: list[Mapping[str, float]] = []
+        self.sums: list[LossSums] = []
         context = RunContext(torch.device("cpu"), {}, lambda: 1)
         self.updater = Updater(
-            self.model, UpdateOptions(**{"training_batch_size": 2} | options), context, self.metrics.append
+            self.model, UpdateOptions(**{"training_batch_size": 2} | options), context, self.sums.append
         )
         self.parts: dict[str, Stateful] = {"counter": self.counter, "updater": self.updater}
         self.events: list[str] = []
@@ -100,7 +103,8 @@ class Run:
                     self.happens("rollout")
                     losses.append(self.updater.accumulate(kept, self.differentiate).item())
                     if number == len(batches):
-                        self.updater.take_further_steps(self.differentiate, self.optimizer, self.clip)
+                        loss = self.updater.take_further_steps(self.differentiate, self.optimizer, self.clip)
+                        losses[-1] += loss.item()
                     self.happens("record")
             with self.updater.all_or_nothing(self.parts, 20), self.updater.last_step():
                 self.happens("commit")
@@ -277,7 +281,8 @@ class TestSteps:
         assert before.pop("parts")["updater"] == run.updater.state_dict()
         assert after == before
         assert run.events == ["rollout", "record"] * 2 + ["commit"]
-        assert run.metrics == [{}] * num_iterations, "of the update before"
+        assert [sums.loss.item() > 0 for sums in run.sums] == [True, False]
+        assert run.sums[1] == LossSums(torch.zeros(()))
 
     def test_a_batch_of_which_nothing_is_kept_adds_nothing(self) -> None:
         run, other = Run(num_iterations=2), Run(num_iterations=2)
@@ -285,18 +290,57 @@ class TestSteps:
         other.update(TWO_BATCHES[:1])
         torch.testing.assert_close(run.model.weight, other.model.weight, atol=0, rtol=0)
 
-    def test_metrics_are_those_of_each_batch(self) -> None:
-        run = Run()
+    @pytest.mark.parametrize("num_iterations", [1, 3])
+    def test_the_loss_is_a_mean_over_the_optimizer_steps_of_an_update(self, num_iterations: int) -> None:
+        run, other = Run(num_iterations=num_iterations), Run()
+        losses = run.update(TWO_BATCHES)
+        expected = []
+        for iteration in range(num_iterations):
+            loss = sum(other.loss(batch) for batch in TWO_BATCHES)
+            expected.append(loss.item())
+            loss.backward()
+            if iteration < num_iterations - 1:
+                other.clip()
+            other.optimizer.step()
+            other.model.zero_grad()
+        assert sum(losses) == pytest.approx(statistics.fmean(expected))
+        (sums,) = run.sums
+        assert sums.loss.item() == pytest.approx(statistics.fmean(expected))
+        assert len(set(expected)) == num_iterations
+
+    @pytest.mark.parametrize("num_iterations", [1, 2])
+    def test_parts_are_summed_over_the_batches_of_an_update(self, num_iterations: int) -> None:
+        run = Run(num_iterations=num_iterations)
 
         def differentiate(kept: KeptTrajectories) -> tuple[Tensor, LossTerms | None]:
-            loss, _ = run.differentiate(kept)
-            return loss, LossTerms(loss, torch.tensor(0.5), kept.weights.sum() * 3)
+            loss, _ = Run.differentiate(run, kept)
+            # KL per query token, of which each trajectory has one: 2 in the first batch, 5 in the second.
+            kl = 2.0 if kept.token_ids[0, 0] < 20 else 5.0
+            return loss, LossTerms(loss, torch.tensor(0.5), kept.weights.sum() * kl)
 
-        for rows in (3, 4):
-            with run.updater.all_or_nothing(run.parts, 20):
-                run.updater.accumulate(batch_of(rows), differentiate)
-        # Two micro-batches each; KL per query token, of which each trajectory has one.
-        assert run.metrics == [pytest.approx({"policy_loss": 1.0, "kl": 3.0})] * 2
+        run.differentiate = differentiate  # type: ignore[method-assign]
+        weights = torch.full((3,), 1 / 20), torch.full((4,), 1 / 20)
+        batches = [replace(batch_of(3), weights=weights[0]), replace(batch_of(4, first=20), weights=weights[1])]
+        run.update(batches)
+        (sums,) = run.sums
+        # Two micro-batches each.
+        assert sums.policy == pytest.approx(4 * 0.5)
+        assert sums.num_query_tokens == 7 * num_iterations
+        assert sums.kl == pytest.approx((3 * 2.0 + 4 * 5.0) * num_iterations)
+
+    def test_a_part_that_is_not_computed_is_not_zero(self) -> None:
+        run = Run()
+        differentiate = run.differentiate
+
+        def without_kl(kept: KeptTrajectories) -> tuple[Tensor, LossTerms | None]:
+            loss, _ = differentiate(kept)
+            return loss, LossTerms(loss, loss, None)
+
+        run.differentiate = without_kl  # type: ignore[method-assign]
+        run.update(TWO_BATCHES)
+        (sums,) = run.sums
+        assert sums.policy == pytest.approx(sums.loss.item())
+        assert sums.kl is None
 
     def test_state_round_trips(self) -> None:
         run, again = Run(num_iterations=2, training_batch_size=4), Run(training_batch_size=4)
