@@ -96,6 +96,11 @@ def resolve_projections(model: PreTrainedModel, attention: nn.Module) -> tuple[A
     name = f"{type(attention).__name__} of {type(model).__name__} (model_type {model.config.model_type!r})"
     if received is None:
         return _unverified(name, config, attention, modules, readings)
+    if not bool(received.query.isfinite().all() and received.key.isfinite().all()):
+        raise UnsupportedArchitectureError(
+            f"the queries or keys of {name} are not finite at the first {_NUM_TOKENS} tokens of the vocabulary, so its "
+            "weights hold NaN or infinity; load or save them again"
+        )
     queries = _best(received.query_output, received.query, readings.queries)
     keys = _best(received.key_output, received.key, readings.keys)
     for side, found in {"query": queries, "key": keys}.items():

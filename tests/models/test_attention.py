@@ -180,6 +180,13 @@ def test_unknown_architectures_are_refused_by_name() -> None:
         AttentionLayer(mamba)
 
 
+def test_weights_that_are_not_finite_are_refused_as_such(llama: PreTrainedModel) -> None:
+    with torch.no_grad():
+        llama.model.layers[0].mlp.up_proj.weight[3, 2] = float("nan")
+    with pytest.raises(UnsupportedArchitectureError, match=r"LlamaForCausalLM.*not finite.*weights hold NaN"):
+        AttentionLayer(llama)
+
+
 def test_uneven_heads_are_refused() -> None:
     with pytest.raises(UnsupportedArchitectureError, match="5 query heads cannot share 2"):
         AttentionHeads(5, 2, 8)
