@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -23,6 +24,8 @@ from peft import (
 from tiny import adapted, article_texts, byte_level_tokenizer, save_tiny_llama, tiny_config, write_rows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.peft_utils import check_peft_version
 
 from attention_rl_trainer.commands.evaluate import main as evaluate
 from attention_rl_trainer.commands.train import main as train
@@ -132,7 +135,16 @@ def loaded_by_another_name(folders: Folders) -> PreTrainedModel:
     return model
 
 
+def need_adapters_of_transformers() -> None:
+    """Skip the test where transformers' own `add_adapter` asks for a newer PEFT than is installed."""
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(f"transformers {transformers.__version__}: {error}")
+
+
 def added(folders: Folders) -> PreTrainedModel:
+    need_adapters_of_transformers()
     model = folders.base()
     model.add_adapter(OTHER)
     return model
@@ -145,6 +157,7 @@ def added_and_switched_off(folders: Folders) -> PreTrainedModel:
 
 
 def deleted(folders: Folders) -> PreTrainedModel:
+    need_adapters_of_transformers()
     model = loaded(folders)
     model.delete_adapter("default")
     return model

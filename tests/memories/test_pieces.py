@@ -70,7 +70,7 @@ def test_the_ids_of_a_hostile_text_by_pieces_are_those_of_the_whole(family: str)
     tokenizer = plain(family)
     assert where_to_cut(family) is not None
 
-    @settings(max_examples=2500, deadline=None)
+    @settings(max_examples=150, deadline=None)
     @given(text=texts, piece=st.integers(1, 30), context=st.integers(2, 12))
     def check(text: str, piece: int, context: int) -> None:
         encoder = encoder_of(family, piece, context)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from datasets.data_files import get_data_patterns, resolve_pattern
-from huggingface_hub import DatasetCard
+from huggingface_hub import metadata_load
 
 _TAKEN_OTHERWISE = re.compile(r"[*?\[\x00-\x1f]|::")
 _CARD, _CARD_OF_ITS_OWN = "README.md", ".huggingface.yaml"
@@ -63,4 +63,4 @@ def _matching(pattern: str, folder: Path) -> list[Path]:
 
 def _declares_configurations(folder: Path) -> bool:
     card = folder / _CARD
-    return (folder / _CARD_OF_ITS_OWN).exists() or (card.is_file() and "configs" in DatasetCard.load(card).data)
+    return (folder / _CARD_OF_ITS_OWN).exists() or (card.is_file() and "configs" in (metadata_load(card) or {}))
