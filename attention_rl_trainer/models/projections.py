@@ -164,7 +164,10 @@ def _output_features(projection: nn.Module) -> int:
     for name in ("out_features", "nf"):
         if hasattr(wrapped, name):
             return int(getattr(wrapped, name))
-    raise UnsupportedArchitectureError(f"cannot read the output size of a {type(wrapped).__name__} projection")
+    raise UnsupportedArchitectureError(
+        f"a {type(wrapped).__name__} does not say how many features it gives, as a projection of queries or keys should; "
+        "choose another attention_layer, or another base model"
+    )
 
 
 def _head_dim(attention: nn.Module) -> int:

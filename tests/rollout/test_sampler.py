@@ -197,6 +197,7 @@ def test_activation_checkpointing_does_not_drop_the_cache(tokenizer: PreTrainedT
 def test_forward_tokens_are_counted(joint: bool, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     # No embedding batch is filled up.
     sampler = make_sampler(llama, tokenizer, policy_options={"embedding_batch_size": 5}, joint=joint)
+    assert sampler.policy.can_read_jointly  # found out once, with tokens of its own
     seen = 0
 
     def count(module: Any, args: Any, options: dict[str, Any]) -> None:
