@@ -32,6 +32,7 @@ def test_greedy_queries_equal_those_of_trl() -> None:
     assert "check: 12 greedy queries of 6 tokens are equal" in run("peer.py", *arguments)
 
 
+@pytest.mark.slow
 def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
     calls: list[str] = []
     contenders = {name: partial(calls.append, name) for name in ("a", "b", "c")}

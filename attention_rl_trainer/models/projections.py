@@ -165,8 +165,8 @@ def _output_features(projection: nn.Module) -> int:
         if hasattr(wrapped, name):
             return int(getattr(wrapped, name))
     raise UnsupportedArchitectureError(
-        f"a {type(wrapped).__name__} does not say how many features it gives, as a projection of queries or keys should; "
-        "choose another attention_layer, or another base model"
+        f"a {type(wrapped).__name__} does not say how many features it gives, as a projection of queries or keys "
+        "should; choose another attention_layer, or another base model"
     )
 
 

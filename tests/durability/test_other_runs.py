@@ -255,6 +255,7 @@ class TestOtherRuns:
         assert (job.run / "checkpoint-6" / "adapter_model.safetensors").read_bytes() == expected
         assert (job.run / "_earlier-1" / "checkpoint-4").is_symlink()
 
+    @pytest.mark.slow
     def test_a_report_is_of_the_last_end(self, tmp_path: Path) -> None:
         job = Job(tmp_path, OPTIONS | {"report_at_end": True, "num_episodes": 12})
         build_trainer(job).train()

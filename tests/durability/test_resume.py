@@ -210,6 +210,7 @@ def test_the_comparison_sees_another_learning_rate(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_longer_run_has_its_own_schedule(tmp_path: Path) -> None:
     job, whole = whole_run(tmp_path, {"warmup_episodes": 1})
     job.run.mkdir(parents=True)

@@ -116,12 +116,18 @@ hostile_texts = st.one_of(
 no_texts = st.one_of(st.none(), st.integers(), st.floats(), st.binary(max_size=9), st.lists(st.text(max_size=3)))
 
 
+@pytest.fixture(scope="module")
+def shared_encoder(tokenizer: PreTrainedTokenizerFast) -> PlainTextEncoder:
+    """An encoder for many examples: making one reads the whole tokenizer."""
+    return PlainTextEncoder(tokenizer)
+
+
 @settings(max_examples=1000, deadline=None)
 @given(texts=st.lists(st.one_of(hostile_texts, no_texts), max_size=6), seed=st.integers(0, 9))
 def test_every_hostile_article_is_used_or_counted_under_its_reason(
-    texts: list[object], seed: int, tokenizer: PreTrainedTokenizerFast
+    texts: list[object], seed: int, shared_encoder: PlainTextEncoder
 ) -> None:
-    encoder = PlainTextEncoder(tokenizer)
+    encoder = shared_encoder
     # One that can be used, since an epoch without any is an error.
     rows = [{"text": text} for text in [*texts, "the river " * 20]]
     expected: Counter[str] = Counter()
