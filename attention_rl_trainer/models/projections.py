@@ -91,9 +91,12 @@ def resolve_projections(model: PreTrainedModel, attention: nn.Module) -> tuple[A
         UnsupportedArchitectureError: no reading of its projections gives what it compares, or none is known.
     """
     config = model.config.get_text_config()
-    modules, readings = _readings(config, attention)
-    received = _observe(model, attention, modules)
     name = f"{type(attention).__name__} of {type(model).__name__} (model_type {model.config.model_type!r})"
+    try:
+        modules, readings = _readings(config, attention)
+    except UnsupportedArchitectureError as error:
+        raise UnsupportedArchitectureError(f"{name}: {error}") from error
+    received = _observe(model, attention, modules)
     if received is None:
         return _unverified(name, config, attention, modules, readings)
     if not bool(received.query.isfinite().all() and received.key.isfinite().all()):
