@@ -3,7 +3,7 @@
 The Trainer's options were made for a loss over labelled batches. Here a step rolls out, judges and updates, so some of
 them would do harm, some would be ignored, and a user would not learn of it. `table` has a verdict for each, `checks`
 holds a run's options against it, `newer` has those that an older transformers lacks, `optimization` makes the optimizer
-and the schedule once to see that they can be made. Knows nothing about the options of the method.
+and the schedule once to see that they can be made.
 """
 
 from attention_rl_trainer.inherited.checks import check_inherited_options, expect_plain_loaders

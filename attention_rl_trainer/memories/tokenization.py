@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
 from attention_rl_trainer.memories.pieces import PieceEncoder, PiecewiseIds, readable
 
@@ -44,6 +44,24 @@ def plain_text_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(specification))
 
 
+def expect_tokenizer(tokenizer: object) -> PreTrainedTokenizerFast:
+    """Return a tokenizer if it is a fast one, and refuse whatever else is given.
+
+    Raises:
+        ValueError: names what was given, and the way out.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer
+    kind = f"the class {tokenizer.__name__}" if isinstance(tokenizer, type) else type(tokenizer).__name__
+    if isinstance(tokenizer, ProcessorMixin):
+        way_out = "give the tokenizer in it, `processor.tokenizer`"
+    elif isinstance(tokenizer, PreTrainedTokenizerBase):
+        way_out = "load it with AutoTokenizer.from_pretrained, or choose a model whose repository has a tokenizer.json"
+    else:
+        way_out = "load one with AutoTokenizer.from_pretrained, or leave it out for the base model's own"
+    raise ValueError(f"processing_class must be a fast tokenizer (a PreTrainedTokenizerFast), got {kind}; {way_out}")
+
+
 class PlainTextEncoder:
     """Turns article text into ids once, and ids into text for logs.
 
@@ -56,13 +74,7 @@ class PlainTextEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise ValueError(
-                "processing_class must be a fast tokenizer (a PreTrainedTokenizerFast), got "
-                f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained, or choose a model whose "
-                "repository holds a tokenizer.json"
-            )
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer = expect_tokenizer(tokenizer)
         self._plain = plain_text_tokenizer(tokenizer)
         self.pieces = PieceEncoder(self._plain)
         self.control_ids = control_token_ids(tokenizer)

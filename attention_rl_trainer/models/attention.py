@@ -25,6 +25,7 @@ from attention_rl_trainer.models.projections import (
     Projection,
     ToHeads,
     UnsupportedArchitectureError,
+    described,
     find_child,
     has_projections,
     resolve_projections,
@@ -159,7 +160,7 @@ def _find_attention(layer: nn.Module) -> nn.Module | None:
 
 
 def _no_attention(model: PreTrainedModel, layers: nn.ModuleList, layer: int) -> str:
-    where = f"layer {layer} of {type(model).__name__} (model_type {model.config.model_type!r})"
+    where = f"layer {layer} of {described(model)}"
     others = [number for number, other in enumerate(layers) if _find_attention(other) is not None]
     if others:
         return (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attention_rl_trainer.models.modes import deterministic_inference
-from attention_rl_trainer.models.projections import UnsupportedArchitectureError
+from attention_rl_trainer.models.projections import UnsupportedArchitectureError, described
 
 # In main memory, blocks below 32 MiB are kept by glibc's allocator, which finds no use for freed aligned ones: the heap
 # grows to several times what is alive. Above, every new block costs cleared pages, so no larger than need be.
@@ -78,7 +78,7 @@ class LogitsHead:
             raise
         except Exception as error:
             raise UnsupportedArchitectureError(
-                f"{type(model).__name__} (model_type {model.config.model_type!r}) cannot read four tokens: "
+                f"{described(model)} cannot read four tokens: "
                 f"{type(error).__name__}: {error}. Use another base model, or another adapter"
             ) from error
         if own.shape != expected.shape or not torch.allclose(own, expected, rtol=1e-2, atol=1e-2, equal_nan=True):

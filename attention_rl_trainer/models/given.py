@@ -20,12 +20,10 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    ProcessorMixin,
 )
 
 from attention_rl_trainer.errors import BaseModelError
+from attention_rl_trainer.memories.tokenization import expect_tokenizer
 from attention_rl_trainer.models.base import why_not_causal
 
 # Options that change the base model itself; these are not undone where the adapter is switched off.
@@ -93,24 +91,6 @@ def _describe(model: object) -> str:
     if model is None:
         return "None; 'auto' picks a model that can run here"
     return f"{kind}; load one with AutoModelForCausalLM.from_pretrained"
-
-
-def expect_tokenizer(tokenizer: object) -> None:
-    """Refuse what is not a fast tokenizer.
-
-    Raises:
-        ValueError: names what was given, and the way out.
-    """
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
-        return
-    kind = f"the class {tokenizer.__name__}" if isinstance(tokenizer, type) else type(tokenizer).__name__
-    if isinstance(tokenizer, ProcessorMixin):
-        way_out = "give the tokenizer in it, `processor.tokenizer`"
-    elif isinstance(tokenizer, PreTrainedTokenizerBase):
-        way_out = "load it with AutoTokenizer.from_pretrained, or choose a model whose repository has a tokenizer.json"
-    else:
-        way_out = "load one with AutoTokenizer.from_pretrained, or leave it out for the base model's own"
-    raise ValueError(f"processing_class must be a fast tokenizer (a PreTrainedTokenizerFast), got {kind}; {way_out}")
 
 
 def expect_language_model(model: PreTrainedModel) -> None:

@@ -71,6 +71,11 @@ class Projection:
     to_heads: ToHeads
 
 
+def described(model: PreTrainedModel) -> str:
+    """Name a model and its type, for messages."""
+    return f"{type(model).__name__} (model_type {model.config.model_type!r})"
+
+
 def find_child(parent: nn.Module, names: Sequence[str]) -> nn.Module | None:
     """Find the first child that has one of the names."""
     children = dict(parent.named_children())
@@ -91,7 +96,7 @@ def resolve_projections(model: PreTrainedModel, attention: nn.Module) -> tuple[A
         UnsupportedArchitectureError: no reading of its projections gives what it compares, or none is known.
     """
     config = model.config.get_text_config()
-    name = f"{type(attention).__name__} of {type(model).__name__} (model_type {model.config.model_type!r})"
+    name = f"{type(attention).__name__} of {described(model)}"
     try:
         modules, readings = _readings(config, attention)
     except UnsupportedArchitectureError as error:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.models.policy import PolicyModel
-from attention_rl_trainer.models.projections import UnsupportedArchitectureError
+from attention_rl_trainer.models.projections import UnsupportedArchitectureError, described
 from attention_rl_trainer.models.readers import open_readers
 
 _ROWS, _TOKENS = 2, 4
@@ -105,6 +105,7 @@ def _named(policy: PolicyModel, what: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        name = f"{type(policy.causal_lm).__name__} (model_type {policy.causal_lm.config.model_type!r})"
         reason = str(error) if isinstance(error, UnsupportedArchitectureError) else f"{type(error).__name__}: {error}"
-        raise UnsupportedArchitectureError(f"{name} cannot be trained here: {what} fails: {reason}") from error
+        raise UnsupportedArchitectureError(
+            f"{described(policy.causal_lm)} cannot be trained here: {what} fails: {reason}"
+        ) from error

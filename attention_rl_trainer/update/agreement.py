@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.models.projections import described
 from attention_rl_trainer.rollout.layout import positions
 from attention_rl_trainer.types import Trajectory
 
@@ -132,7 +133,7 @@ def _message(policy: PolicyModel, found: Mapping[str, Disagreement], tolerance: 
     numbers = "; ".join(
         f"{what}: {item.mean:.3g} on average, {item.largest:.3g} at most" for what, item in found.items()
     )
-    name = f"{type(policy.causal_lm).__name__} (model_type {policy.causal_lm.config.model_type!r})"
+    name = described(policy.causal_lm)
     if found["values under the base model"].mean > tolerance:
         causes = (
             f"the base model itself differs, so the cache of {name} does not continue a forward: recurrent layers, or "
