@@ -37,7 +37,11 @@ from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 
 TEXTS = article_texts(12)
 IDS = torch.arange(1, 25).view(2, 12)
-OTHER = LoraConfig(target_modules=["up_proj"], init_lora_weights=False)
+
+
+def other_adapter() -> LoraConfig:
+    """Make a config, because PEFT writes the base model's name into it."""
+    return LoraConfig(target_modules=["up_proj"], init_lora_weights=False)
 
 
 class Folders:
@@ -146,7 +150,7 @@ def need_adapters_of_transformers() -> None:
 def added(folders: Folders) -> PreTrainedModel:
     need_adapters_of_transformers()
     model = folders.base()
-    model.add_adapter(OTHER)
+    model.add_adapter(other_adapter())
     return model
 
 
@@ -165,7 +169,7 @@ def deleted(folders: Folders) -> PreTrainedModel:
 
 def inside_a_peft_model(folders: Folders) -> PreTrainedModel:
     model = folders.base()
-    get_peft_model(model, OTHER)
+    get_peft_model(model, other_adapter())
     return model
 
 
@@ -357,7 +361,7 @@ def test_a_peft_model_that_would_not_be_trained_as_it_is_saved_is_refused(
 
 def after_a_second_was_deleted(folders: Folders) -> PeftModel:
     model = folders.peft()
-    model.add_adapter("second", OTHER)
+    model.add_adapter("second", other_adapter())
     model.set_adapter("second")
     model.delete_adapter("second")
     return model
