@@ -104,7 +104,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         adapted = add_adapter(base, peft_config)
         adapted.add_model_tags(list(self._tag_names))
         self.encoder = PlainTextEncoder(tokenizer)
-        self.separators = Separators.encode(self.encoder)
+        self.separators = Separators.encode(self.encoder, args)
         self.layout = Layout.of(args, self.separators)
         shares = {"process_index": args.process_index, "num_processes": args.world_size}
         self.loader = MemoryLoader(args, self.encoder, args.seed, **shares, num_workers=args.dataloader_num_workers)

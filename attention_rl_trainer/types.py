@@ -142,6 +142,8 @@ class TrajectoryStep:
     """log p_base(value | context, counterfactual query), nats per token, ``[B]``."""
     order_gain: Tensor | None = None
     """What the earlier pairs brought to the base model, nats per token, ``[B]``; ``None`` where it is not computed."""
+    selection_information: Tensor | None = None
+    """How much of the choice depends on the query, nats, ``[B]``; ``None`` where it is not measured."""
     context_text: Sequence[str] = ()
     query_text: Sequence[str] = ()
 
@@ -162,8 +164,10 @@ class TrajectoryStep:
             "counterfactual_value_logprob",
         ):
             expect_tensor(name, getattr(self, name), (batch_size,), floating=True)
-        if self.order_gain is not None:
-            expect_tensor("order_gain", self.order_gain, (batch_size,), floating=True)
+        for name in ("order_gain", "selection_information"):
+            measured = getattr(self, name)
+            if measured is not None:
+                expect_tensor(name, measured, (batch_size,), floating=True)
         _expect_texts("context_text", self.context_text, batch_size)
         _expect_texts("query_text", self.query_text, batch_size)
 

@@ -106,11 +106,16 @@ class AttentionLayer:
                 f"attention_layer must be in {-len(layers)}..{len(layers) - 1} for a model of {len(layers)} layers, "
                 f"got {layer}"
             )
-        attention = _find_attention(layers[layer])
+        attention = find_attention(layers[layer])
         if attention is None:
             raise UnsupportedArchitectureError(_no_attention(model, layers, layer))
         self.layer = layer % len(layers)
         self.heads, self._query, self._key = resolve_projections(model, attention)
+
+    @property
+    def key_module(self) -> nn.Module:
+        """The projection that gives the keys."""
+        return self._key.module
 
     def capture_queries(self) -> AbstractContextManager[VectorCapture]:
         """Collect query heads, ``[B, S, H, D]``, while the context lasts."""
@@ -122,24 +127,39 @@ class AttentionLayer:
 
     def run_to_keys(self, backbone: nn.Module, token_ids: Tensor) -> Tensor:
         """Run the layer's decoder on ``[B, S]`` as far as this layer's keys, ``[B, S, G, D]`` in float32."""
-
-        def stop(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            raise _ReachedError
-
-        with self.capture_keys() as capture:
-            # Called after the hook that captures, which was registered first.
-            handle = self._key.module.register_forward_hook(stop)
-            try:
-                backbone(input_ids=token_ids, use_cache=False)
-            except _ReachedError:
-                pass
-            finally:
-                handle.remove()
+        with self.capture_keys() as capture, stopping_after(self):
+            backbone(input_ids=token_ids, use_cache=False)
         return capture.heads()
+
+    def __str__(self) -> str:
+        heads = self.heads
+        return (
+            f"layer {self.layer}: {heads.num_query_heads} query heads, {heads.num_key_value_groups} key-value groups "
+            f"of {heads.head_dim}"
+        )
 
 
 class _ReachedError(Exception):
     """The layer that is wanted was reached; the only way out of a forward of any architecture."""
+
+
+@contextmanager
+def stopping_after(layer: AttentionLayer) -> Iterator[None]:
+    """End a forward that is run inside of the context once a layer has computed its keys.
+
+    Hooks that are to see those keys must be there before.
+    """
+
+    def stop(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        raise _ReachedError
+
+    handle = layer.key_module.register_forward_hook(stop)
+    try:
+        yield
+    except _ReachedError:
+        pass
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -152,7 +172,7 @@ def _capture(projection: Projection) -> Iterator[VectorCapture]:
         handle.remove()
 
 
-def _find_attention(layer: nn.Module) -> nn.Module | None:
+def find_attention(layer: nn.Module) -> nn.Module | None:
     """Find the self-attention of a decoder layer by its name, or inside a module of such a name."""
     outer = find_child(layer, _ATTENTION_NAMES)
     inner = None if outer is None else find_child(outer, _ATTENTION_NAMES)
@@ -161,7 +181,7 @@ def _find_attention(layer: nn.Module) -> nn.Module | None:
 
 def _no_attention(model: PreTrainedModel, layers: nn.ModuleList, layer: int) -> str:
     where = f"layer {layer} of {described(model)}"
-    others = [number for number, other in enumerate(layers) if _find_attention(other) is not None]
+    others = [number for number, other in enumerate(layers) if find_attention(other) is not None]
     if others:
         return (
             f"{where} has no attention that could select; set attention_layer to one that has: "

@@ -12,20 +12,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from attention_rl_trainer.models.attention import AttentionLayer
+from attention_rl_trainer.models.heads import AttentionReader
 
 # What Python needs for an entry beside the numbers: the key's bytes object, the tensor and its place in the table.
 _ENTRY_OVERHEAD = 600
 
 
-def extract_embeddings(backbone: nn.Module, layer: AttentionLayer, token_ids: Tensor, batch_size: int = 32) -> Tensor:
-    """Compute the key vectors of token sequences: the layer's keys on each ``[K]`` alone, averaged over its tokens.
+def extract_embeddings(backbone: nn.Module, reader: AttentionReader, token_ids: Tensor, batch_size: int = 32) -> Tensor:
+    """Compute the key vectors of token sequences: the reader's keys on each ``[K]`` alone, averaged over its tokens.
 
     Every forward has ``batch_size`` rows, the last one filled up: matrix kernels are chosen by shape, and a vector
     should not depend on how many others are computed. The caller disables adapters and gradients.
 
     Args:
-        backbone: the layer's decoder, without the output head.
+        backbone: the reader's decoder, without the output head.
         token_ids: ``[n, K]`` int64.
 
     Returns:
@@ -33,7 +33,7 @@ def extract_embeddings(backbone: nn.Module, layer: AttentionLayer, token_ids: Te
     """
     missing = -len(token_ids) % batch_size
     filled = torch.cat([token_ids, token_ids[-1:].expand(missing, -1)])
-    vectors = [layer.run_to_keys(backbone, chunk).mean(dim=1) for chunk in torch.split(filled, batch_size)]
+    vectors = [reader.run_to_keys(backbone, chunk).mean(dim=1) for chunk in torch.split(filled, batch_size)]
     return torch.cat(vectors)[: len(token_ids)]
 
 

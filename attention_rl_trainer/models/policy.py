@@ -7,7 +7,7 @@ layer copy the head's weight for every row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 from attention_rl_trainer.errors import logit_sums
 from attention_rl_trainer.memories.tokenization import allowed_token_ids
 from attention_rl_trainer.models.adapters import AdapterLayers
-from attention_rl_trainer.models.attention import AttentionLayer, VectorCapture
+from attention_rl_trainer.models.attention import AttentionLayer
 from attention_rl_trainer.models.causal_lm import (
     LogitsHead,
     backbone,
@@ -30,6 +30,7 @@ from attention_rl_trainer.models.causal_lm import (
     output_head,
 )
 from attention_rl_trainer.models.grouped_attention import grouped_attention
+from attention_rl_trainer.models.heads import AttentionReader, Capture, ChosenHeads, HeadNumber
 from attention_rl_trainer.models.key_vectors import KeyVectorCache, extract_embeddings
 from attention_rl_trainer.models.kv_cache import cache_argument, keeps_every_token, new_cache
 from attention_rl_trainer.models.modes import deterministic_inference
@@ -63,6 +64,12 @@ class PolicyOptions(Options):
 
     query_temperature: Positive = option(1.0, "Divides the logits of query tokens, everywhere.")
     attention_layer: int = option(-1, "Layer whose attention selects; negative numbers count from the last.")
+    attention_heads: list[str] | str | None = option(
+        "layer",
+        "Heads that select: 'layer' for all of attention_layer, 'probe' for those that find a pair best by half of its "
+        "key, of all layers, or a list such as 17.3,18.0 (layer.head, from 0).",
+    )
+    probe_heads: Count = option(8, "How many heads attention_heads='probe' takes.")
     joint_reading: bool = option(
         True,
         "Read as policy and as reference in one batch, where that is proved equal to reading one after the other.",
@@ -72,6 +79,27 @@ class PolicyOptions(Options):
         None,
         "Positions whose vocabulary logits are held at once. Default: as many as take 64 MiB (CPU: 40) in float32.",
     )
+
+    @property
+    def head_numbers(self) -> tuple[HeadNumber, ...] | None:
+        """The heads that ``attention_heads`` names; ``None`` where it says how they are found."""
+        given = self.attention_heads
+        if given in ("layer", "probe"):
+            return None
+        listed = [given] if isinstance(given, str) else given or []
+        return tuple(HeadNumber.parse(text) for item in listed for text in str(item).split(","))
+
+    def check_options(self) -> None:
+        """Check the ranges, and the form of ``attention_heads``."""
+        super().check_options()
+        try:
+            named = self.head_numbers
+        except ValueError as error:
+            raise ValueError(f"attention_heads must be 'layer', 'probe' or a list of heads: {error}") from error
+        if named is not None and (not named or len(set(named)) < len(named)):
+            raise ValueError(
+                f"attention_heads must be 'layer', 'probe' or a list of different heads, got {self.attention_heads!r}"
+            )
 
 
 class PolicyModel:
@@ -107,7 +135,12 @@ class PolicyModel:
                 "the output head has trainable parameters, but the base model and the previous adapter are scored with "
                 "the same head; leave it out of the adapter's target_modules"
             )
-        self.attention = AttentionLayer(self.causal_lm, options.attention_layer)
+        named = options.head_numbers
+        self.attention: AttentionReader = (
+            AttentionLayer(self.causal_lm, options.attention_layer)
+            if named is None
+            else ChosenHeads(self.causal_lm, named)
+        )
         self._cache_argument = cache_argument(self.backbone, self.causal_lm)
         self.query_temperature = options.query_temperature
         self.logits_chunk_size = options.logits_chunk_size or default_logits_chunk_size(
@@ -127,6 +160,13 @@ class PolicyModel:
         """Make the policy of a run: its queries consist of the tokenizer's ordinary tokens."""
         vocabulary_size = output_head(base_language_model(model)).weight.shape[0]
         return cls(model, allowed_token_ids(tokenizer, vocabulary_size), options)
+
+    def choose_heads(self, numbers: Sequence[HeadNumber]) -> None:
+        """Read vectors off these heads from now on."""
+        if isinstance(self.attention, ChosenHeads) and self.attention.numbers == tuple(numbers):
+            return
+        self.attention = ChosenHeads(self.causal_lm, numbers)
+        self.key_cache = KeyVectorCache(self.key_cache.max_bytes)
 
     @property
     def device(self) -> torch.device:
@@ -255,7 +295,7 @@ class PolicyModel:
 
     def training_forward(
         self, model: nn.Module, token_ids: Tensor, *, capture_queries: bool
-    ) -> tuple[Tensor, VectorCapture | None]:
+    ) -> tuple[Tensor, Capture | None]:
         """Run whole trajectories with gradients, through the wrapper that the trainer holds.
 
         Args:

@@ -125,8 +125,9 @@ def expect_fitting_context(layout: Layout, model: PeftModel) -> None:
     if available is None or needed <= available:
         return
     response = layout.scored_tokens - len(layout.separators.response)
+    shown = f"shown keys {layout.shown_tokens}, " if layout.shown_tokens else ""
     raise ValueError(
-        f"a trajectory has {needed} tokens, but the model's context holds {available}: example {frame} + "
+        f"a trajectory has {needed} tokens, but the model's context holds {available}: {shown}example {frame} + "
         f"{layout.tokens_per_key} + {layout.tokens_per_value}, and {layout.num_steps} steps of "
         f"{frame} + {layout.tokens_per_query} + {response}. "
         "Lower num_steps, subset_fraction, num_kv_pairs or the tokens per query, key or value"
@@ -250,7 +251,7 @@ def run_facts(
     config: AttentionGuidedRLConfig, policy: PolicyModel, layout: Layout
 ) -> dict[str, str | int | float | bool | None]:
     """Collect what was found and what will run."""
-    heads, device, base = policy.attention.heads, policy.device, policy.causal_lm
+    device, base = policy.device, policy.causal_lm
     trainable = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     total = sum(parameter.numel() for parameter in policy.model.parameters())
     free, context = free_memory_gib(device), context_length_of(base.config)
@@ -261,8 +262,7 @@ def run_facts(
     return {
         "model": _model_name(base),
         "architecture": f"{type(base).__name__}, {base.config.get_text_config().num_hidden_layers} layers",
-        "attention": f"layer {policy.attention.layer}: {heads.num_query_heads} query heads, "
-        f"{heads.num_key_value_groups} key-value groups of {heads.head_dim}",
+        "attention": str(policy.attention),
         "precision": f"weights {_dtype_names([base.dtype])}, adapter {_dtype_names([p.dtype for p in trainable])}",
         "device": f"{device} ({_device_name(device)}), {config.world_size} process(es)",
         "memory free": "unknown" if free is None else f"{free:.1f} GiB",
@@ -272,10 +272,17 @@ def run_facts(
         f"tokens, {config.memory_size} in a memory, {layout.num_steps} read",
         "trajectory": f"{layout.trajectory_tokens} tokens of a context of {context or 'unknown length'}",
         "run": f"{config.num_episodes} episodes in {steps} steps of {config.episodes_per_step}",
-        "selection": f"temperature {config.selection_temperature:g}, heads averaged as {config.head_aggregation}",
+        "selection": f"{_selector_name(config)}, heads averaged as {config.head_aggregation}",
         "seed": config.seed,
         "versions": ", ".join([f"python {platform.python_version()}", *versions]),
     }
+
+
+def _selector_name(config: AttentionGuidedRLConfig) -> str:
+    temperature = config.fixed_temperature
+    cosine = "cosines, " if config.head_similarity == "cosine" else ""
+    means = "vectors less their means, " if config.center_vectors else ""
+    return f"{cosine}{means}temperature {'fitted' if temperature is None else f'{temperature:g}'}"
 
 
 def _dtype_names(dtypes: Iterable[torch.dtype]) -> str:

@@ -5,6 +5,7 @@ Letters are those of `attention_rl_trainer.types`; besides, C is the hidden size
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -206,6 +207,7 @@ class RunShape(RolloutOptions, PolicyOptions, UpdateOptions):
     on_cpu: bool = option(False, "Whether a CPU computes; its attention reads keys once for each group.")
     query_separator_tokens: Count = option(len(_USUAL_SEPARATORS.query), 'Tokens of " Query:".')
     response_separator_tokens: Count = option(len(_USUAL_SEPARATORS.response), 'Tokens of " Response:".')
+    key_frame_tokens: Count = option(2, "Tokens around a key that stands before the prompt, rounded up.")
 
     @classmethod
     def from_config(
@@ -219,6 +221,10 @@ class RunShape(RolloutOptions, PolicyOptions, UpdateOptions):
         separators: Separators = _USUAL_SEPARATORS,
     ) -> RunShape:
         """Read the sizes off a run's options; the other arguments are what the options do not say."""
+        framed = {}
+        if separators.around_keys:
+            tokens = sum(map(len, separators.around_keys))
+            framed["key_frame_tokens"] = max(1, math.ceil(tokens / (len(separators.around_keys) - 1)))
         return take_options(
             cls,
             config,
@@ -230,13 +236,17 @@ class RunShape(RolloutOptions, PolicyOptions, UpdateOptions):
             on_cpu=on_cpu,
             query_separator_tokens=len(separators.query),
             response_separator_tokens=len(separators.response),
+            **framed,
         )
 
     @property
     def layout(self) -> Layout:
         """Where each token of a trajectory stands."""
-        separators = Separators((0,) * self.query_separator_tokens, (0,) * self.response_separator_tokens)
-        return Layout.of(self, separators)
+        around_keys: tuple[tuple[int, ...], ...] = ()
+        if self.show_keys != "none":
+            around_keys = ((0,) * self.key_frame_tokens,) * self.memory_size + ((),)
+        query, response = (0,) * self.query_separator_tokens, (0,) * self.response_separator_tokens
+        return Layout.of(self, Separators(query, response, around_keys))
 
     @property
     def compute_order_gain(self) -> bool:

@@ -103,7 +103,7 @@ def _other_options(config: PeftConfig) -> str:
 def option_facts(layout: LayoutOptions, reading: ReadingOptions) -> dict[str, Fact]:
     """Describe how articles are cut, how long queries are, and in which order articles come."""
     cut = ("tokens_per_query", "tokens_per_key", "tokens_per_value", "num_kv_pairs", "subset_fraction", "window")
-    facts: dict[str, Fact] = {name: getattr(layout, name) for name in (*cut, "include_key_in_context")}
+    facts: dict[str, Fact] = {name: getattr(layout, name) for name in (*cut, "include_key_in_context", "show_keys")}
     order = ("shuffle", "shuffle_buffer_size", "overfit_articles")
     facts |= {name: getattr(reading, name) for name in order}
     return facts | {"num_steps": layout.steps_per_trajectory}

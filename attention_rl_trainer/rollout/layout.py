@@ -1,6 +1,6 @@
 """Where each token of a trajectory is (design §4).
 
-A trajectory is ``[" Query:"] key_0 [" Response:"] value_0``, the in-context example, and then for each step
+A trajectory is ``(keys) [" Query:"] key_0 [" Response:"] value_0``, the in-context example, and then for each step
 ``[" Query:"] query [" Response:"] (key) value``. Every position, length and piece of a trajectory comes from here.
 """
 
@@ -20,6 +20,8 @@ from attention_rl_trainer.types import KeyValuePair
 
 QUERY_SEPARATOR = " Query:"
 RESPONSE_SEPARATOR = " Response:"
+KEY_TEMPLATES = {"plain": "{key}\n", "numbered": "{number}.{key}\n"}
+"""How a key stands in the list before the prompt, by the names of ``show_keys``. Most keys begin with a space."""
 
 
 @dataclass
@@ -31,6 +33,20 @@ class LayoutOptions(PairOptions):
     include_key_in_context: bool = option(
         False, "Put the drawn key before its value in the context: ' Response:' key value."
     )
+    show_keys: str = option(
+        "none",
+        "List the memory's keys before the prompt, so that a query can name one: 'none', 'plain' (a line for each), "
+        "'numbered', or a template of a key with {key} and, if wanted, {number}.",
+    )
+
+    @property
+    def key_frames(self) -> tuple[str, ...]:
+        """The texts before, between and after the keys that are shown, M + 1 of them; none where no keys are."""
+        if self.show_keys == "none":
+            return ()
+        template = KEY_TEMPLATES.get(self.show_keys, self.show_keys)
+        numbered = [template.replace("{number}", str(number)) for number in range(1, self.memory_size + 1)]
+        return tuple("{key}".join(numbered).split("{key}"))
 
     @property
     def steps_per_trajectory(self) -> int:
@@ -40,6 +56,12 @@ class LayoutOptions(PairOptions):
     def check_options(self) -> None:
         """Check the ranges, and that a memory holds a pair for every step."""
         super().check_options()
+        is_known = self.show_keys == "none" or self.show_keys in KEY_TEMPLATES
+        if not is_known and self.show_keys.count("{key}") != 1:
+            raise ValueError(
+                f"show_keys must be none, {', '.join(KEY_TEMPLATES)}, or a template with {{key}} in it once, got "
+                f"{self.show_keys!r}"
+            )
         if self.num_steps is not None and not 1 <= self.num_steps <= self.memory_size:
             raise ValueError(
                 f"num_steps must be in 1..{self.memory_size}, the pairs of a memory "
@@ -50,15 +72,22 @@ class LayoutOptions(PairOptions):
 
 @dataclass(frozen=True)
 class Separators:
-    """Token ids of ``" Query:"`` and ``" Response:"``, each encoded alone and once."""
+    """Token ids of ``" Query:"``, ``" Response:"`` and what is around shown keys, each encoded alone and once."""
 
     query: tuple[int, ...]
     response: tuple[int, ...]
+    around_keys: tuple[tuple[int, ...], ...] = ()
+    """Before, between and after the M keys that stand before the prompt, M + 1; none where no keys do."""
 
     @classmethod
-    def encode(cls, encoder: PlainTextEncoder) -> Separators:
-        """Encode both with the base model's tokenizer."""
-        return cls(tuple(encoder.encode(QUERY_SEPARATOR)), tuple(encoder.encode(RESPONSE_SEPARATOR)))
+    def encode(cls, encoder: PlainTextEncoder, options: LayoutOptions | None = None) -> Separators:
+        """Encode them with the base model's tokenizer, those around keys where the options show keys."""
+        frames = options.key_frames if options is not None else ()
+        return cls(
+            tuple(encoder.encode(QUERY_SEPARATOR)),
+            tuple(encoder.encode(RESPONSE_SEPARATOR)),
+            tuple(tuple(encoder.encode(text)) if text else () for text in frames),
+        )
 
 
 @dataclass(frozen=True)
@@ -96,9 +125,16 @@ class Layout:
         return len(self.separators.query) + len(self.separators.response)
 
     @property
+    def shown_tokens(self) -> int:
+        """The keys that stand before the prompt, with what is around them."""
+        frames = self.separators.around_keys
+        return sum(map(len, frames)) + max(0, len(frames) - 1) * self.tokens_per_key
+
+    @property
     def prompt_tokens(self) -> int:
-        """``[" Query:"] key_0 [" Response:"] value_0 [" Query:"]``."""
-        return self.frame_tokens + self.tokens_per_key + self.tokens_per_value + len(self.separators.query)
+        """``(keys) [" Query:"] key_0 [" Response:"] value_0 [" Query:"]``."""
+        example = self.frame_tokens + self.tokens_per_key + self.tokens_per_value
+        return self.shown_tokens + example + len(self.separators.query)
 
     @property
     def value_offset(self) -> int:
@@ -153,13 +189,26 @@ class Layout:
     # ---- Tokens ----
 
     def prompt(self, batch: MemoryBatch, device: torch.device) -> Tensor:
-        """Build ``[" Query:"] key_0 [" Response:"] value_0 [" Query:"]``, ``[B, S0]`` int64."""
+        """Build ``(keys) [" Query:"] key_0 [" Response:"] value_0 [" Query:"]``, ``[B, S0]`` int64.
+
+        Raises:
+            ValueError: keys are shown, and the memories have another number of pairs than the options say.
+        """
         rows = len(batch)
         query = _repeated(self.separators.query, rows, device)
         response = _repeated(self.separators.response, rows, device)
-        return torch.cat(
-            [query, batch.example_keys.to(device), response, batch.example_values.to(device), query], dim=1
-        )
+        example = [query, batch.example_keys.to(device), response, batch.example_values.to(device), query]
+        return torch.cat([*self._shown_keys(batch, device), *example], dim=1)
+
+    def _shown_keys(self, batch: MemoryBatch, device: torch.device) -> list[Tensor]:
+        frames, num_pairs = self.separators.around_keys, batch.key_tokens.shape[1]
+        if not frames:
+            return []
+        if num_pairs != len(frames) - 1:
+            raise ValueError(f"show_keys was prepared for memories of {len(frames) - 1} pairs, got {num_pairs}")
+        keys = batch.key_tokens.to(device).unbind(dim=1)
+        around = [_repeated(frame, len(batch), device) for frame in frames]
+        return [*(part for pair in zip(around[:-1], keys, strict=True) for part in pair), around[-1]]
 
     def response(self, pair: KeyValuePair, *, is_last: bool) -> Tensor:
         """Build what follows a query: ``[" Response:"] (key) value``, and ``[" Query:"]`` unless it is the last."""

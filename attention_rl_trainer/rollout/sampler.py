@@ -200,6 +200,7 @@ class _Run:
             base_value_logprob=base_logprob,
             counterfactual_value_logprob=counterfactual_logprob,
             order_gain=order_gain,
+            selection_information=selection.information,
         )
         if sampler.reward_fn is not None:
             step = judge_step(sampler.reward_fn, step)

@@ -1,7 +1,9 @@
 """Query vectors and key vectors into a distribution over pairs, and a draw from it (design §5).
 
-    score[h, k] = q[h] · key[k, group(h)] / (√D · temperature)            group(h) = ⌊h · G / H⌋
+    score[h, k] = q[h] · key[k, group(h)] / √D                   ("dot")            group(h) = ⌊h · G / H⌋
+    score[h, k] = q[h] · key[k, group(h)] / (|q[h]| · |key[k, group(h)]|)           ("cosine")
 
+each divided by the temperature, of vectors less their means where these were fitted (`Calibration`).
 ``"probabilities"`` takes the softmax over the keys for each head and averages the heads' distributions (the seed
 document's text); ``"scores"`` averages the scores first and takes one softmax (its sample code).
 """
@@ -9,21 +11,23 @@ document's text); ``"scores"`` averages the scores first and takes one softmax (
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from attention_rl_trainer.models.sampling import sample_by_inverse
+from attention_rl_trainer.models.sampling import entropy, sample_by_inverse
 
 HeadAggregation = Literal["probabilities", "scores"]
+HeadSimilarity = Literal["dot", "cosine"]
 
 
-def compute_similarity(query_vectors: Tensor, key_vectors: Tensor) -> Tensor:
+def compute_similarity(query_vectors: Tensor, key_vectors: Tensor, head_similarity: HeadSimilarity = "dot") -> Tensor:
     """Compare query heads ``[B, H, D]`` with the key groups that they attend to, of ``[B, M, G, D]``.
 
     Returns:
-        Dot products divided by √D, ``[B, H, M]``.
+        Dot products divided by √D, or cosines, ``[B, H, M]``.
 
     Raises:
         ValueError: the shapes do not fit each other.
@@ -37,9 +41,12 @@ def compute_similarity(query_vectors: Tensor, key_vectors: Tensor) -> Tensor:
     num_groups = key_vectors.shape[2]
     if num_heads % num_groups != 0:
         raise ValueError(f"{num_heads} query heads cannot share {num_groups} key groups evenly")
+    if head_similarity == "cosine":
+        query_vectors = torch.nn.functional.normalize(query_vectors, dim=-1)
+        key_vectors = torch.nn.functional.normalize(key_vectors, dim=-1)
     grouped = torch.unflatten(query_vectors, 1, (num_groups, num_heads // num_groups))
-    scores = torch.einsum("bgrd,bmgd->bgrm", grouped, key_vectors)
-    return scores.flatten(1, 2) / math.sqrt(head_dim)
+    scores = torch.einsum("bgrd,bmgd->bgrm", grouped, key_vectors).flatten(1, 2)
+    return scores if head_similarity == "cosine" else scores / math.sqrt(head_dim)
 
 
 def selection_log_probabilities(
@@ -67,6 +74,45 @@ def selection_log_probabilities(
     finite = per_head.masked_fill(unavailable[:, None], 0.0)
     mean = torch.logsumexp(finite, dim=1) - math.log(similarity.shape[1])
     return mean.masked_fill(unavailable, -torch.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class Selector:
+    """How vectors are compared, with everything that was chosen or fitted."""
+
+    temperature: float = 1.0
+    head_aggregation: HeadAggregation = "probabilities"
+    head_similarity: HeadSimilarity = "dot"
+    query_means: Tensor | None = None
+    """Subtracted from the query vectors, ``[H, D]``."""
+    key_means: Tensor | None = None
+    """Subtracted from the key vectors, ``[G, D]``."""
+
+    def similarity(self, query_vectors: Tensor, key_vectors: Tensor) -> Tensor:
+        """Compare queries ``[B, H, D]`` with keys ``[B, M, G, D]``, less their means: ``[B, H, M]``."""
+        if self.query_means is not None and self.key_means is not None:
+            query_vectors = query_vectors - self.query_means.to(query_vectors.device)
+            key_vectors = key_vectors - self.key_means.to(key_vectors.device)
+        return compute_similarity(query_vectors, key_vectors, self.head_similarity)
+
+    def log_probabilities(self, query_vectors: Tensor, key_vectors: Tensor, available_mask: Tensor) -> Tensor:
+        """See `selection_log_probabilities`; ``[B, M]``."""
+        similarity = self.similarity(query_vectors, key_vectors)
+        return selection_log_probabilities(similarity, available_mask, self.temperature, self.head_aggregation)
+
+
+def selection_information(probabilities: Tensor) -> Tensor:
+    """How much of a choice depends on the query: the entropy of the mean choice less the mean entropy, nats.
+
+    The mutual information of query and choice, where each of n queries is as likely as another.
+
+    Args:
+        probabilities: of the pairs of one memory after each of n queries, ``[..., n, M]``.
+
+    Returns:
+        ``[...]``: 0 where every query draws alike, at most log n and log M.
+    """
+    return entropy(probabilities.mean(dim=-2)) - entropy(probabilities).mean(dim=-1)
 
 
 def sample_key_value(probabilities: Tensor, noise: Tensor) -> Tensor:

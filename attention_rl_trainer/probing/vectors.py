@@ -1,0 +1,103 @@
+"""Memories into the query vectors of half keys, and the vectors of the whole ones (design §5).
+
+The first half of each key of a memory is read where a query would be written, after the memory's prompt; keys are read
+alone, as in a rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from attention_rl_trainer.memories.pairs import MemoryBatch
+from attention_rl_trainer.models.attention import AttentionLayer, stopping_after
+from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.rollout.layout import Layout
+
+# Half keys that are read at once: the queries of every layer are held for each of their tokens.
+_ROWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True, eq=False)
+class LayerVectors:
+    """What one layer makes of n memories."""
+
+    queries: Tensor
+    """Of the first half of each key, after the prompt, ``[n, M, H, D]`` float32."""
+    keys: Tensor
+    """Of each key alone, ``[n, M, G, D]`` float32."""
+
+    def rows(self, rows: slice) -> LayerVectors:
+        """Take some of the memories."""
+        return LayerVectors(self.queries[rows], self.keys[rows])
+
+
+def half_length(tokens_per_key: int) -> int:
+    """Tokens of a key's first half; of one token, all of it."""
+    return (tokens_per_key + 1) // 2
+
+
+def iter_vectors(
+    policy: PolicyModel, layout: Layout, memories: MemoryBatch, layers: Mapping[int, AttentionLayer]
+) -> Iterator[dict[int, LayerVectors]]:
+    """Read memories one by one with adapters off, and take the vectors of some layers.
+
+    Args:
+        layers: by number.
+
+    Yields:
+        What each layer makes of the next memory, ``[1, ...]``.
+    """
+    for row in range(len(memories)):
+        memory = memories.select_rows([row])
+        with policy.inference(), policy.reference():
+            queries = _query_vectors(policy, layout.for_batch(memory), memory, layers)
+            keys = _key_vectors(policy, memory.key_tokens[0].to(policy.device), layers)
+        yield {number: LayerVectors(queries[number][None], keys[number][None]) for number in layers}
+
+
+def join_vectors(parts: Sequence[Mapping[int, LayerVectors]]) -> dict[int, LayerVectors]:
+    """Join memories, which all have as many pairs."""
+    return {
+        number: LayerVectors(
+            torch.cat([part[number].queries for part in parts]), torch.cat([part[number].keys for part in parts])
+        )
+        for number in parts[0]
+    }
+
+
+def _query_vectors(
+    policy: PolicyModel, layout: Layout, memory: MemoryBatch, layers: Mapping[int, AttentionLayer]
+) -> dict[int, Tensor]:
+    """Vectors of half keys after the prompt, which is read once, ``[M, H, D]`` by layer."""
+    halves = memory.key_tokens[0, :, : half_length(memory.key_tokens.shape[2])].to(policy.device)
+    prompt = layout.prompt(memory, policy.device)
+    parts: dict[int, list[Tensor]] = {number: [] for number in layers}
+    for chunk in torch.split(halves, _ROWS_AT_ONCE):
+        cache = DynamicCache(config=policy.causal_lm.config)
+        policy.forward(prompt, cache)
+        cache.batch_select_indices(torch.zeros(len(chunk), dtype=torch.int64, device=policy.device))
+        with ExitStack() as stack:
+            captures = {number: stack.enter_context(layer.capture_queries()) for number, layer in layers.items()}
+            policy.forward(chunk, cache)
+        for number, capture in captures.items():
+            parts[number].append(capture.mean())
+    return {number: torch.cat(tensors) for number, tensors in parts.items()}
+
+
+def _key_vectors(policy: PolicyModel, keys: Tensor, layers: Mapping[int, AttentionLayer]) -> dict[int, Tensor]:
+    """Vectors of keys ``[M, K]``, each alone, ``[M, G, D]`` by layer."""
+    parts: dict[int, list[Tensor]] = {number: [] for number in layers}
+    for chunk in torch.split(keys, _ROWS_AT_ONCE):
+        with ExitStack() as stack:
+            captures = {number: stack.enter_context(layer.capture_keys()) for number, layer in layers.items()}
+            with stopping_after(layers[max(layers)]):
+                policy.forward(chunk)
+        for number, capture in captures.items():
+            parts[number].append(capture.mean())
+    return {number: torch.cat(tensors) for number, tensors in parts.items()}
