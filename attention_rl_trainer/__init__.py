@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from attention_rl_trainer.models.attention import AttentionLayer
     from attention_rl_trainer.models.base import load_base_model, load_tokenizer
     from attention_rl_trainer.models.choice import choose_base_model
+    from attention_rl_trainer.models.heads import ChosenHeads, HeadNumber
     from attention_rl_trainer.models.key_vectors import extract_embeddings
     from attention_rl_trainer.models.projections import UnsupportedArchitectureError
     from attention_rl_trainer.planning.footprint import memory_warning, plan_memory
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     from attention_rl_trainer.planning.timing import plan_time
     from attention_rl_trainer.records.ledger import LedgerRow, read_ledger
     from attention_rl_trainer.records.summary import write_report
+    from attention_rl_trainer.rollout.calibration import Calibration
     from attention_rl_trainer.rollout.environment import (
+        CalibratedEnvironment,
         DifferentiableEnvironment,
         KVMemoryEnvironment,
         MemoryEnvironment,
@@ -57,7 +60,11 @@ _MODULES = {
     "AttentionGuidedRLConfig": "config",
     "AttentionGuidedRLTrainer": "trainer",
     "AttentionLayer": "models.attention",
+    "CalibratedEnvironment": "rollout.environment",
+    "Calibration": "rollout.calibration",
+    "ChosenHeads": "models.heads",
     "DifferentiableEnvironment": "rollout.environment",
+    "HeadNumber": "models.heads",
     "KVMemoryEnvironment": "rollout.environment",
     "KeptTrajectories": "update.kept",
     "KeyIndex": "rollout.key_index",
@@ -108,7 +115,11 @@ __all__ = [
     "AttentionGuidedRLConfig",
     "AttentionGuidedRLTrainer",
     "AttentionLayer",
+    "CalibratedEnvironment",
+    "Calibration",
+    "ChosenHeads",
     "DifferentiableEnvironment",
+    "HeadNumber",
     "KVMemoryEnvironment",
     "KeptTrajectories",
     "KeyIndex",

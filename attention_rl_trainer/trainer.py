@@ -33,13 +33,21 @@ from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.models.trial import expect_trainable
 from attention_rl_trainer.planning import preflight
 from attention_rl_trainer.planning.arguments import expect_arguments
+from attention_rl_trainer.probing.calibrated import CalibratedSelector
 from attention_rl_trainer.records.console import EpisodeProgressCallback, without_trainers_bar
 from attention_rl_trainer.records.health import HealthLimits
-from attention_rl_trainer.records.identity import identity_facts, kind_of
+from attention_rl_trainer.records.identity import calibration_origin, identity_facts, kind_of
 from attention_rl_trainer.records.progress import CHECKPOINT_PARTS, Progress, expect_format, restore_run, save_run
 from attention_rl_trainer.records.recorder import Recorder
 from attention_rl_trainer.records.summary import REPORT_FOLDER
-from attention_rl_trainer.rollout import KVMemoryEnvironment, Layout, MemoryEnvironment, RewardFunction, Separators
+from attention_rl_trainer.rollout import (
+    Calibration,
+    KVMemoryEnvironment,
+    Layout,
+    MemoryEnvironment,
+    RewardFunction,
+    Separators,
+)
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.update import KeptTrajectories, LossTerms, RewardFilter, TrajectoryFilter, Updater
 from attention_rl_trainer.update.agreement import RolloutAgreement
@@ -65,6 +73,8 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         reward_fn: a `RewardFunction`, step to ``[B]``, in place of the default reward.
         reward_filter: a `TrajectoryFilter`, which trajectories are trained on; by default a `RewardFilter`.
         optimizers: an optimizer and a scheduler to use instead of those that ``args`` names.
+        calibration: of the selector, or the folder that has one, such as a trained adapter's; by default it is fitted
+            to the training articles, where the options ask for one.
 
     Raises:
         ValueError: an option, the data or the model cannot work; names what and the way out.
@@ -91,6 +101,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         reward_fn: RewardFunction | None = None,
         reward_filter: TrajectoryFilter | None = None,
         optimizers: Optimizers = (None, None),
+        calibration: Calibration | str | Path | None = None,
     ) -> None:
         model = take_model(model, processing_class, peft_config)
         parts = {"environment": environment, "reward_fn": reward_fn, "reward_filter": reward_filter}
@@ -121,6 +132,8 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         # As the Trainer's option names its own.
         self._given_optimizer = None if optimizers[0] is None else type(optimizers[0]).__qualname__
         self.policy = PolicyModel.of(adapted, tokenizer, args)
+        selecting = self.policy, self.environment, self.layout, self.loader, args, args
+        self.selector = CalibratedSelector(*selecting, calibration, show_progress=not args.disable_tqdm)
         sampled = self.policy, self.environment, self.separators
         self.sampler = TrajectorySampler(*sampled, args, args.seed, reward_fn=reward_fn)
         expect_trainable(self.policy, through_choice=args.selector_coef > 0)
@@ -283,9 +296,10 @@ class AttentionGuidedRLTrainer(DurableTrainer):
 
     def begin_run(self) -> None:
         """Show what will run, and check what its evaluations need."""
-        if self.args.gradient_checkpointing:  # it was off when the trainer was made
+        has_other_heads = self._calibrate()
+        if self.args.gradient_checkpointing or has_other_heads:  # it was off when the trainer was made
             expect_trainable(self.policy, through_choice=self.args.selector_coef > 0)
-        preflight.print_facts(preflight.run_facts(self.args, self.policy, self.layout))
+        preflight.print_facts(self._run_facts())
         preflight.warn_of_shortage(self.args, self.policy, self.separators)
         if self.args.eval_strategy != "no" or self.args.eval_on_start:
             expect_evaluable(self.loader, self.eval_dataset, self.args)
@@ -303,8 +317,17 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             return
         if is_repeated:
             self.recorder.cut_ledger()
+        self.recorder.write_report(self.state.log_history, self._run_facts(), self.updater.num_updates)
+
+    def _run_facts(self) -> dict[str, Fact]:
+        calibrated = self.selector.describe()
         facts = preflight.run_facts(self.args, self.policy, self.layout)
-        self.recorder.write_report(self.state.log_history, facts, self.updater.num_updates)
+        return facts if calibrated is None else facts | {"calibration": calibrated}
+
+    def _calibrate(self) -> bool:
+        """Fit heads, means and temperature of the selector, where the options ask for it and it was not done yet."""
+        described = self.policy.model, self.encoder.tokenizer, self.train_dataset, self.args
+        return self.selector.ensure(self.train_dataset, lambda: calibration_origin(*described))
 
     def checkpoint_is_due(self) -> bool:
         """Whether the step reached or passed a multiple of ``save_episodes``, or was the last one."""
@@ -346,6 +369,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         if articles is None:
             raise ValueError("evaluation needs an eval_dataset of articles; give one to the trainer or to evaluate()")
         preflight.expect_fitting_orders(self.layout, self.policy.model, args)
+        self._calibrate()
         stream = self.loader.evaluation_stream(articles, num_epochs=args.eval_epochs)
         batches = self.loader.batches(stream, min(args.generation_batch_size, args.eval_episodes))
         folder = self.output_dir / "evaluation" / folder_name(metric_key_prefix)
@@ -362,6 +386,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
     def expect_own_checkpoint(self, checkpoint: Path) -> None:
         """Refuse a checkpoint of another format or another run, or one that lacks a part."""
         expect_format(checkpoint)
+        self.selector.load(checkpoint)
         super().expect_own_checkpoint(checkpoint)
 
     def run_identity(self) -> dict[str, Fact]:
@@ -374,11 +399,12 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             # The states of one optimizer mean nothing to another.
             optim = self._given_optimizer or str(getattr(args.optim, "value", args.optim))
             self._identity = super().run_identity() | facts | {"seed": args.seed, "optim": optim}
-        return self._identity
+        return self._identity | {"selector": self.selector.digest}
 
     def save_extras(self, folder: Path) -> None:
-        """Write the options beside a saved adapter, as JSON."""
+        """Write the options beside a saved adapter, as JSON, and the selector's calibration."""
         self.args.save_json(folder / RUN_CONFIG_NAME)
+        self.selector.save(folder)
 
     def save_run_state(self, folder: Path) -> None:
         """Write the states of the run's parts, and the previous adapter."""

@@ -21,6 +21,7 @@ from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.configs import with_config_path
 from attention_rl_trainer.memories.articles.sources import load_articles
 from attention_rl_trainer.models.choice import load_named_model
+from attention_rl_trainer.rollout.calibration import CALIBRATION_NAME
 from attention_rl_trainer.trainer import RUN_CONFIG_NAME, AttentionGuidedRLTrainer
 
 
@@ -139,7 +140,13 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, float]:
     name = arguments.model_name_or_path or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     base, tokenizer = load_named_model(name, config.device, {"dtype": arguments.dtype})
     model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
-    trainer = AttentionGuidedRLTrainer(model=model, args=config, eval_dataset=articles, processing_class=tokenizer)
+    trainer = AttentionGuidedRLTrainer(
+        model=model,
+        args=config,
+        eval_dataset=articles,
+        processing_class=tokenizer,
+        calibration=adapter if (adapter / CALIBRATION_NAME).is_file() else None,
+    )
     metrics = trainer.evaluate()
     print((output_dir / "evaluation" / "eval" / "evaluation.md").read_text(encoding="utf-8"))
     for metric, value in metrics.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -238,6 +239,16 @@ class MemoryLoader:
         """
         expect_articles(articles, "eval_dataset", self._options.dataset_text_column)
         return self._stream(articles, StreamPosition(), shuffle=False, num_epochs=num_epochs)
+
+    def first_memories(self, articles: Articles, count: int) -> MemoryBatch:
+        """Read the first memories of training, whatever the process and wherever a run stands.
+
+        Raises:
+            ValueError: none can be used.
+        """
+        alone = MemoryLoader(self._options, self._encoder, self._seed)
+        rows = alone.rows(alone.training_stream(articles, StreamPosition()))
+        return collate_memories(list(itertools.islice(rows, count)), self._options.tokens_per_key)
 
     def _stream(
         self, articles: Articles, position: StreamPosition, *, shuffle: bool, num_epochs: int | None

@@ -75,6 +75,17 @@ class Probe:
     def _all_layers(self) -> dict[int, AttentionLayer]:
         return self._layers | {self._literal.layer: self._literal}
 
+    @property
+    def facts(self) -> Origin:
+        """What a calibration depends on beside model and memories."""
+        options = self._selection
+        return {
+            "attention_layer": None if self._named or self._layers else self._literal.layer,
+            "head_aggregation": options.head_aggregation,
+            "head_similarity": options.head_similarity,
+            "center_vectors": options.center_vectors,
+        }
+
     def read(self, memories: MemoryBatch) -> dict[int, LayerVectors]:
         """Take the vectors of all layers that matter here."""
         vectors = iter_vectors(self._policy, self._layout, memories, self._all_layers)
@@ -106,7 +117,7 @@ class Probe:
         selector = Selector(1.0, options.head_aggregation, options.head_similarity, *means)
         chosen = self._of_heads(second, heads)
         temperature = options.fixed_temperature or fit_temperature(chosen, selector)
-        calibration = Calibration(temperature, heads, means[0], means[1], origin)
+        calibration = Calibration(temperature, heads, means[0], means[1], origin | self.facts)
         return Fitted(replace(calibration, figures=self._figures(calibration, second)), scores)
 
     def figures(self, calibration: Calibration, memories: MemoryBatch) -> dict[str, float]:

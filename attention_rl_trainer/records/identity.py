@@ -53,6 +53,17 @@ def identity_facts(
     return model_facts(model, tokenizer) | cut | article_facts(articles, reading.dataset_text_column, num_workers)
 
 
+def calibration_origin(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, articles: Any, reading: ReadingOptions
+) -> dict[str, Fact]:
+    """Collect what a calibration of the selector belongs to: the base model, and the articles where there are any."""
+    facts = model_facts(model, tokenizer)
+    origin = {name: facts[name] for name in ("model.architecture", "model.weights", "tokenizer")}
+    if articles is not None:
+        origin["articles.sample"] = article_facts(articles, reading.dataset_text_column, 0)["articles.sample"]
+    return origin
+
+
 def kind_of(part: object) -> str:
     """Name a part that a user can exchange."""
     return str(getattr(part, "__qualname__", type(part).__qualname__))
@@ -103,7 +114,8 @@ def _other_options(config: PeftConfig) -> str:
 def option_facts(layout: LayoutOptions, reading: ReadingOptions) -> dict[str, Fact]:
     """Describe how articles are cut, how long queries are, and in which order articles come."""
     cut = ("tokens_per_query", "tokens_per_key", "tokens_per_value", "num_kv_pairs", "subset_fraction", "window")
-    facts: dict[str, Fact] = {name: getattr(layout, name) for name in (*cut, "include_key_in_context", "show_keys")}
+    facts: dict[str, Fact] = {name: getattr(layout, name) for name in (*cut, "include_key_in_context")}
+    facts |= {"show_keys": layout.show_keys} if layout.show_keys != "none" else {}
     order = ("shuffle", "shuffle_buffer_size", "overfit_articles")
     facts |= {name: getattr(reading, name) for name in order}
     return facts | {"num_steps": layout.steps_per_trajectory}
