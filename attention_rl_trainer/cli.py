@@ -25,6 +25,12 @@ def _evaluate(flags: Sequence[str]) -> int:
     return evaluate(flags)
 
 
+def _calibrate(flags: Sequence[str]) -> int:
+    from attention_rl_trainer.commands.calibrate import main as calibrate
+
+    return calibrate(flags)
+
+
 def _plan(flags: Sequence[str]) -> int:
     from attention_rl_trainer.commands.plan import main as plan
 
@@ -40,6 +46,7 @@ def _selftest(flags: Sequence[str]) -> int:
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train an adapter on articles"),
     "evaluate": (_evaluate, "what an adapter's orders and queries are worth on held-out articles"),
+    "calibrate": (_calibrate, "which attention heads find what a query names, and how well"),
     "plan": (_plan, "what a run will need: memory, time, cost"),
     "selftest": (_selftest, "train on a task whose best policy is known, and say how close training gets"),
 }
