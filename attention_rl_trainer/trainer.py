@@ -296,7 +296,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
 
     def begin_run(self) -> None:
         """Show what will run, and check what its evaluations need."""
-        has_other_heads = self._calibrate()
+        has_other_heads = self.calibrate()
         if self.args.gradient_checkpointing or has_other_heads:  # it was off when the trainer was made
             expect_trainable(self.policy, through_choice=self.args.selector_coef > 0)
         preflight.print_facts(self._run_facts())
@@ -324,8 +324,11 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         facts = preflight.run_facts(self.args, self.policy, self.layout)
         return facts if calibrated is None else facts | {"calibration": calibrated}
 
-    def _calibrate(self) -> bool:
-        """Fit heads, means and temperature of the selector, where the options ask for it and it was not done yet."""
+    def calibrate(self) -> bool:
+        """Fit heads, means and temperature of the selector, where the options ask for it and it was not done yet.
+
+        `train` and `evaluate` do this by themselves; returns whether something was fitted.
+        """
         described = self.policy.model, self.encoder.tokenizer, self.train_dataset, self.args
         return self.selector.ensure(self.train_dataset, lambda: calibration_origin(*described))
 
@@ -369,7 +372,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         if articles is None:
             raise ValueError("evaluation needs an eval_dataset of articles; give one to the trainer or to evaluate()")
         preflight.expect_fitting_orders(self.layout, self.policy.model, args)
-        self._calibrate()
+        self.calibrate()
         stream = self.loader.evaluation_stream(articles, num_epochs=args.eval_epochs)
         batches = self.loader.batches(stream, min(args.generation_batch_size, args.eval_episodes))
         folder = self.output_dir / "evaluation" / folder_name(metric_key_prefix)

@@ -21,6 +21,7 @@ class SelfTestArguments:
     ablate: bool = field(
         default=False, metadata={"help": "Also run with one option changed at a time, and say what each is worth."}
     )
+    calibrated: bool = field(default=False, metadata={"help": "Fit the selector before training, as the recipes do."})
     output_dir: str | None = field(default=None, metadata={"help": "Where runs write. Default: a temporary folder."})
 
 
@@ -28,7 +29,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the self-test; the exit code is 1 where it does not pass."""
     parser = TrlParser((SelfTestArguments,), prog="attention-rl selftest")  # type: ignore[arg-type]
     (parsed,) = parser.parse_args_and_config(with_config_path(arguments))
+    how = {"ablate": parsed.ablate, "calibrated": parsed.calibrated}
     if parsed.output_dir is not None:
-        return 0 if judge(parsed.seeds, Path(parsed.output_dir), ablate=parsed.ablate) else 1
+        return 0 if judge(parsed.seeds, Path(parsed.output_dir), **how) else 1
     with tempfile.TemporaryDirectory() as folder:
-        return 0 if judge(parsed.seeds, Path(folder), ablate=parsed.ablate) else 1
+        return 0 if judge(parsed.seeds, Path(folder), **how) else 1

@@ -11,14 +11,14 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.memories.loading import iter_article_pairs
@@ -61,11 +61,29 @@ class SelfTestResult:
     """What the base model had learned (`lesson_learned`)."""
     seconds: float
     """Time of teaching, training and measuring."""
+    curve: tuple[tuple[int, float], ...] = ()
+    """Episodes trained on, and the mean gain of the policy then."""
 
     @property
     def gap_closed(self) -> float:
         """Share of the gap between the random and the best policy that training closed."""
         return self.known.gap_closed(self.trained)
+
+    def episodes_needed(self, share: float) -> int | None:
+        """The first measured number of episodes after which a share of the gap was closed; ``None`` if it never was."""
+        reached = (episodes for episodes, gain in self.curve if self.known.gap_closed(gain) >= share)
+        return next(reached, None)
+
+
+CALIBRATED: dict[str, Any] = {
+    "attention_heads": "probe",
+    "probe_heads": 4,
+    "head_similarity": "cosine",
+    "head_aggregation": "scores",
+    "center_vectors": True,
+    "selection_temperature": "auto",
+}
+"""The options of a run whose selector is calibrated; the tiny model has eight heads."""
 
 
 def selftest_config(folder: Path, seed: int, **changes: Any) -> AttentionGuidedRLConfig:
@@ -116,6 +134,7 @@ def run_seed(
     *,
     base: PreTrainedModel | None = None,
     trainer_class: type[AttentionGuidedRLTrainer] = AttentionGuidedRLTrainer,
+    measure_every: int | None = None,
     **changes: Any,
 ) -> SelfTestResult:
     """Teach, train and measure, all from one seed.
@@ -123,6 +142,7 @@ def run_seed(
     Args:
         folder: where the run writes; what it would print goes into ``run.log`` there.
         base: a model that was taught with the same seed, which stays as it is; by default one is taught.
+        measure_every: steps between two measurements of the curve; by default there is none.
         changes: options of the run that differ from `selftest_config`.
     """
     started = time.perf_counter()
@@ -138,10 +158,29 @@ def run_seed(
         )
         reader = BaseReader(trainer.policy)
         known = enumerate_policies(reader, article_values(_NUM_FRESH, seed + _FRESH_SEED_OFFSET))
+        trainer.calibrate()
         untrained, _, _ = measure(trainer, reader, seed)
+        curve = _Curve(trainer, lambda: measure(trainer, reader, seed)[0], measure_every)
+        if measure_every is not None:
+            trainer.add_callback(curve)
         trainer.train()
         trained, model_gain, plans = measure(trainer, reader, seed)
-    return SelfTestResult(seed, known, untrained, trained, model_gain, plans, lesson, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return SelfTestResult(seed, known, untrained, trained, model_gain, plans, lesson, seconds, tuple(curve.points))
+
+
+class _Curve(TrainerCallback):
+    """Measures the policy every so many steps."""
+
+    def __init__(self, trainer: AttentionGuidedRLTrainer, gain: Callable[[], float], every: int | None) -> None:
+        self._trainer = trainer
+        self._gain = gain
+        self._every = every
+        self.points: list[tuple[int, float]] = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._every is not None and state.global_step % self._every == 0:
+            self.points.append((self._trainer.progress.num_episodes, self._gain()))
 
 
 def measure(trainer: AttentionGuidedRLTrainer, reader: BaseReader, seed: int) -> tuple[float, float, dict[Plan, float]]:
