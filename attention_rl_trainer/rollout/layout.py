@@ -46,7 +46,7 @@ class LayoutOptions(PairOptions):
             return ()
         template = KEY_TEMPLATES.get(self.show_keys, self.show_keys)
         numbered = [template.replace("{number}", str(number)) for number in range(1, self.memory_size + 1)]
-        return tuple("{key}".join(numbered).split("{key}"))
+        return tuple("".join(numbered).split("{key}"))
 
     @property
     def steps_per_trajectory(self) -> int:

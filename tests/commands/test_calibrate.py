@@ -59,17 +59,8 @@ def test_it_prints_and_writes_what_was_fitted(
 
 def test_it_fits_what_a_run_fits(tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(["calibrate", *flags])
-    run = [
-        "train",
-        *flags,
-        "--num_episodes",
-        "8",
-        "--generation_batch_size",
-        "8",
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
-    assert main(run) == 0
+    changes = ["--num_episodes", "8", "--generation_batch_size", "8", "--output_dir", str(tmp_path / "run")]
+    assert main(["train", *flags, *changes]) == 0
     assert Calibration.load(tmp_path / "run").digest == Calibration.load(tmp_path / "out").digest
 
 
