@@ -225,7 +225,7 @@ class Layout:
 @functools.cache
 def _on(device: torch.device, token_ids: tuple[int, ...]) -> Tensor:
     """A separator on a device, sent there once."""
-    return torch.tensor(token_ids, device=device)
+    return torch.tensor(token_ids, dtype=torch.int64, device=device)
 
 
 def _repeated(token_ids: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
