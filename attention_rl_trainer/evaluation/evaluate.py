@@ -97,7 +97,8 @@ def evaluate(
     results = evaluate_policy(sampler, batches, options.eval_episodes, builder.add)
     tables = builder.build()
     tables.write(folder)
-    return results | tables.metrics()
+    # What both know, such as how many queries differ, is the same but for rounding.
+    return tables.metrics() | results
 
 
 def evaluate_policy(
@@ -111,7 +112,8 @@ def evaluate_policy(
     Returns:
         Means over trajectories and steps, by the names under which they are logged, and ``"episodes"``.
     """
-    sums: dict[str, float] = {}
+    sums: dict[str, tuple[float, int]] = {}
+    """By name, with the number of trajectories: not every batch has every number."""
     rewards = []
     done = 0
     for whole in batches:
@@ -122,10 +124,11 @@ def evaluate_policy(
         done += len(batch)
         rewards.append(trajectory.avg_reward.cpu())
         for name, value in trajectory_metrics(trajectory).items():
-            sums[name] = sums.get(name, 0.0) + value * len(batch)
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = total + value * len(batch), count + len(batch)
         if done >= num_episodes:
             break
     joined = torch.cat(rewards)
-    means = {name: value / done for name, value in sums.items()}
+    means = {name: total / count for name, (total, count) in sums.items()}
     spread = {"reward_std": joined.std(correction=0).item(), "reward_max": joined.max().item()}
     return means | spread | {"episodes": float(done)}

@@ -5,12 +5,15 @@ under the policy's own order, and then the value:
 
 * the policy's query, sampled as in training;
 * nothing, the empty query;
-* another key of the memory, and the key of the very pair that was drawn;
+* another key of the memory, a *form control*: a well-formed query of another pair;
+* the key of the very pair that was drawn;
 * a content control: the policy's query at the same step of a trajectory on another article;
 * counterfactual queries that the base model samples, several of them.
 
 A query's gain is the log-probability of the value after it less the mean of those after the counterfactuals, nats per
 token. A policy whose gain stays below the empty query's has learned nothing that silence would not give.
+
+Beside the gains, what the queries say: whether each names the pair that it drew, by its tokens alone.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ POLICY, EMPTY, OTHER_KEY, OWN_KEY, CONTROL = (
     "the pair's own key",
     "content control",
 )
+FORM = "form control"
+"""What the policy's query is compared with where it is compared with `OTHER_KEY`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +106,47 @@ def score_queries(
         raise ValueError(f"num_counterfactuals must be at least 1, got {num_counterfactuals}")
     with sampler.policy.inference(), sampler.policy.reference():
         return _Replay(sampler, batch, trajectory, control_queries).score(num_counterfactuals)
+
+
+def rouge_l(first: Tensor, second: Tensor) -> Tensor:
+    """Compare token sequences by the F1 of ROUGE-L (Lin 2004): 2 · LCS / (L + K).
+
+    LCS is the length of the longest common subsequence: tokens in the same order, not necessarily in a row.
+
+    Args:
+        first: ``[..., L]`` int64.
+        second: ``[..., K]`` int64; the other dimensions broadcast.
+
+    Returns:
+        ``[...]`` float32, 0 where no token is shared, 1 for equal sequences.
+    """
+    is_same = first[..., :, None] == second[..., None, :]
+    length = is_same.new_zeros((*is_same.shape[:-2], is_same.shape[-1] + 1), dtype=torch.int64)
+    for row in is_same.unbind(dim=-2):
+        # A row of the usual table at once: what it takes from the left is a running maximum.
+        extended = torch.maximum(length[..., 1:], length[..., :-1] + row)
+        length[..., 1:] = extended.cummax(dim=-1).values
+    return 2 * length[..., -1] / (first.shape[-1] + second.shape[-1])
+
+
+def names_its_pair(trajectory: Trajectory, queries: Tensor) -> Tensor:
+    """Tell which queries are closer, by `rouge_l`, to the key of the pair drawn than to every other key of the memory.
+
+    Args:
+        queries: the trajectory's own or others in their place, ``[B, T, L]`` int64.
+
+    Returns:
+        ``[B, T]`` bool on the CPU; false where another key is as close.
+
+    Raises:
+        ValueError: a memory has a single pair, so that there is nothing to tell it from.
+    """
+    keys, chosen = trajectory.memory.key_tokens.cpu(), trajectory.stack("selected_index").cpu()[..., None]
+    if keys.shape[1] < 2:
+        raise ValueError("a query names a pair among others, but these memories have a single one")
+    closeness = rouge_l(queries.cpu()[:, :, None], keys[:, None])
+    nearest_other = closeness.scatter(2, chosen, -1.0).amax(dim=2)
+    return closeness.gather(2, chosen).squeeze(2) > nearest_other
 
 
 def draw_other_columns(trajectory: Trajectory, seed: int) -> Tensor:

@@ -19,20 +19,41 @@ from torch import Tensor
 from attention_rl_trainer.durability.staging import staged_files
 from attention_rl_trainer.evaluation.estimates import Estimate, clustered_mean, clustered_ratio
 from attention_rl_trainer.evaluation.orders import BEST, ORACLE, RANDOM, WORST, score_orders
-from attention_rl_trainer.evaluation.queries import CONTROL, EMPTY, POLICY, ControlQueries, score_queries
+from attention_rl_trainer.evaluation.queries import (
+    CONTROL,
+    EMPTY,
+    FORM,
+    OTHER_KEY,
+    POLICY,
+    ControlQueries,
+    names_its_pair,
+    score_queries,
+)
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
+from attention_rl_trainer.records.metrics import distinct_queries, heard
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.types import Trajectory
 
 LEARNED = "learned"
 # Nats per token: below it is rounding, as where all orders of a memory are the same, or it has one pair.
 _SMALLEST_GAP = 1e-5
+NAMES, CONTROL_NAMES, DISTINCT, BOUND = "names_its_pair", "control_names_its_pair", "distinct_queries", "query_bound"
+# What the policy's query is compared with, and the row of the table that it is.
+_COMPARED = {EMPTY: EMPTY, CONTROL: CONTROL, FORM: OTHER_KEY}
+_LABELS = {
+    NAMES: "share of the steps whose query names its pair",
+    CONTROL_NAMES: "the same of the content control's queries",
+    DISTINCT: "different queries of a trajectory, of T",
+    "selection_information": "selection information, nats per draw",
+    BOUND: "bound: selection information / V",
+    OTHER_KEY: f"{OTHER_KEY} ({FORM})",
+}
 
 
 @dataclass(frozen=True)
 class EvaluationTables:
-    """What was measured, each figure with its interval, nats per token but for the shares."""
+    """What was measured, each figure with its interval, nats per token unless it says otherwise."""
 
     orders: dict[str, Estimate]
     """Mean log-probability of the values by the order's rule."""
@@ -45,7 +66,11 @@ class EvaluationTables:
     policy_less: dict[str, Estimate]
     """Gain of the policy's query less that of another, on the same trajectories."""
     parts: dict[str, Estimate]
-    """Reward of the trajectories and its parts, and how easy the chosen values are."""
+    """Reward of the trajectories and its parts, and how easy the chosen values are.
+
+    Then of the queries: the share of steps that name their pair and the share that the content control's would, by
+    chance; the different ones of a trajectory, a number; what the selector heard of them, nats per draw, and the bound.
+    """
     settings: dict[str, int | float | str]
     """What the figures depend on."""
 
@@ -56,11 +81,15 @@ class EvaluationTables:
             orders["order_over_random"] = self.order_gains[LEARNED].mean
         if LEARNED in self.share_closed:
             orders["order_share_closed"] = self.share_closed[LEARNED].mean
-        return orders | {
+        queries = {
             "query_over_counterfactuals": self.queries[POLICY].mean,
             "query_over_empty": self.policy_less[EMPTY].mean,
             "query_over_control": self.policy_less[CONTROL].mean,
         }
+        if FORM in self.policy_less:
+            queries["query_over_form"] = self.policy_less[FORM].mean
+        said = {name: self.parts[name].mean for name in (NAMES, DISTINCT, BOUND) if name in self.parts}
+        return orders | queries | said
 
     def to_markdown(self) -> str:
         """Write both tables as Markdown."""
@@ -68,9 +97,10 @@ class EvaluationTables:
             [name, str(score), str(self.order_gains.get(name, "")), str(self.share_closed.get(name, ""))]
             for name, score in sorted(self.orders.items(), key=lambda item: -item[1].mean)
         ]
-        queries = [[name, str(gain)] for name, gain in sorted(self.queries.items(), key=lambda item: -item[1].mean)]
+        by_gain = sorted(self.queries.items(), key=lambda item: -item[1].mean)
+        queries = [[_LABELS.get(name, name), str(gain)] for name, gain in by_gain]
         less = [[f"policy less {name}", str(gain)] for name, gain in self.policy_less.items()]
-        parts = [[name.replace("_", " "), str(value)] for name, value in self.parts.items()]
+        parts = [[_LABELS.get(name, name.replace("_", " ")), str(value)] for name, value in self.parts.items()]
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         return "\n\n".join(
             [
@@ -79,6 +109,7 @@ class EvaluationTables:
                 _table(["order", "log-probability of the values", "less random", "share of the gap closed"], orders),
                 f"### Queries, under the policy's own order, scored by the base model: {_size(self.queries)}",
                 _table(["query", "gain over what the base model samples"], queries + less),
+                *([_bound_sentence(self.parts[BOUND])] if BOUND in self.parts else []),
                 "### The trajectories",
                 _table(["", "mean"], parts),
                 "",
@@ -107,6 +138,15 @@ def folder_name(name: str) -> str:
 
 def _digest(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _bound_sentence(bound: Estimate) -> str:
+    return (
+        f"To a calibrated reader a query that tells only which pair it drew is worth at most {bound.mean:+.3f} over "
+        "silence (selection information / V, estimated from the queries of a batch): what *policy less empty query* "
+        "has above that comes from form, an answer being expected, or from text that the query sets before the value, "
+        "such as a key that was shown."
+    )
 
 
 def _size(estimates: Mapping[str, Estimate]) -> str:
@@ -150,6 +190,9 @@ class TableBuilder:
         self._orders: dict[str, list[float]] = {}
         self._queries: dict[str, list[float]] = {}
         self._parts: dict[str, list[float]] = {}
+        self._heard: dict[str, list[float]] = {}
+        self._heard_articles: list[str] = []
+        """Of the trajectories of which it was measured what the selector hears."""
         self._chosen_ease: list[float] = []
 
     def add(self, batch: MemoryBatch, trajectory: Trajectory) -> None:
@@ -176,8 +219,22 @@ class TableBuilder:
         _extend(self._parts, "reward", trajectory.avg_reward.tolist())
         for name in ("query_gain", "model_gain"):
             _extend(self._parts, name, trajectory.stack(name).mean(dim=1).tolist())
-        self._articles += [f"{article.source}:{article.article_index}" for article in batch.articles]
+        articles = [f"{article.source}:{article.article_index}" for article in batch.articles]
+        self._articles += articles
+        self._add_queries(trajectory, control, articles)
         self._add_orders(batch, trajectory.episodes.tolist())
+
+    def _add_queries(self, trajectory: Trajectory, control: Tensor, articles: Sequence[str]) -> None:
+        """Add what the queries say, and what the selector heard of them."""
+        queries = trajectory.stack("query_tokens")
+        if trajectory.memory.pair_numbers.shape[1] > 1:
+            for name, asked in {NAMES: queries, CONTROL_NAMES: control}.items():
+                _extend(self._parts, name, names_its_pair(trajectory, asked).float().mean(dim=1).tolist())
+        _extend(self._parts, DISTINCT, distinct_queries(queries).tolist())
+        information = heard(trajectory)
+        for name, values in information.items():
+            _extend(self._heard, name, values.tolist())
+        self._heard_articles += articles if information else []
 
     def _add_orders(self, batch: MemoryBatch, episodes: Sequence[int]) -> None:
         left = len(batch)
@@ -226,9 +283,14 @@ class TableBuilder:
             },
             queries=_estimates(self._queries, articles),
             policy_less=_estimates(
-                {name: _less(self._queries[POLICY], self._queries[name]) for name in (EMPTY, CONTROL)}, articles
+                {
+                    name: _less(self._queries[POLICY], self._queries[other])
+                    for name, other in _COMPARED.items()
+                    if other in self._queries
+                },
+                articles,
             ),
-            parts=_estimates(self._parts, articles) | ease,
+            parts=_estimates(self._parts, articles) | _estimates(self._heard, self._heard_articles) | ease,
             settings={
                 "seed": self._sampler.seed,
                 "T": self._sampler.layout.num_steps,

@@ -24,8 +24,10 @@ class Ailment(StrEnum):
 
     SELECTOR_UNIFORM = "selector-uniform"
     SELECTOR_COLLAPSED = "selector-collapsed"
+    SELECTOR_DEAF = "selector-deaf"
     QUERIES_CERTAIN = "queries-certain"
     QUERIES_REPEAT = "queries-repeat"
+    QUERIES_SAME = "queries-same"
     KEPT_TOO_MANY = "kept-too-many"
     KEPT_TOO_FEW = "kept-too-few"
     KL_ZERO = "kl-zero"
@@ -58,6 +60,8 @@ class HealthLimits:
     """Whether the loss has a KL to the adapter before the last update."""
     window: int = 20
     """Steps that are looked at together; as many before them are compared with them."""
+    num_steps: int = 1
+    """T, the queries of a trajectory."""
 
     @classmethod
     def of(cls, layout: LayoutOptions, verdicts: FilterOptions, loss: LossOptions) -> HealthLimits:
@@ -66,6 +70,7 @@ class HealthLimits:
             max_selector_entropy=max_selector_entropy(layout.memory_size, layout.steps_per_trajectory),
             expected_kept=expected_kept_fraction(verdicts.filter_threshold),
             has_kl=loss.beta > 0 and loss.kl_reference == "previous",
+            num_steps=layout.steps_per_trajectory,
         )
 
     def __post_init__(self) -> None:
@@ -88,10 +93,15 @@ def expected_kept_fraction(filter_threshold: float | None) -> float | None:
     return 1 - statistics.NormalDist().cdf(filter_threshold)
 
 
+_CALIBRATE = (
+    "calibrate it (attention_heads='probe', head_similarity='cosine', head_aggregation='scores', center_vectors=True, "
+    "selection_temperature='auto')"
+)
 _WATCHED = frozenset(
     {
         *("reward", "query_gain", "model_gain", "history_mean", "kept_fraction", "kl"),
-        *("query_entropy", "query_repetition", "selector_entropy"),
+        *("query_entropy", "query_repetition", "query_diversity", "distinct_queries"),
+        *("selector_entropy", "selection_information"),
     }
 )
 
@@ -106,8 +116,10 @@ class HealthMonitor:
         self._checks: dict[Ailment, Callable[[], str | None]] = {
             Ailment.SELECTOR_UNIFORM: self._selector_uniform,
             Ailment.SELECTOR_COLLAPSED: self._selector_collapsed,
+            Ailment.SELECTOR_DEAF: self._selector_deaf,
             Ailment.QUERIES_CERTAIN: self._queries_certain,
             Ailment.QUERIES_REPEAT: self._queries_repeat,
+            Ailment.QUERIES_SAME: self._queries_same,
             Ailment.KEPT_TOO_MANY: self._kept_too_many,
             Ailment.KEPT_TOO_FEW: self._kept_too_few,
             Ailment.KL_ZERO: self._kl_zero,
@@ -166,7 +178,8 @@ class HealthMonitor:
             return None
         return (
             f"the selector draws almost uniformly (entropy {entropy:.3f} of {limit:.3f} nats), so what the model asks "
-            "hardly changes what it reads; lower selection_temperature or choose another attention_layer"
+            f"hardly changes what it reads; {_CALIBRATE}, or lower selection_temperature or choose another "
+            "attention_layer"
         )
 
     def _selector_collapsed(self) -> str | None:
@@ -176,6 +189,21 @@ class HealthMonitor:
         return (
             f"the selector is certain of every draw (entropy {entropy:.4f} of {limit:.3f} nats): only another query "
             "draws another pair; raise selection_temperature if the orders read no longer differ"
+        )
+
+    def _selector_deaf(self) -> str | None:
+        entropy, heard = self._mean("selector_entropy"), self._mean("selection_information")
+        asked, limit = self._mean("query_diversity"), self._limits.max_selector_entropy
+        if entropy is None or heard is None or asked is None:
+            return None
+        # Nothing more can be heard than how sharp the draws are, nor than how much the queries differ.
+        sharpness = limit - entropy
+        if sharpness < max(0.3, 0.1 * limit) or heard >= min(sharpness, asked) / 2:
+            return None
+        return (
+            f"the selector is sharp but hardly hears the query: its draws are {sharpness:.2f} nats from uniform ones, "
+            f"of which {heard:.2f} depend on what is asked; the rest are the same favourites after any query; "
+            f"{_CALIBRATE}"
         )
 
     def _queries_certain(self) -> str | None:
@@ -194,6 +222,17 @@ class HealthMonitor:
         return (
             f"{repetition:.0%} of the tokens of a query repeat earlier ones of it; lower learning_rate, raise beta, or "
             "use kl_reference='base'"
+        )
+
+    def _queries_same(self) -> str | None:
+        distinct, num_steps = self._mean("distinct_queries"), self._limits.num_steps
+        # A single query is always above.
+        if distinct is None or distinct > num_steps / 2:
+            return None
+        return (
+            f"the queries of a trajectory repeat one another: {distinct:.1f} of {num_steps} are different, and a query "
+            "that is asked again can only draw the next favourite; set show_keys, so that a query can name what is "
+            "unread, or entropy_coef, or lower learning_rate"
         )
 
     def _kept_too_many(self) -> str | None:

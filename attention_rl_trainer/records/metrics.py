@@ -23,14 +23,48 @@ def repetition(token_ids: Tensor) -> Tensor:
     Returns:
         Share of the tokens that occurred before, ``[...]``; 0 where all differ, 1 - 1/L where all are the same.
     """
-    is_same = token_ids[..., :, None] == token_ids[..., None, :]
-    earlier = torch.ones(token_ids.shape[-1:] * 2, dtype=torch.bool, device=token_ids.device).tril(-1)
-    return (is_same & earlier).any(dim=-1).float().mean(dim=-1)
+    return _occurred_before(token_ids[..., :, None] == token_ids[..., None, :]).float().mean(dim=-1)
+
+
+def distinct_queries(token_ids: Tensor) -> Tensor:
+    """Count the different queries of each trajectory, of ``[B, T, L]`` int64: ``[B]`` int64, 1 to T."""
+    is_same = (token_ids[:, :, None] == token_ids[:, None, :]).all(dim=-1)
+    return (~_occurred_before(is_same)).sum(dim=-1)
+
+
+def query_diversity(token_ids: Tensor) -> Tensor:
+    """Entropy of which query is asked at each step over a batch's trajectories, of ``[B, T, L]`` int64: ``[T]``, nats.
+
+    0 where all ask alike, log B where no two do. No draw can depend on the queries by more.
+    """
+    counts = [torch.unique(queries, dim=0, return_counts=True)[1] for queries in token_ids.unbind(dim=1)]
+    return torch.stack([entropy(count / len(token_ids)) for count in counts])
+
+
+def _occurred_before(is_same: Tensor) -> Tensor:
+    """Of items compared with each other, ``[..., n, n]``, tell which are the same as an earlier one, ``[..., n]``."""
+    earlier = torch.ones(is_same.shape[-2:], dtype=torch.bool, device=is_same.device).tril(-1)
+    return (is_same & earlier).any(dim=-1)
+
+
+def heard(trajectory: Trajectory) -> dict[str, Tensor]:
+    """Say how much of the choices depends on the queries, and what such queries can be worth; means over the steps.
+
+    Returns:
+        ``selection_information``, nats, and ``query_bound``, that over V: nats per value token by which a query that
+        tells no more than which pair it drew can beat silence, for a calibrated reader (design §5). Each ``[B]``; none
+        where the environment did not measure it.
+    """
+    if any(step.selection_information is None for step in trajectory.steps):
+        return {}
+    information = trajectory.stack("selection_information").mean(dim=1)
+    num_tokens = trajectory.steps[0].selected_pair.value_tokens.shape[1]
+    return {"selection_information": information, "query_bound": information / num_tokens}
 
 
 def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
     """Summarize a rollout batch: means over trajectories and steps, by the names under which they are logged."""
-    probabilities = trajectory.stack("selection_probabilities")
+    probabilities, queries = trajectory.stack("selection_probabilities"), trajectory.stack("query_tokens")
     metrics = {
         "reward": trajectory.avg_reward.mean(),
         "reward_std": trajectory.avg_reward.std(correction=0),
@@ -38,12 +72,15 @@ def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
         "query_gain": trajectory.stack("query_gain").mean(),
         "model_gain": trajectory.stack("model_gain").mean(),
         "query_entropy": trajectory.stack("query_entropy").mean(),
-        "query_repetition": repetition(trajectory.stack("query_tokens")).mean(),
+        "query_repetition": repetition(queries).mean(),
+        "query_diversity": query_diversity(queries).mean(),
+        "distinct_queries": distinct_queries(queries).float().mean(),
         "selector_entropy": entropy(probabilities).mean(),
         "selector_max": probabilities.max(dim=-1).values.mean(),
     }
     if trajectory.steps[0].order_gain is not None:
         metrics["order_gain"] = trajectory.stack("order_gain").mean()
+    metrics |= {name: values.mean() for name, values in heard(trajectory).items()}
     return {name: value.item() for name, value in metrics.items()}
 
 

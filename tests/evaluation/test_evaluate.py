@@ -38,6 +38,21 @@ def test_means_are_over_trajectories_of_unequal_batches(
     assert ("order_gain" in results) == compute_order_gain
 
 
+def test_what_a_batch_lacks_is_left_out_of_the_mean(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """One trajectory alone does not show what its draws depend on."""
+    sampler = make_sampler(llama, tokenizer)
+    seen: list[Trajectory] = []
+    batches = [random_batch(3), random_batch(1, seed=4), random_batch(2, seed=5)]
+    results = evaluate_policy(sampler, batches, 6, lambda _, trajectory: seen.append(trajectory))
+    measured = torch.cat([seen[number].stack("selection_information") for number in (0, 2)])
+    assert seen[1].steps[0].selection_information is None
+    assert results["selection_information"] == pytest.approx(measured.mean().item(), rel=1e-5)
+    assert results["query_bound"] == pytest.approx(measured.mean().item() / 5, rel=1e-5)
+    alone = evaluate_policy(sampler, [random_batch(1)], 6)
+    assert "selection_information" not in alone
+    assert "query_bound" not in alone
+
+
 def test_fewer_memories_than_were_asked_for(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     assert evaluate_policy(make_sampler(llama, tokenizer), [random_batch(3)], 10)["episodes"] == 3
 
@@ -58,8 +73,9 @@ def test_tables_are_written_and_add_their_figures(
         "evaluation.json",
         "evaluation.md",
     ]
-    figures = {"order_over_random", "order_share_closed", "query_over_empty", "query_over_control"}
-    assert results.keys() - plain.keys() == figures | {"query_over_counterfactuals"}
+    figures = {"order_over_random", "order_share_closed", "query_over_empty", "query_over_control", "query_over_form"}
+    assert results.keys() - plain.keys() == figures | {"query_over_counterfactuals", "names_its_pair"}
+    assert {"distinct_queries", "selection_information", "query_bound"} < plain.keys()
     assert {name: results[name] for name in plain} == plain
 
 

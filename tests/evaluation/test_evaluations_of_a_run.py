@@ -41,6 +41,9 @@ def test_a_run_evaluates_to_its_end(
     has_choice = "generation_batch_size" in options
     for entry in logged:
         assert ("eval_order_share_closed" in entry) == has_choice
+        # What needs another pair, and what needs another trajectory.
+        assert ("eval_query_over_form" in entry) == ("eval_names_its_pair" in entry) == has_choice
+        assert ("eval_query_bound" in entry) != has_choice
         assert {"eval_order_over_random", "eval_query_over_empty", "eval_query_over_control"} <= entry.keys()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,12 +20,14 @@ from attention_rl_trainer.evaluation.queries import (
     POLICY,
     ControlQueries,
     draw_other_columns,
+    names_its_pair,
+    rouge_l,
     score_queries,
 )
 from attention_rl_trainer.models.causal_lm import deterministic_inference
 from attention_rl_trainer.models.sampling import Purpose, episode_noise, sample_by_inverse
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
-from attention_rl_trainer.types import ArticleReference, StreamPosition
+from attention_rl_trainer.types import ArticleReference, StreamPosition, Trajectory
 
 
 def base_log_probabilities(sampler: TrajectorySampler, ids: Tensor) -> Tensor:
@@ -112,6 +116,97 @@ def test_no_counterfactual_is_refused(llama: PreTrainedModel, tokenizer: PreTrai
     trajectory = sampler.sample(batch, range(2))
     with pytest.raises(ValueError, match="num_counterfactuals must be at least 1, got 0"):
         score_queries(sampler, batch, trajectory, trajectory.stack("query_tokens"), num_counterfactuals=0)
+
+
+def slow_rouge_l(first: Sequence[int], second: Sequence[int]) -> float:
+    """By the definition: the last tokens are both in the subsequence, or one of them is not."""
+
+    @functools.cache
+    def longest(m: int, n: int) -> int:
+        if m == 0 or n == 0:
+            return 0
+        if first[m - 1] == second[n - 1]:
+            return longest(m - 1, n - 1) + 1
+        return max(longest(m - 1, n), longest(m, n - 1))
+
+    common = longest(len(first), len(second))
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(first), common / len(second)
+    return 2 * precision * recall / (precision + recall)
+
+
+class TestRougeL:
+    def test_by_hand(self) -> None:
+        query = torch.tensor([1, 2, 3, 4])
+        keys = torch.tensor([[1, 2, 3, 4, 5], [4, 3, 2, 1, 9], [1, 7, 3, 7, 4], [6, 7, 8, 9, 6], [3, 4, 1, 2, 3]])
+        # The same from the front; backwards; with gaps; nothing shared; the middle (1 2 3) beats the front (3 4).
+        assert rouge_l(query, keys).tolist() == pytest.approx([8 / 9, 2 / 9, 6 / 9, 0, 6 / 9])
+        assert rouge_l(query, query).item() == 1
+
+    @pytest.mark.parametrize("lengths", [(7, 9), (9, 7), (1, 5), (5, 1)], ids=str)
+    @pytest.mark.parametrize("num_tokens", [2, 5])
+    def test_against_a_slow_loop(self, lengths: tuple[int, int], num_tokens: int) -> None:
+        """Of few different tokens, so that they often agree."""
+        queries = torch.randint(num_tokens, (6, 3, lengths[0]))
+        keys = torch.randint(num_tokens, (6, 4, lengths[1]))
+        found = rouge_l(queries[:, :, None], keys[:, None])
+        assert found.shape == (6, 3, 4)
+        for row, of_row in enumerate(found.tolist()):
+            for number, of_query in enumerate(of_row):
+                slow = [slow_rouge_l(queries[row, number].tolist(), key.tolist()) for key in keys[row]]
+                assert of_query == pytest.approx(slow, abs=1e-6)
+
+    def test_it_is_symmetric(self) -> None:
+        first, second = torch.randint(4, (20, 8)), torch.randint(4, (20, 6))
+        assert torch.equal(rouge_l(first, second), rouge_l(second, first))
+
+
+def of_one_row(keys: Sequence[Sequence[int]], index: Sequence[int], sampler: TrajectorySampler) -> Trajectory:
+    """A trajectory whose memory and choices are replaced."""
+    batch = random_batch(1, num_pairs=len(keys), key_length=len(keys[0]))
+    trajectory = sampler.sample(batch, [0])
+    steps = [
+        replace(step, selected_index=torch.tensor([column]))
+        for step, column in zip(trajectory.steps, index, strict=True)
+    ]
+    return replace(trajectory, steps=steps, memory=replace(trajectory.memory, key_tokens=torch.tensor([keys])))
+
+
+class TestNamesItsPair:
+    def test_by_hand(self, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+        keys = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9, 9], [7, 7, 7, 7, 7, 7], [7, 7, 7, 7, 7, 7]]
+        trajectory = of_one_row(keys, [0, 0, 1, 2], make_sampler(llama, tokenizer, num_steps=4))
+        queries = torch.tensor(
+            [
+                [5, 6, 0, 0],  # the end of the first key alone
+                [1, 2, 3, 4],  # the first two keys alike: a tie
+                [5, 6, 0, 0],  # another key's
+                [7, 7, 7, 7],  # a key that the memory holds twice
+            ]
+        )
+        assert names_its_pair(trajectory, queries[None]).tolist() == [[True, False, False, False]]
+        # What shares no token with any key names none.
+        assert not names_its_pair(trajectory, torch.full((1, 4, 4), 300)).any()
+
+    def test_against_a_slow_loop(self, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+        batch = random_batch(12)
+        batch = replace(batch, key_tokens=batch.key_tokens % 6)
+        trajectory = make_sampler(llama, tokenizer).sample(batch, range(12))
+        queries = trajectory.stack("query_tokens") % 6
+        expected = []
+        for row in range(12):
+            for step, query in enumerate(queries[row].tolist()):
+                chosen = int(trajectory.steps[step].selected_index[row])
+                found = [slow_rouge_l(query, key.tolist()) for key in batch.key_tokens[row]]
+                expected.append(all(found[chosen] > other for n, other in enumerate(found) if n != chosen))
+        assert names_its_pair(trajectory, queries).flatten().tolist() == expected
+        assert set(expected) == {True, False}
+
+    def test_a_pair_alone_is_refused(self, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+        trajectory = make_sampler(llama, tokenizer, num_steps=1).sample(random_batch(2, num_pairs=1), range(2))
+        with pytest.raises(ValueError, match="these memories have a single one"):
+            names_its_pair(trajectory, trajectory.stack("query_tokens"))
 
 
 class TestControlQueries:

@@ -7,6 +7,7 @@ import itertools
 import math
 import shutil
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,16 @@ class PlainUpdate:
         logits = self.model(input_ids=token_ids).logits[:, [place - 1 for place in places]]
         return (logits[..., self.allowed] / self.args.query_temperature).log_softmax(dim=-1)
 
+    def projections(self, name: str, token_ids: Tensor) -> Tensor:
+        """What the last layer's projection of this name gives, ``[B, S, heads · D]``."""
+        (*_, module) = [part for path, part in self.model.named_modules() if path.endswith(f".{name}")]
+        seen: list[Tensor] = []
+        handle = module.register_forward_hook(lambda _, __, output: seen.append(output))
+        with torch.no_grad():
+            self.model(input_ids=token_ids)
+        handle.remove()
+        return seen[0]
+
     def step(self, adapter: Weights, batches: Sequence[Trajectory], rows: Mapping[int, LedgerRow]) -> Step:
         found, present = Step(), dict(adapter)
         num_trajectories = sum(len(batch.avg_reward) for batch in batches)
@@ -142,6 +153,59 @@ def selector(rows: Sequence[LedgerRow]) -> dict[str, float]:
             entropies.append(-math.fsum(p * math.log(p) for p in probabilities if p > 0))
             largest.append(max(probabilities))
     return {"selector_entropy": statistics.fmean(entropies), "selector_max": statistics.fmean(largest)}
+
+
+def softmax(scores: Sequence[float]) -> list[float]:
+    weights = [math.exp(score - max(scores)) for score in scores]
+    return [weight / math.fsum(weights) for weight in weights]
+
+
+def entropy_of(probabilities: Sequence[float]) -> float:
+    return -math.fsum(p * math.log(p) for p in probabilities if p > 0)
+
+
+def information(plain: PlainUpdate, adapter: Weights, batch: Trajectory) -> list[float]:
+    """How much of each draw depends on the query: every memory is asked with every query of its batch.
+
+    Vectors are taken from whole forwards; the tiny Llama has 4 heads of 8 in 2 groups, of which the last layer selects.
+    """
+    plain.put(adapter)
+    found = []
+    query_rows = plain.projections("q_proj", batch.token_ids)
+    with plain.model.disable_adapter():
+        keys = [plain.projections("k_proj", memory).mean(dim=1).tolist() for memory in batch.memory.key_tokens]
+    for step, start in enumerate(batch.query_starts):
+        asked = query_rows[:, start : start + plain.args.tokens_per_query].mean(dim=1).tolist()
+        for row, memory in enumerate(keys):
+            read = [int(earlier.selected_index[row]) for earlier in batch.steps[:step]]
+            unread = [key for number, key in enumerate(memory) if number not in read]
+            choices = []
+            for query in asked:
+                of_heads = []
+                for head in range(4):
+                    q, group = query[8 * head :][:8], head // 2
+                    pairs = [zip(q, key[8 * group :][:8], strict=True) for key in unread]
+                    of_heads.append(softmax([math.fsum(a * b for a, b in pair) / math.sqrt(8) for pair in pairs]))
+                choices.append([statistics.fmean(column) for column in zip(*of_heads, strict=True)])
+            mean = [statistics.fmean(column) for column in zip(*choices, strict=True)]
+            found.append(entropy_of(mean) - statistics.fmean(map(entropy_of, choices)))
+    return found
+
+
+def num_different(batches: Sequence[Trajectory]) -> float:
+    return statistics.fmean(
+        len({tuple(query) for query in queries})
+        for batch in batches
+        for queries in batch.stack("query_tokens").tolist()
+    )
+
+
+def diversity(batch: Trajectory) -> float:
+    entropies = []
+    for step in batch.steps:
+        counts = Counter(map(tuple, step.query_tokens.tolist()))
+        entropies.append(entropy_of([count / counts.total() for count in counts.values()]))
+    return statistics.fmean(entropies)
 
 
 def repetition(batches: Sequence[Trajectory]) -> float:
@@ -209,12 +273,26 @@ def expected_entries(
             "history_std": statistics.pstdev(history),
             "query_entropy": statistics.fmean(itertools.chain(*entropies)),
             "query_repetition": repetition(list(itertools.chain(*batches))),
+            "query_diversity": math.fsum(
+                len(batch.avg_reward) * diversity(batch) for batch in itertools.chain(*batches)
+            )
+            / len(rows),
+            "distinct_queries": num_different(list(itertools.chain(*batches))),
             "skipped_articles": sum(state["progress"]["skipped"].values()),
             "updates": state["updater"]["num_updates"],
             "tokens": sum(batch.forward_tokens for batch in itertools.chain(*batches)),
             "epoch": last / len(steps),
             "step": last,
         }
+        # One trajectory alone shows nothing.
+        heard = [
+            information(plain, watch.adapters[n - 1], batch)
+            for n in numbers
+            for batch in watch.batches[n - 1]
+            if len(batch.avg_reward) > 1
+        ]
+        entry["selection_information"] = statistics.fmean(itertools.chain(*heard))
+        entry["query_bound"] = entry["selection_information"] / args.tokens_per_value
         num_tokens = sum(step.num_tokens for step in found)
         if num_tokens:
             entry["policy_loss"] = statistics.fmean(step.policy_loss for step in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -12,13 +13,34 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.records.ledger import LedgerRow
-from attention_rl_trainer.records.metrics import MetricsBuffer, repetition, trajectory_metrics
+from attention_rl_trainer.records.metrics import (
+    MetricsBuffer,
+    distinct_queries,
+    query_diversity,
+    repetition,
+    trajectory_metrics,
+)
 from attention_rl_trainer.types import Trajectory
 
 
 def test_repetition_by_hand() -> None:
     ids = torch.tensor([[[1, 2, 3, 4], [1, 1, 2, 1]], [[5, 5, 5, 5], [1, 2, 1, 2]]])
     assert repetition(ids).tolist() == [[0.0, 0.5], [0.75, 0.5]]
+
+
+def test_distinct_queries_by_hand() -> None:
+    """Queries are the same if all of their tokens are; where each stands does not matter."""
+    a, b, c = [1, 2, 3], [1, 2, 4], [3, 2, 1]
+    ids = torch.tensor([[a, b, c, a], [a, a, a, a], [b, c, c, b], [a, b, c, [9, 9, 9]]])
+    assert distinct_queries(ids).tolist() == [3, 1, 2, 4]
+
+
+def test_query_diversity_by_hand() -> None:
+    """All differ; none does; two and two; three and one."""
+    a, b, c, d = [1, 2], [2, 1], [1, 1], [1, 3]
+    ids = torch.tensor([[a, a, a, a], [b, a, b, b], [c, a, b, b], [d, a, a, b]])
+    three_and_one = math.log(4) - 0.75 * math.log(3)
+    assert query_diversity(ids).tolist() == pytest.approx([math.log(4), 0, math.log(2), three_and_one])
 
 
 class TestTrajectoryMetrics:
@@ -30,7 +52,19 @@ class TestTrajectoryMetrics:
         entropies = [-sum(p * math.log(p) for p in probabilities if p > 0) for probabilities in steps]
         query_entropies = [float(step.query_entropy[row].mean()) for step in trajectory.steps for row in range(4)]
         queries = [step.query_tokens[row].tolist() for step in trajectory.steps for row in range(4)]
+        information = []
+        for step in trajectory.steps:
+            assert step.selection_information is not None
+            information += step.selection_information.tolist()
+        assert max(information) > 0.01
+        texts = [{str(step.query_tokens[row].tolist()) for step in trajectory.steps} for row in range(4)]
         expected = {
+            "selection_information": sum(information) / 12,
+            # A value has 5 tokens.
+            "query_bound": sum(information) / 60,
+            "distinct_queries": sum(map(len, texts)) / 4,
+            # No two of the four rows ask alike.
+            "query_diversity": math.log(4),
             "query_repetition": sum(1 - len(set(query)) / len(query) for query in queries) / 12,
             "reward": mean,
             "reward_std": math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / 4),
@@ -50,6 +84,23 @@ class TestTrajectoryMetrics:
         trajectory = make_sampler(llama, tokenizer, compute_order_gain=True).sample(batch, range(4))
         gains = [float(step.order_gain[row]) for step in trajectory.steps for row in range(4)]
         assert trajectory_metrics(trajectory)["order_gain"] == pytest.approx(sum(gains) / 12, abs=1e-6)
+
+    @pytest.mark.parametrize("step", [0, 2])
+    def test_what_the_environment_did_not_measure_is_absent(self, step: int, trajectory: Trajectory) -> None:
+        steps = list(trajectory.steps)
+        steps[step] = dataclasses.replace(steps[step], selection_information=None)
+        less = trajectory_metrics(dataclasses.replace(trajectory, steps=steps))
+        measured = trajectory_metrics(trajectory)
+        assert measured.keys() - less.keys() == {"selection_information", "query_bound"}
+        assert measured == measured | less
+
+    def test_one_trajectory_shows_no_information(
+        self, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: MemoryBatch
+    ) -> None:
+        alone = trajectory_metrics(make_sampler(llama, tokenizer).sample(batch.head(1), [20]))
+        assert "selection_information" not in alone
+        assert "query_bound" not in alone
+        assert alone["distinct_queries"] >= 1
 
 
 class TestMetricsBuffer:
