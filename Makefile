@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: setup demo test test-slow test-newest test-oldest bench lint build clean
+.PHONY: setup demo test test-slow test-newest test-oldest bench gpu lint build clean
 
 setup: $(STAMP)
 
@@ -49,6 +49,13 @@ bench: setup
 	for name in selection update peer rollout growth; do \
 		HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/$$name.py $(ARGS) || exit 1; \
 	done
+
+# What needs a GPU, with any Python that has this package and a torch for CUDA: `make gpu GPU_PYTHON=...`. Sets nothing up,
+# and where there is no GPU it says what it skips.
+GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+
+gpu:
+	$(GPU_PYTHON) tests/benchmarks/gpu.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

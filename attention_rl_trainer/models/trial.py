@@ -31,6 +31,12 @@ def expect_trainable(policy: PolicyModel, *, through_choice: bool) -> None:
     Raises:
         UnsupportedArchitectureError: names what does not work, and the way out where there is one.
     """
+    # Only the quantizer sets it on the model.
+    if policy.device.type == "cpu" and getattr(policy.causal_lm, "is_loaded_in_4bit", False):
+        raise UnsupportedArchitectureError(
+            f"{described(policy.causal_lm)} is loaded in 4 bits on a CPU, where bitsandbytes repacks such layers for "
+            "evaluation and they give no gradient after that; load it in 16 or 32 bits, or use a GPU"
+        )
     ids = policy.allowed_ids[torch.arange(_ROWS * _TOKENS, device=policy.device) % len(policy.allowed_ids)]
     ids = ids.view(_ROWS, _TOKENS)
     heads = policy.attention.heads

@@ -205,13 +205,15 @@ def ledger_rows(
     names: list[VerdictName] = [
         "warmup" if verdict.is_warmup else "kept" if is_kept else "below_threshold" for is_kept in kept
     ]
+    # Each from the device once, and not for every text.
+    tokens = {
+        "queries": [item.query_tokens.cpu() for item in trajectory.steps],
+        "keys": [item.selected_pair.key_tokens.cpu() for item in trajectory.steps],
+        "values": [item.selected_pair.value_tokens.cpu() for item in trajectory.steps],
+    }
     rows = []
     for row, article in enumerate(batch.articles):
-        texts = {
-            "queries": [encoder.decode(item.query_tokens[row]) for item in trajectory.steps],
-            "keys": [encoder.decode(item.selected_pair.key_tokens[row]) for item in trajectory.steps],
-            "values": [encoder.decode(item.selected_pair.value_tokens[row]) for item in trajectory.steps],
-        }
+        texts = {name: [encoder.decode(step_tokens[row]) for step_tokens in steps] for name, steps in tokens.items()}
         record = {
             "episode": episodes[row],
             "step": step,

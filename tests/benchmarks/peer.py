@@ -22,6 +22,7 @@ What each side is spared:
     python tests/benchmarks/peer.py                  # the figure and the page
     python tests/benchmarks/peer.py --check          # tiny model, float32: greedy queries of both sides are equal
     python tests/benchmarks/peer.py --model tiny     # prints, and leaves the page alone
+    python tests/benchmarks/peer.py --device cuda    # the same on a GPU
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,20 @@ def tiny_scene(rows: int, steps: int, tokens: int, temperature: float = 1.0) -> 
     return Scene(policy, tokenizer, build_contexts(batch, separators, steps, tokens))
 
 
+def on_device(scene: Scene, device: torch.device) -> Scene:
+    """Move a scene; the model itself is moved, and a new policy made of it."""
+    policy, contexts = scene.policy, scene.contexts
+    if policy.device == device:
+        return scene
+    options = PolicyOptions(query_temperature=policy.query_temperature)
+    blocks = [block.to(device) for block in contexts.blocks]
+    return replace(
+        scene,
+        policy=PolicyModel(policy.model.to(device), policy.allowed_ids.to(device), options),
+        contexts=replace(contexts, start=contexts.start.to(device), blocks=blocks),
+    )
+
+
 # --- who reads it ---------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +190,7 @@ def read_by_ours(policy: PolicyModel, contexts: Contexts) -> Reading:
     queries: list[list[list[int]]] = []
     lengths: list[list[int]] = []
     with policy.inference(), counting_forward_tokens(policy) as counts:
-        noise = episode_noise(_SEED, range(rows), Purpose.POLICY, (steps, contexts.tokens))
+        noise = episode_noise(_SEED, range(rows), Purpose.POLICY, (steps, contexts.tokens)).to(policy.device)
         cache = policy.new_cache(
             rows, contexts.start.shape[1] + sum(contexts.tokens + block.shape[1] for block in contexts.blocks)
         )
@@ -296,13 +311,13 @@ def verify(name: str, reading: Reading, contexts: Contexts) -> None:
             raise RuntimeError(f"{name}: {what}: expected {expected}, got {got}")
 
 
-def check(rows: int, steps: int, tokens: int) -> None:
+def check(rows: int, steps: int, tokens: int, device: torch.device) -> None:
     """Compare the greedy queries of both sides on the tiny model in float32.
 
     Raises:
         RuntimeError: they differ, or are so alike that equality would mean nothing.
     """
-    scene = tiny_scene(rows, steps, tokens, temperature=_GREEDY_TEMPERATURE)
+    scene = on_device(tiny_scene(rows, steps, tokens, temperature=_GREEDY_TEMPERATURE), device)
     ours = read_by_ours(scene.policy, scene.contexts)
     with tempfile.TemporaryDirectory() as folder:
         trainer = grpo_trainer(scene, folder, do_sample=False, top_k=None)
@@ -386,6 +401,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=20, help="tokens of a query, of a key and of a value")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
     parser.add_argument("--model", choices=["offline", "tiny"], default="offline", help="tiny writes nothing")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, or cuda")
     parser.add_argument("--check", action="store_true", help="compare greedy queries on the tiny model, and stop")
     arguments = parser.parse_args()
     if arguments.rows < 2:
@@ -398,14 +414,16 @@ def main() -> None:
     arguments = parse_arguments()
     shape = (arguments.rows, arguments.steps, arguments.tokens)
     if arguments.check:
-        check(*shape)
+        check(*shape, arguments.device)
         return
     scene = offline_scene(*shape) if arguments.model == "offline" else tiny_scene(*shape)
+    scene = on_device(scene, arguments.device)
     settings = {name: getattr(arguments, name) for name in ("model", "rows", "steps", "tokens", "repeats")}
     settings["weights"] = str(scene.policy.causal_lm.dtype).removeprefix("torch.")
     report = Report("peer", "python tests/benchmarks/peer.py", settings)
     report_on(measure(scene, arguments.repeats), scene.contexts, report)
-    if arguments.model == "offline":
+    # The page is of a CPU.
+    if arguments.model == "offline" and arguments.device.type == "cpu":
         report.write()
     else:
         print("\n\n".join([*report.blocks, *(f"{name}: {value:.4g}" for name, value in report.figures.items())]))
