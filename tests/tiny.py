@@ -170,11 +170,12 @@ def make_sampler(
     policy = make_policy(model, tokenizer, **policy_options or {})
     defaults: dict[str, Any] = {"num_steps": 3, "tokens_per_query": 4, "subset_fraction": 1.0}
     seed = options.pop("seed", 7)
+    rollout = RolloutOptions(**defaults | options)
     return TrajectorySampler(
         policy,
         environment or make_environment(temperature=0.2),
-        Separators.encode(PlainTextEncoder(tokenizer)),
-        RolloutOptions(**defaults | options),
+        Separators.encode(PlainTextEncoder(tokenizer), rollout),
+        rollout,
         seed,
         joint=joint,
         compute_order_gain=compute_order_gain,

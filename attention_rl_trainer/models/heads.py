@@ -94,10 +94,14 @@ class ChosenHeads:
             named = ", ".join(map(str, numbers)) or "none"
             raise ValueError(f"attention_heads must name one head or more, each once; got {named}")
         self.numbers = tuple(numbers)
+        num_layers = len(find_decoder_layers(model))
+        for number in numbers:
+            if not 0 <= number.layer < num_layers:
+                raise ValueError(f"attention_heads names {number}, but the model has layers 0 to {num_layers - 1}")
         self._layers = {number: AttentionLayer(model, number) for number in sorted({head.layer for head in numbers})}
         for number in numbers:
             count = self._layers[number.layer].heads.num_query_heads
-            if number.head >= count:
+            if not 0 <= number.head < count:
                 raise ValueError(f"attention_heads names {number}, but layer {number.layer} has heads 0 to {count - 1}")
         dims = {layer: attention.heads.head_dim for layer, attention in self._layers.items()}
         if len(set(dims.values())) > 1:

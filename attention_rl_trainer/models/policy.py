@@ -87,6 +87,8 @@ class PolicyOptions(Options):
         if given in ("layer", "probe"):
             return None
         listed = [given] if isinstance(given, str) else given or []
+        if not isinstance(listed, list | tuple) or not all(isinstance(item, str) for item in listed):
+            raise ValueError(f"put quotes around heads, because the number 18.10 is 18.1; got {given!r}")
         return tuple(HeadNumber.parse(text) for item in listed for text in str(item).split(","))
 
     def check_options(self) -> None:

@@ -207,7 +207,7 @@ class RunShape(RolloutOptions, PolicyOptions, UpdateOptions):
     on_cpu: bool = option(False, "Whether a CPU computes; its attention reads keys once for each group.")
     query_separator_tokens: Count = option(len(_USUAL_SEPARATORS.query), 'Tokens of " Query:".')
     response_separator_tokens: Count = option(len(_USUAL_SEPARATORS.response), 'Tokens of " Response:".')
-    key_frame_tokens: Count = option(2, "Tokens around a key that stands before the prompt, rounded up.")
+    key_frame_tokens: Count = option(4, "Tokens around a key that stands before the prompt, rounded up.")
 
     @classmethod
     def from_config(

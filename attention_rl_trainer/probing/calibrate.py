@@ -33,7 +33,7 @@ class Fitted:
 
     calibration: Calibration
     heads: HeadScores
-    """Of the layers that were read, on the first half of the memories."""
+    """Of the layers that could select, on the first half of the memories."""
 
 
 class Probe:
@@ -109,7 +109,9 @@ class Probe:
         first = {number: vectors.rows(slice(0, middle)) for number, vectors in layers.items()}
         second = {number: vectors.rows(slice(middle, None)) for number, vectors in layers.items()}
         options = self._selection
-        scores = score_heads(first, center=options.center_vectors, head_similarity=options.head_similarity)
+        # The literal selector's layer may have heads of another dimension, which cannot be chosen with the others.
+        candidates = {number: first[number] for number in self._layers or first}
+        scores = score_heads(candidates, center=options.center_vectors, head_similarity=options.head_similarity)
         heads = self._named
         if self._heads.attention_heads == "probe":
             heads = scores.best(self._heads.probe_heads)

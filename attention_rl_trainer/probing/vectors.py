@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.models.attention import AttentionLayer, stopping_after
@@ -21,6 +22,7 @@ from attention_rl_trainer.rollout.layout import Layout
 
 # Half keys that are read at once: the queries of every layer are held for each of their tokens.
 _ROWS_AT_ONCE = 32
+_REPEATABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,20 +76,30 @@ def join_vectors(parts: Sequence[Mapping[int, LayerVectors]]) -> dict[int, Layer
 def _query_vectors(
     policy: PolicyModel, layout: Layout, memory: MemoryBatch, layers: Mapping[int, AttentionLayer]
 ) -> dict[int, Tensor]:
-    """Vectors of half keys after the prompt, which is read once, ``[M, H, D]`` by layer."""
+    """Vectors of half keys after the prompt, ``[M, H, D]`` by layer."""
     halves = memory.key_tokens[0, :, : half_length(memory.key_tokens.shape[2])].to(policy.device)
     prompt = layout.prompt(memory, policy.device)
     parts: dict[int, list[Tensor]] = {number: [] for number in layers}
     for chunk in torch.split(halves, _ROWS_AT_ONCE):
-        cache = DynamicCache(config=policy.causal_lm.config)
-        policy.forward(prompt, cache)
-        cache.batch_select_indices(torch.zeros(len(chunk), dtype=torch.int64, device=policy.device))
+        cache = _after_prompt(policy, prompt, len(chunk))
         with ExitStack() as stack:
             captures = {number: stack.enter_context(layer.capture_queries()) for number, layer in layers.items()}
             policy.forward(chunk, cache)
         for number, capture in captures.items():
             parts[number].append(capture.mean())
     return {number: torch.cat(tensors) for number, tensors in parts.items()}
+
+
+def _after_prompt(policy: PolicyModel, prompt: Tensor, num_rows: int) -> Cache:
+    """Make a cache of rows that have all read the prompt ``[1, S]``: once, where a cache's row can be repeated."""
+    cache = DynamicCache(config=policy.causal_lm.config)
+    # A recurrent state cannot.
+    if not all(type(layer) in _REPEATABLE for layer in cache.layers):
+        policy.forward(prompt.expand(num_rows, -1), cache)
+        return cache
+    policy.forward(prompt, cache)
+    cache.batch_select_indices(torch.zeros(num_rows, dtype=torch.int64, device=policy.device))
+    return cache
 
 
 def _key_vectors(policy: PolicyModel, keys: Tensor, layers: Mapping[int, AttentionLayer]) -> dict[int, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,20 +45,24 @@ class Calibration:
     """How well it does: probability of the right pair, nats."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"the temperature must be above 0, got {self.temperature}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"the temperature must be above 0 and finite, got {self.temperature}")
         if (self.query_means is None) != (self.key_means is None):
             raise ValueError("give the means of queries and of keys, or neither")
         if self.query_means is not None and self.key_means is not None:
-            expect_tensor("query_means", self.query_means, (None, None), floating=True)
-            expect_tensor("key_means", self.key_means, (None, self.query_means.shape[1]), floating=True)
+            # A single row would be subtracted from every head.
+            count = None if self.heads is None else len(self.heads)
+            expect_tensor("query_means", self.query_means, (count, None), floating=True)
+            expect_tensor("key_means", self.key_means, (count, self.query_means.shape[1]), floating=True)
 
     @property
     def digest(self) -> str:
         """Sixteen hexadecimal digits of everything that changes a choice."""
-        content = hashlib.sha256(json.dumps([self.temperature, self.heads]).encode("ascii"))
-        for means in (self.query_means, self.key_means):
-            content.update(b"" if means is None else means.cpu().contiguous().numpy().tobytes())
+        means = [tensor for tensor in (self.query_means, self.key_means) if tensor is not None]
+        facts = [self.temperature, self.heads, [list(tensor.shape) for tensor in means]]
+        content = hashlib.sha256(json.dumps(facts).encode("ascii"))
+        for tensor in means:
+            content.update(tensor.cpu().contiguous().numpy().tobytes())
         return content.hexdigest()[:16]
 
     def save(self, folder: Path) -> Path:
@@ -98,8 +103,8 @@ class Calibration:
                 heads=None if heads is None else tuple(map(HeadNumber.parse, heads)),
                 query_means=tensors.get(_QUERY_MEANS),
                 key_means=tensors.get(_KEY_MEANS),
-                origin=facts["origin"],
-                figures=facts["figures"],
+                origin=dict(facts["origin"]),
+                figures=dict(facts["figures"]),
             )
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a calibration that can be read: {error}; calibrate again") from error

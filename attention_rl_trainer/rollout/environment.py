@@ -79,7 +79,7 @@ class CalibratedEnvironment(MemoryEnvironment, Protocol):
 
 
 # Queries, of its own batch, after which a memory's choice is computed to see what depends on them.
-_MAX_QUERIES_ASKED = 16
+_MAX_QUERIES_ASKED = 32
 
 
 @dataclass
@@ -134,7 +134,9 @@ class KVMemoryEnvironment:
 
     def __init__(self, options: SelectionOptions | None = None, calibration: Calibration | None = None) -> None:
         self._options = options or SelectionOptions()
-        self._calibration = calibration
+        self._calibration: Calibration | None = None
+        if calibration is not None:
+            self.calibrate(calibration)
         self._pairs: KeyValuePairs | None = None
         self._available_mask: Tensor | None = None
 

@@ -103,7 +103,16 @@ class Layout:
 
     @classmethod
     def of(cls, options: LayoutOptions, separators: Separators) -> Layout:
-        """Lay out the trajectories that the options ask for."""
+        """Lay out the trajectories that the options ask for.
+
+        Raises:
+            ValueError: the separators were encoded for other shown keys.
+        """
+        if len(separators.around_keys) != len(options.key_frames):
+            raise ValueError(
+                f"show_keys is {options.show_keys!r}, but the separators were encoded for other options; give these to "
+                "Separators.encode"
+            )
         return cls(
             separators,
             options.steps_per_trajectory,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from attention_rl_trainer.models.sampling import entropy, sample_by_inverse
+from attention_rl_trainer.types import expect_tensor
 
 HeadAggregation = Literal["probabilities", "scores"]
 HeadSimilarity = Literal["dot", "cosine"]
@@ -91,6 +92,8 @@ class Selector:
     def similarity(self, query_vectors: Tensor, key_vectors: Tensor) -> Tensor:
         """Compare queries ``[B, H, D]`` with keys ``[B, M, G, D]``, less their means: ``[B, H, M]``."""
         if self.query_means is not None and self.key_means is not None:
+            expect_tensor("query_means", self.query_means, query_vectors.shape[1:], floating=True)
+            expect_tensor("key_means", self.key_means, key_vectors.shape[2:], floating=True)
             query_vectors = query_vectors - self.query_means.to(query_vectors.device)
             key_vectors = key_vectors - self.key_means.to(key_vectors.device)
         return compute_similarity(query_vectors, key_vectors, self.head_similarity)

@@ -1,7 +1,7 @@
 """What the calibrated selector costs: one rollout with it, beside the same with the seed document's.
 
-The heads are those that the recipe's calibration chooses of this model. Keys are unseen each time, so that embedding them
-as far as their last layer counts, as do the hooks on several layers and the queries that each memory is asked.
+The heads are those that the recipe's calibration chooses of this model. Keys are unseen each time, so that embedding
+them as far as their last layer counts, as do the hooks on several layers and the queries that each memory is asked.
 
     python tests/benchmarks/calibrated.py
 """

@@ -10,10 +10,20 @@ import pytest
 import torch
 from by_hand import SHORT, SMALL
 from tiny import adapted, tiny_config, tiny_gpt2, tiny_llama
-from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from tokenizer_families import gpt2
+from transformers import (
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 from attention_rl_trainer.planning.sizes import LLAMA_3_2_3B, ModelShape, RunShape
-from attention_rl_trainer.rollout.layout import Separators
+from attention_rl_trainer.rollout.layout import Layout, Separators
 
 
 def count_parameters(model: PreTrainedModel) -> int:
@@ -130,3 +140,47 @@ class TestRunShape:
     def test_refuses(self, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             replace(SHORT, **changes)
+
+
+@pytest.mark.parametrize("include_key", [False, True])
+@pytest.mark.parametrize("num_kv_pairs", [2, 8, 13])
+class TestShownKeys:
+    def real(self, config: AttentionGuidedRLConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[Layout, Separators]:
+        separators = Separators.encode(PlainTextEncoder(tokenizer), config)
+        return Layout.of(config, separators), separators
+
+    @pytest.mark.parametrize("show_keys", ["none", "plain", "numbered", "[{number}]{key}\n", "{key}"])
+    def test_a_plan_from_the_run_has_room_for_them(
+        self, show_keys: str, num_kv_pairs: int, include_key: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        sizes = {"num_kv_pairs": num_kv_pairs, "subset_fraction": 1.0, "num_steps": 1}
+        config = tiny_config(tmp_path, show_keys=show_keys, include_key_in_context=include_key, **sizes)
+        layout, separators = self.real(config, tokenizer)
+        planned = RunShape.from_config(config, weight_bits=32, separators=separators).layout
+        memory_size = num_kv_pairs - 1
+        if show_keys in ("none", "plain"):
+            assert planned.trajectory_tokens == layout.trajectory_tokens
+        assert 0 <= planned.trajectory_tokens - layout.trajectory_tokens <= memory_size
+        assert planned.cached_tokens - planned.trajectory_tokens == layout.cached_tokens - layout.trajectory_tokens
+        without = RunShape.from_config(
+            tiny_config(tmp_path, include_key_in_context=include_key, **sizes), weight_bits=32, separators=separators
+        ).layout
+        listed = 0 if show_keys == "none" else memory_size * config.tokens_per_key
+        assert planned.trajectory_tokens - without.trajectory_tokens >= listed
+
+
+@pytest.fixture(scope="module")
+def gpt2_encoder() -> PlainTextEncoder:
+    return PlainTextEncoder(gpt2())
+
+
+@pytest.mark.parametrize("show_keys", ["none", "plain", "numbered"])
+def test_a_plan_without_a_tokenizer_has_room_for_shown_keys(
+    show_keys: str, tmp_path: Path, gpt2_encoder: PlainTextEncoder
+) -> None:
+    """As ``attention-rl plan`` makes it: from the options alone."""
+    config = tiny_config(tmp_path, show_keys=show_keys, num_kv_pairs=13, subset_fraction=1.0)
+    separators = Separators.encode(gpt2_encoder, config)
+    assert (len(separators.query), len(separators.response)) == (2, 2)
+    planned = RunShape.from_config(config, weight_bits=32).layout
+    assert planned.trajectory_tokens >= Layout.of(config, separators).trajectory_tokens

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,6 +159,116 @@ class TestTokens:
         prompt = layout.prompt(one_article((ids[3:6], ids[6:9])), CPU)[0]
         assert prompt.tolist() == expected
         assert encoder.decode(prompt) == " Query: the long history Response: of the city Query:"
+
+
+class TestShownKeys:
+    # N N  k k k k k  N  k k k k k  (nothing), then the prompt as without keys.
+    SHOWN = replace(HAND, separators=Separators((1, 2), (3,), ((9, 8), (9,), ())))
+
+    def test_every_position_moves_by_their_length(self) -> None:
+        assert self.SHOWN.shown_tokens == 2 + 5 + 1 + 5
+        assert HAND.shown_tokens == 0
+        assert self.SHOWN.prompt_tokens == 16 + 13
+        assert self.SHOWN.query_starts == (16 + 13, 29 + 13)
+        assert self.SHOWN.value_starts == (21 + 13, 34 + 13)
+        assert (self.SHOWN.trajectory_tokens, self.SHOWN.cached_tokens) == (40 + 13, 42 + 13)
+        assert self.SHOWN.sizes["tokens per trajectory"] == 53
+        # A step is as long as it was.
+        assert self.SHOWN.step_tokens == HAND.step_tokens
+        assert [self.SHOWN.block_tokens(step) for step in range(2)] == [9, 7]
+
+    def test_a_batch_of_other_lengths(self) -> None:
+        layout = self.SHOWN.for_batch(random_batch(2, num_pairs=2, key_length=7, value_length=3))
+        assert layout.shown_tokens == 2 + 7 + 1 + 7
+        assert layout.prompt(random_batch(2, num_pairs=2, key_length=7, value_length=3), CPU).shape[1] == (
+            layout.prompt_tokens
+        )
+
+    def test_prompt_by_hand(self) -> None:
+        batch = one_article(([20] * 5, [30] * 6), [([41, 42, 43, 44, 45], [31] * 6), ([51, 52, 53, 54, 55], [32] * 6)])
+        listed = [9, 8, 41, 42, 43, 44, 45, 9, 51, 52, 53, 54, 55]
+        assert self.SHOWN.prompt(batch, CPU).dtype == torch.int64  # a frame without tokens too
+        prompt = self.SHOWN.prompt(batch, CPU)[0].tolist()
+        assert prompt == [*listed, 1, 2, *[20] * 5, 3, *[30] * 6, 1, 2]
+        assert len(prompt) == self.SHOWN.prompt_tokens == self.SHOWN.query_starts[0]
+        assert prompt[13:] == HAND.prompt(batch, CPU)[0].tolist()
+
+    def test_every_row_lists_its_own_keys_in_the_order_of_its_memory(self) -> None:
+        batch = random_batch(3, num_pairs=2, key_length=5, value_length=6)
+        prompt = self.SHOWN.prompt(batch, CPU)
+        assert torch.equal(prompt[:, 2:7], batch.key_tokens[:, 0])
+        assert torch.equal(prompt[:, 8:13], batch.key_tokens[:, 1])
+        assert prompt[:, [0, 1, 7]].tolist() == [[9, 8, 9]] * 3
+
+    @pytest.mark.parametrize("num_pairs", [1, 3])
+    def test_memories_of_another_size_are_refused(self, num_pairs: int) -> None:
+        batch = random_batch(2, num_pairs=num_pairs, key_length=5, value_length=6)
+        wanted = f"show_keys was prepared for memories of 2 pairs, got {num_pairs}"
+        with pytest.raises(ValueError, match=wanted):
+            self.SHOWN.prompt(batch, CPU)
+
+    @pytest.mark.parametrize(
+        ("template", "frames"),
+        [
+            ("none", ()),
+            ("plain", ("", "\n", "\n", "\n")),
+            ("numbered", ("1.", "\n2.", "\n3.", "\n")),
+            ("- {key}\n", ("- ", "\n- ", "\n- ", "\n")),
+            ("[{number}]{key};", ("[1]", ";[2]", ";[3]", ";")),
+            ("{key}({number}/{number})", ("", "(1/1)", "(2/2)", "(3/3)")),
+            ("{key}", ("", "", "", "")),
+            ("{key} {other} {} %s", ("", *[" {other} {} %s"] * 3)),
+        ],
+    )
+    def test_texts_around_keys(self, template: str, frames: tuple[str, ...], encoder: PlainTextEncoder) -> None:
+        options = LayoutOptions(num_kv_pairs=6, subset_fraction=0.5, show_keys=template)
+        assert options.memory_size == 3
+        assert options.key_frames == frames
+        separators = Separators.encode(encoder, options)
+        assert tuple(encoder.decode(ids) for ids in separators.around_keys) == frames
+        assert (separators.query, separators.response) == (
+            Separators.encode(encoder).query,
+            Separators.encode(encoder).response,
+        )
+
+    def test_one_pair_and_twelve(self) -> None:
+        assert LayoutOptions(num_kv_pairs=2, subset_fraction=0.5, show_keys="numbered").key_frames == ("1.", "\n")
+        frames = LayoutOptions(num_kv_pairs=13, subset_fraction=1.0, show_keys="numbered").key_frames
+        assert len(frames) == 13
+        assert frames[9:] == ("\n10.", "\n11.", "\n12.", "\n")
+
+    def test_the_prompt_as_text(self, encoder: PlainTextEncoder) -> None:
+        ids = encoder.encode(" the river flows from a mountain lake to the northern sea and its valley was settled")
+        keys = [ids[:3], ids[3:6], ids[6:9]]
+        batch = one_article((keys[0], ids[9:11]), [(keys[1], ids[11:13]), (keys[2], ids[13:15])])
+        first, second, third = map(encoder.decode, keys)
+        example = f" Query:{first} Response:{encoder.decode(ids[9:11])} Query:"
+        for template, listed in {
+            "plain": f"{second}\n{third}\n",
+            "numbered": f"1.{second}\n2.{third}\n",
+            "<|endoftext|>{key}": f"<|endoftext|>{second}<|endoftext|>{third}",
+        }.items():
+            options = LayoutOptions(
+                num_kv_pairs=3, subset_fraction=1.0, tokens_per_key=3, tokens_per_value=2, show_keys=template
+            )
+            layout = Layout.of(options, Separators.encode(encoder, options))
+            prompt = layout.prompt(batch, CPU)[0]
+            assert encoder.decode(prompt) == listed + example
+            assert len(prompt) == layout.prompt_tokens
+            special = set(encoder.tokenizer.all_special_ids) - {None}
+            assert not special & set(prompt.tolist())
+
+    @pytest.mark.parametrize("template", ["", "None", "Plain", "keys", "{number}", "{key}{key}", "{Key}", "{ key }"])
+    def test_a_template_without_one_key_is_refused(self, template: str) -> None:
+        wanted = r"show_keys must be none, plain, numbered, or a template with \{key\} in it once, got "
+        with pytest.raises(ValueError, match=wanted + re.escape(repr(template))):
+            LayoutOptions(show_keys=template)
+
+    def test_separators_that_were_encoded_without_the_options_are_refused(self, encoder: PlainTextEncoder) -> None:
+        """The keys would be left out without a word."""
+        options = LayoutOptions(num_kv_pairs=3, subset_fraction=1.0, show_keys="plain")
+        with pytest.raises(ValueError, match="show_keys"):
+            Layout.of(options, Separators.encode(encoder))
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])

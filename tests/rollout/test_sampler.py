@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from attention_rl_trainer.errors import NonFiniteError
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 from attention_rl_trainer.models.causal_lm import deterministic_inference
-from attention_rl_trainer.rollout.environment import DifferentiableEnvironment
+from attention_rl_trainer.models.heads import HeadNumber
+from attention_rl_trainer.rollout.calibration import Calibration
+from attention_rl_trainer.rollout.environment import DifferentiableEnvironment, KVMemoryEnvironment, SelectionOptions
+from attention_rl_trainer.rollout.layout import Layout, LayoutOptions, Separators
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.types import Trajectory, TrajectoryStep
 
@@ -84,6 +89,94 @@ def test_cached_rollout_equals_full_forwards(
     check_against_full_forwards(sampler, trajectory)
     # The last step is not followed by another query separator.
     assert trajectory.token_ids.shape[1] == sampler.layout.for_batch(random_batch(4)).trajectory_tokens
+
+
+def shows_keys(sampler: TrajectorySampler, tokenizer: PreTrainedTokenizerFast, show_keys: str) -> TrajectorySampler:
+    """Let a sampler of 3 steps list the five keys of `random_batch` before the prompt."""
+    options = LayoutOptions(num_kv_pairs=6, subset_fraction=1.0, num_steps=3, tokens_per_query=4, show_keys=show_keys)
+    separators = Separators.encode(PlainTextEncoder(tokenizer), options)
+    include_key = sampler.layout.include_key_in_context
+    sampler.layout = replace(Layout.of(options, separators), include_key_in_context=include_key)
+    return sampler
+
+
+def calibrated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **options: Any) -> TrajectorySampler:
+    """A sampler whose heads are chosen of both layers, out of order, and compared less made-up means."""
+    generator = torch.Generator().manual_seed(6)
+    heads = ["1.2", "0.3", "1.0"]
+    means = [torch.randn(3, 8, generator=generator) for _ in range(2)]
+    environment = KVMemoryEnvironment(
+        SelectionOptions("auto", "scores", "cosine", center_vectors=True),
+        Calibration(0.1, tuple(map(HeadNumber.parse, heads)), *means),
+    )
+    return make_sampler(model, tokenizer, environment, policy_options={"attention_heads": heads}, **options)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("show_keys", ["plain", "numbered", "<{number}{key}>"])
+def test_shown_keys_stand_in_the_whole_rollout(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, show_keys: str, joint: bool
+) -> None:
+    include_key = show_keys == "plain"
+    options: dict[str, Any] = {"joint": joint, "include_key_in_context": include_key, "compute_order_gain": True}
+    sampler, batch = make_sampler(model, tokenizer, **options), random_batch(4)
+    sampler = shows_keys(sampler, tokenizer, show_keys)
+    trajectory = sampler.sample(batch, range(4))
+    check_against_full_forwards(sampler, trajectory)
+    layout = sampler.layout.for_batch(batch)
+    assert trajectory.token_ids.shape[1] == layout.trajectory_tokens
+    assert (trajectory.query_starts, trajectory.value_starts) == (layout.query_starts, layout.value_starts)
+    for row in range(4):
+        place = len(layout.separators.around_keys[0])
+        for number in range(5):
+            assert torch.equal(trajectory.token_ids[row, place : place + 6], batch.key_tokens[row, number])
+            place += 6 + len(layout.separators.around_keys[number + 1])
+        assert place == layout.shown_tokens
+    # What is read is still what the memory holds, and the list stays as it is after a pair was read.
+    assert torch.equal(trajectory.memory.key_tokens, batch.key_tokens)
+    for step in trajectory.steps:
+        assert torch.equal(step.context_tokens[:, : layout.prompt_tokens], layout.prompt(batch, torch.device("cpu")))
+    # The order gain is counted from pair 0 alone, before which the same keys stand.
+    step = trajectory.steps[2]
+    response = torch.tensor(layout.separators.response).expand(4, -1)
+    drawn = [step.selected_pair.key_tokens] if include_key else []
+    value = step.selected_pair.value_tokens
+    alone = torch.cat([trajectory.steps[0].context_tokens, step.counterfactual_tokens, response, *drawn, value], dim=1)
+    score = full_logprobs(sampler, alone, alone.shape[1] - value.shape[1], value.shape[1], reference=True)
+    assert step.order_gain is not None
+    torch.testing.assert_close(step.order_gain, step.counterfactual_value_logprob - score, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("show_keys", ["none", "numbered"])
+def test_a_calibrated_rollout_equals_full_forwards(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, show_keys: str, joint: bool
+) -> None:
+    sampler = calibrated(model, tokenizer, joint=joint)
+    if show_keys != "none":
+        sampler = shows_keys(sampler, tokenizer, show_keys)
+    trajectory = sampler.sample(random_batch(4), range(4))
+    check_against_full_forwards(sampler, trajectory)
+    assert trajectory.memory.key_vectors.shape == (4, 5, 3, 8)
+    literal = make_sampler(tiny_llama(), tokenizer).sample(random_batch(4), range(4))
+    assert literal.memory.key_vectors.shape == (4, 5, 2, 8)
+    # Nothing else than the draws depends on how vectors are compared: each memory is asked with the others' queries.
+    for number, step in enumerate(trajectory.steps):
+        assert step.selection_information is not None
+        assert bool((step.selection_information > -1e-6).all())
+        assert step.selection_information.max() < min(math.log(4), math.log(5 - number)) + 1e-6
+        assert step.selection_information.max() > 1e-4
+
+
+def test_a_calibrated_batch_of_four_is_four_batches_of_one(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    sampler, batch = shows_keys(calibrated(model, tokenizer), tokenizer, "plain"), random_batch(4)
+    together = sampler.sample(batch, range(20, 24))
+    alone = [sampler.sample(batch.select_rows([row]), [20 + row]) for row in range(4)]
+    assert all(step.selection_information is None for rows in alone for step in rows.steps)
+    rows = [rows_of(trajectory) for trajectory in alone]
+    assert_same_rows(rows_of(together), {name: torch.cat([row[name] for row in rows]) for name in rows[0]})
 
 
 def test_a_sliding_window_cache_is_rolled_back_too(tokenizer: PreTrainedTokenizerFast) -> None:

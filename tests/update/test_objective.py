@@ -12,8 +12,17 @@ from tiny import checkpoint_activations, make_sampler, random_batch, tiny_gpt2, 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder
+from attention_rl_trainer.models.heads import HeadNumber
 from attention_rl_trainer.models.modes import deterministic_inference, update_mode
-from attention_rl_trainer.rollout.environment import KVMemoryEnvironment, MemoryEnvironment, Selection
+from attention_rl_trainer.rollout.calibration import Calibration
+from attention_rl_trainer.rollout.environment import (
+    KVMemoryEnvironment,
+    MemoryEnvironment,
+    Selection,
+    SelectionOptions,
+)
+from attention_rl_trainer.rollout.layout import Layout, LayoutOptions, Separators
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.types import KeyValuePairs, Trajectory
 from attention_rl_trainer.update.filter import RewardStatistics, Verdict
@@ -22,12 +31,26 @@ from attention_rl_trainer.update.losses import LossOptions
 from attention_rl_trainer.update.objective import LossTerms, compute_loss_terms
 from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
 
+CPU = torch.device("cpu")
+
 
 class Bench:
     """A rolled-out batch, all of it kept, with random advantages."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: int = 4, **settings: Any):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        rows: int = 4,
+        show_keys: str = "none",
+        **settings: Any,
+    ):
         self.sampler: TrajectorySampler = make_sampler(model, tokenizer, **settings)
+        if show_keys != "none":
+            sizes = LayoutOptions(
+                num_kv_pairs=6, subset_fraction=1.0, num_steps=3, tokens_per_query=4, show_keys=show_keys
+            )
+            self.sampler.layout = Layout.of(sizes, Separators.encode(PlainTextEncoder(tokenizer), sizes))
         self.policy = self.sampler.policy
         self.trajectory: Trajectory = self.sampler.sample(random_batch(rows), range(rows))
         self.snapshot = AdapterSnapshot(self.policy.model)
@@ -191,6 +214,90 @@ def test_selector_term_is_the_gradient_of_the_draws(bench: Bench) -> None:
     expected = -(bench.kept.advantages * draws).sum() / 16
     torch.testing.assert_close(difference, expected, atol=1e-5, rtol=1e-4)
     assert (bench.gradient(selector_coef=1.0) - bench.gradient()).norm() > 1e-5
+
+
+@pytest.fixture(params=["none", "numbered"])
+def calibrated(request: pytest.FixtureRequest, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Bench:
+    """Heads of both layers out of order, less made-up means; with and without the keys before the prompt."""
+    generator = torch.Generator().manual_seed(6)
+    heads = ["1.2", "0.3", "1.0"]
+    means = [torch.randn(3, 8, generator=generator) for _ in range(2)]
+    environment = KVMemoryEnvironment(
+        SelectionOptions("auto", "scores", "cosine", center_vectors=True),
+        Calibration(0.1, tuple(map(HeadNumber.parse, heads)), *means),
+    )
+    return Bench(
+        model, tokenizer, show_keys=request.param, environment=environment, policy_options={"attention_heads": heads}
+    )
+
+
+class TestCalibratedAndShown:
+    """The update sees the tokens and the draws of a rollout whose heads are chosen and whose keys are shown."""
+
+    def test_the_numbers_are_the_rollouts_own(self, calibrated: Bench) -> None:
+        logprobs = calibrated.trajectory.stack("query_logprobs").sum(dim=2)
+        expected = -(calibrated.kept.advantages * logprobs).sum() / 16
+        torch.testing.assert_close(calibrated.loss().policy, expected, atol=1e-5, rtol=1e-5)
+        difference = calibrated.loss(selector_coef=1.0).loss - calibrated.loss().loss
+        draws = calibrated.trajectory.stack("similarity_score").log()
+        torch.testing.assert_close(difference, -(calibrated.kept.advantages * draws).sum() / 16, atol=1e-4, rtol=1e-4)
+        difference = calibrated.loss(reward_gradient_coef=2.0).loss - calibrated.loss().loss
+        values = calibrated.trajectory.stack("policy_value_logprob").mean(dim=1)
+        torch.testing.assert_close(difference, -2.0 * values.sum() / 16, atol=1e-5, rtol=1e-4)
+
+    def test_the_gradient_of_the_draws_is_that_of_forwards_step_by_step(self, calibrated: Bench) -> None:
+        policy, kept = calibrated.policy, calibrated.kept
+        policy.model.eval()
+        environment = calibrated.sampler.environment
+        assert isinstance(environment, KVMemoryEnvironment)
+        means = environment.selector.query_means, environment.selector.key_means
+        assert means[0] is not None
+        assert means[1] is not None
+        total = torch.zeros(())
+        for row in range(4):
+            available = [True] * 5
+            for step, start in enumerate(kept.query_starts):
+                with policy.attention.capture_queries() as capture:
+                    policy.forward(kept.token_ids[row : row + 1, : start + 4])
+                query = capture.heads()[0, -4:].mean(dim=0) - means[0]
+                keys = kept.memory.key_vectors[row] - means[1]
+                scores = torch.nn.functional.cosine_similarity(query[None], keys, dim=-1).mean(dim=1) / 0.1
+                drawn = int(kept.selected_index[row, step])
+                unread = [pair for pair in range(5) if available[pair]]
+                logprob = scores[drawn] - scores[unread].logsumexp(dim=0)
+                total = total - kept.advantages[row, step] * logprob / 16
+                available[drawn] = False
+        expected = torch.autograd.grad(total, calibrated.parameters, allow_unused=True)
+        flat = torch.cat(
+            [
+                (torch.zeros_like(parameter) if gradient is None else gradient).flatten()
+                for parameter, gradient in zip(calibrated.parameters, expected, strict=True)
+            ]
+        )
+        assert flat.norm() > 1e-3
+        got = calibrated.gradient(selector_coef=1.0, beta=0.0) - calibrated.gradient(beta=0.0)
+        torch.testing.assert_close(got, flat, atol=1e-4, rtol=1e-3)
+
+    def test_activation_checkpointing_changes_nothing(self, calibrated: Bench) -> None:
+        calibrated.policy.model.train()
+        calibrated.move()
+        plain = calibrated.loss(selector_coef=1.0).loss, calibrated.gradient(selector_coef=1.0)
+        checkpoint_activations(calibrated.policy.model)
+        torch.testing.assert_close(calibrated.loss(selector_coef=1.0).loss, plain[0])
+        torch.testing.assert_close(calibrated.gradient(selector_coef=1.0), plain[1])
+
+    def test_the_keys_are_a_part_of_what_is_read(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        shown = Bench(model, tokenizer, show_keys="plain")
+        layout = shown.sampler.layout.for_batch(random_batch(4))
+        assert shown.kept.query_starts == layout.query_starts
+        assert torch.equal(shown.kept.token_ids[:, : layout.prompt_tokens], layout.prompt(random_batch(4), CPU))
+        before = shown.loss().policy
+        changed = shown.kept.token_ids.clone()
+        changed[:, 0] = changed[:, 0] % 300 + 1
+        other = shown.loss(replace(shown.kept, token_ids=changed)).policy
+        assert (other - before).abs() > 1e-4
 
 
 def test_the_loss_leaves_the_environments_episodes_alone(bench: Bench) -> None:
