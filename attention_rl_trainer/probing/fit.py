@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from attention_rl_trainer.models.heads import HeadNumber
@@ -120,7 +120,11 @@ def choices(vectors: LayerVectors, selector: Selector) -> Tensor:
 
 
 def fit_temperature(vectors: LayerVectors, selector: Selector) -> float:
-    """Find the temperature at which the right pairs are likeliest."""
+    """Find the temperature at which the right pairs are likeliest.
+
+    Where the right pair always has the highest score, colder is always likelier, and a selector that is certain hears
+    no nuance. So no more is asked than that all n right pairs together miss one nat: the highest such temperature.
+    """
 
     def loss(log_temperature: float) -> float:
         at = replace(selector, temperature=math.exp(log_temperature))
@@ -130,7 +134,12 @@ def fit_temperature(vectors: LayerVectors, selector: Selector) -> float:
     grid = [math.log(_LOWEST) + step * math.log(_HIGHEST / _LOWEST) / 24 for step in range(25)]
     best = min(range(len(grid)), key=lambda place: loss(grid[place]))
     bounds = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
-    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-3}).x)
+    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-3})
+    enough = 1 / (vectors.queries.shape[0] * vectors.queries.shape[1])
+    if found.fun >= enough:
+        return math.exp(found.x)
+    too_warm = next(place for place in grid[best + 1 :] if loss(place) > enough)
+    return math.exp(brentq(lambda place: loss(place) - enough, found.x, too_warm, xtol=1e-3))
 
 
 def selection_quality(vectors: LayerVectors, selector: Selector) -> SelectionQuality:

@@ -42,7 +42,11 @@ _TRAIN = Path(__file__).parent.parent / "train_wiki.py"
 _COLUMNS = {
     "query gain": ("queries", "policy"),
     "less empty query": ("policy_less", "empty query"),
+    "bound": ("parts", "query_bound"),
     "less content control": ("policy_less", "content control"),
+    "less form control": ("policy_less", "form control"),
+    "names its pair": ("parts", "names_its_pair"),
+    "different queries": ("parts", "distinct_queries"),
     "model gain": ("parts", "model_gain"),
     "order less random": ("order_gains", "learned"),
     "share of the order gap": ("share_closed", "learned"),
