@@ -109,12 +109,12 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 class TestWheel:
     def test_holds_every_module_and_config(self, wheel_names: set[str]) -> None:
-        files = [*PACKAGE.rglob("*.py"), *PACKAGE.glob("configs/*.yaml"), PACKAGE / "py.typed"]
+        files = [*PACKAGE.rglob("*.py"), *PACKAGE.glob("configs/*.yaml"), *PACKAGE.rglob("*.json"), PACKAGE / "py.typed"]
         assert {path.relative_to(REPOSITORY).as_posix() for path in files} <= wheel_names
 
     def test_holds_nothing_else(self, wheel_names: set[str]) -> None:
         metadata = f"attention_rl_trainer-{attention_rl_trainer.__version__}.dist-info"
         assert {name.split("/")[0] for name in wheel_names} == {"attention_rl_trainer", metadata}
         package = {name for name in wheel_names if name.startswith("attention_rl_trainer/")}
-        assert {Path(name).suffix for name in package} == {".py", ".typed", ".yaml"}
+        assert {Path(name).suffix for name in package} == {".json", ".py", ".typed", ".yaml"}
         assert f"{metadata}/licenses/LICENSE" in wheel_names
