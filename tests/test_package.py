@@ -109,7 +109,8 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 class TestWheel:
     def test_holds_every_module_and_config(self, wheel_names: set[str]) -> None:
-        files = [*PACKAGE.rglob("*.py"), *PACKAGE.glob("configs/*.yaml"), *PACKAGE.rglob("*.json"), PACKAGE / "py.typed"]
+        data = [*PACKAGE.rglob("*.json"), *PACKAGE.glob("configs/*.yaml"), PACKAGE / "py.typed"]
+        files = [*PACKAGE.rglob("*.py"), *data]
         assert {path.relative_to(REPOSITORY).as_posix() for path in files} <= wheel_names
 
     def test_holds_nothing_else(self, wheel_names: set[str]) -> None:
