@@ -49,7 +49,7 @@ def measure(rows: int, repeats: int) -> Report:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     measure(given.rows, given.repeats).write()
