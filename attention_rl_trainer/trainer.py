@@ -389,7 +389,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
     def expect_own_checkpoint(self, checkpoint: Path) -> None:
         """Refuse a checkpoint of another format or another run, or one that lacks a part."""
         expect_format(checkpoint)
-        self.selector.load(checkpoint)
+        self.selector.restore(checkpoint)
         super().expect_own_checkpoint(checkpoint)
 
     def run_identity(self) -> dict[str, Fact]:

@@ -66,7 +66,7 @@ def test_a_run_fits_its_selector_and_keeps_it(
     assert trainer.policy.attention.heads.num_query_heads == 3
     assert fitted.query_means is not None
     for folder in (trainer.output_dir, trainer.output_dir / "checkpoint-1", trainer.output_dir / "checkpoint-2"):
-        kept = Calibration.load(folder)
+        kept = Calibration.read(folder)
         assert kept.digest == fitted.digest
         assert kept.figures == fitted.figures
     assert 0 < fitted.figures["p_right"] <= 1

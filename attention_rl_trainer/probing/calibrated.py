@@ -60,7 +60,7 @@ class CalibratedSelector:
                 f"{type(environment).__name__} has no calibrate(calibration); give it one, or set a temperature and "
                 "leave center_vectors out"
             )
-        self._given = Calibration.load(Path(given)) if isinstance(given, str | Path) else given
+        self._given = Calibration.read(Path(given)) if isinstance(given, str | Path) else given
         if self._given is not None and not self.is_needed:
             raise ValueError(
                 "a calibration is given, but nothing of it is used: set attention_heads to 'probe', center_vectors to "
@@ -105,7 +105,7 @@ class CalibratedSelector:
     def _probe(self) -> Probe:
         return Probe(self._policy, self._layout, self._heads, self._selection, show_progress=self._show_progress)
 
-    def load(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> None:
         """Take the calibration that a checkpoint holds, where one is used and none was given.
 
         Raises:
@@ -114,7 +114,7 @@ class CalibratedSelector:
         if not self.is_needed or self._given is not None:
             return
         try:
-            self._take(Calibration.load(folder))
+            self._take(Calibration.read(folder))
         except ValueError as error:
             raise CheckpointError(f"a run whose selector is calibrated cannot resume from {folder}: {error}") from error
 

@@ -81,7 +81,7 @@ class Calibration:
         return path
 
     @classmethod
-    def load(cls, folder: Path) -> Calibration:
+    def read(cls, folder: Path) -> Calibration:
         """Read what `save` wrote into a folder.
 
         Raises:

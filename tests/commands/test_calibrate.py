@@ -51,7 +51,7 @@ def test_it_prints_and_writes_what_was_fitted(
     figures = last_lines(printed)
     assert list(figures) == ["p_right", "p_right_literal", "selection_information"]
     assert all(0 <= value <= 1.5 for value in figures.values())
-    calibration = Calibration.load(tmp_path / "out")
+    calibration = Calibration.read(tmp_path / "out")
     assert calibration.heads is not None
     assert printed.count("yes") == len(calibration.heads) == 3
     assert (tmp_path / "out" / "heads.png").read_bytes().startswith(b"\x89PNG")
@@ -61,21 +61,21 @@ def test_it_fits_what_a_run_fits(tmp_path: Path, flags: list[str], capsys: pytes
     main(["calibrate", *flags])
     changes = ["--num_episodes", "8", "--generation_batch_size", "8", "--output_dir", str(tmp_path / "run")]
     assert main(["train", *flags, *changes]) == 0
-    assert Calibration.load(tmp_path / "run").digest == Calibration.load(tmp_path / "out").digest
+    assert Calibration.read(tmp_path / "run").digest == Calibration.read(tmp_path / "out").digest
 
 
 def test_it_measures_on_other_articles_where_they_are_named(
     tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["calibrate", *flags])
-    first = Calibration.load(tmp_path / "out")
+    first = Calibration.read(tmp_path / "out")
     assert "memories of training that were not fitted to" in capsys.readouterr().out.replace("\n", " ")
     rows = [{"title": f"{n}", "text": text} for n, text in enumerate(article_texts(8, seed=1))]
     held_out = write_rows(tmp_path / "held_out.jsonl", rows)
     main(["calibrate", *flags, "--dataset_eval_name", str(held_out)])
     printed = capsys.readouterr().out
     assert f"({held_out})" in printed.replace("\n", "")
-    assert Calibration.load(tmp_path / "out").digest == first.digest
+    assert Calibration.read(tmp_path / "out").digest == first.digest
 
 
 def test_options_that_fit_nothing_are_measured_with_the_calibrated_selector(
@@ -84,7 +84,7 @@ def test_options_that_fit_nothing_are_measured_with_the_calibrated_selector(
     (tmp_path / "options.yaml").write_text(OPTIONS + "probe_heads: 3\ncalibration_memories: 6\n", encoding="utf-8")
     assert main(["calibrate", *flags]) == 0
     assert "The options fit nothing" in caplog.text
-    assert Calibration.load(tmp_path / "out").query_means is not None
+    assert Calibration.read(tmp_path / "out").query_means is not None
 
 
 def test_too_few_heads_are_refused(tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,7 @@ class TestOnDisk:
         path = saved.save(tmp_path)
         assert path == tmp_path / CALIBRATION_NAME
         assert [file.name for file in tmp_path.iterdir()] == [CALIBRATION_NAME]
-        loaded = Calibration.load(tmp_path)
+        loaded = Calibration.read(tmp_path)
         expect_equal(loaded, saved)
         assert loaded.digest == saved.digest
         before = path.read_bytes()
@@ -71,7 +71,7 @@ class TestOnDisk:
         means = torch.tensor([[-0.0, 1e-45, 3.4e38], [1 / 3, -1e-38, 5.0], [0.0, 2**-149, 1.0]])
         saved = made_up(temperature=5e-324, query_means=means, key_means=-means, figures={"p_right": 1 - 2**-53})
         saved.save(tmp_path)
-        loaded = Calibration.load(tmp_path)
+        loaded = Calibration.read(tmp_path)
         assert loaded.query_means is not None
         assert loaded.query_means.numpy().tobytes() == means.numpy().tobytes()
         assert (loaded.temperature, loaded.figures["p_right"]) == (5e-324, 1 - 2**-53)
@@ -79,7 +79,7 @@ class TestOnDisk:
     def test_two_processes_write_the_same_bytes(self, tmp_path: Path) -> None:
         program = (
             "import sys; from pathlib import Path; from attention_rl_trainer.rollout.calibration import Calibration; "
-            "Calibration.load(Path(sys.argv[1])).save(Path(sys.argv[2]))"
+            "Calibration.read(Path(sys.argv[1])).save(Path(sys.argv[2]))"
         )
         folders = [tmp_path / name for name in ("first", "second")]
         for folder in folders:
@@ -95,14 +95,14 @@ class TestOnDisk:
         wanted = rf"{CALIBRATION_NAME}; a run whose selector is calibrated writes it .* and so does attention-rl calibr"
         for folder in (tmp_path, tmp_path / "nowhere"):
             with pytest.raises(ValueError, match=wanted):
-                Calibration.load(folder)
+                Calibration.read(folder)
 
     @pytest.mark.parametrize("kept", [0, 4, 40, -1])
     def test_a_damaged_file_is_refused(self, kept: int, tmp_path: Path) -> None:
         path = made_up().save(tmp_path)
         path.write_bytes(path.read_bytes()[:kept])
         with pytest.raises(ValueError, match=rf"{CALIBRATION_NAME} is not a calibration that can be read: .*again"):
-            Calibration.load(tmp_path)
+            Calibration.read(tmp_path)
 
     @pytest.mark.parametrize(
         "metadata",
@@ -118,7 +118,7 @@ class TestOnDisk:
     def test_a_foreign_file_is_refused(self, metadata: dict[str, str] | None, tmp_path: Path) -> None:
         save_file({"query_means": torch.zeros(2, 3)}, tmp_path / CALIBRATION_NAME, metadata=metadata)
         with pytest.raises(ValueError, match="is not a calibration that can be read"):
-            Calibration.load(tmp_path)
+            Calibration.read(tmp_path)
 
     @pytest.mark.parametrize(
         "changes",
@@ -141,10 +141,10 @@ class TestOnDisk:
         tensors = {"query_means": torch.zeros(3, 3), "key_means": torch.zeros(3, 3)}
         path = tmp_path / CALIBRATION_NAME
         save_file(tensors, path, metadata={"calibration": json.dumps(facts)})
-        assert Calibration.load(tmp_path).heads == HEADS
+        assert Calibration.read(tmp_path).heads == HEADS
         save_file(tensors, path, metadata={"calibration": json.dumps(facts | changes)})
         with pytest.raises(ValueError, match="is not a calibration that can be read"):
-            Calibration.load(tmp_path)
+            Calibration.read(tmp_path)
 
     @pytest.mark.parametrize("name", ["query_means", "key_means"])
     def test_means_of_one_side_alone_are_refused(self, name: str, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ class TestOnDisk:
         metadata = {"calibration": json.dumps(facts)}
         save_file({name: torch.zeros(2, 3)}, tmp_path / CALIBRATION_NAME, metadata=metadata)
         with pytest.raises(ValueError, match="give the means of queries and of keys, or neither"):
-            Calibration.load(tmp_path)
+            Calibration.read(tmp_path)
 
 
 class TestDigest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from attention_rl_trainer.selftest.verdict import ABLATIONS, describe, judge
 def result(seed: int, share: float) -> SelfTestResult:
     known = KnownPolicies((2, 0, 1), best=1.5, random=0.5)
     plans = {(2, 0, 1): 0.75, (1, 0, 2): 0.25}
-    return SelfTestResult(seed, known, 0.4, 0.5 + share, 0.125, plans, {"copied": 0.5}, 12.3)
+    curve = ((1280, 0.5), (2560, 1.46))
+    return SelfTestResult(seed, known, 0.4, 0.5 + share, 0.125, plans, {"copied": 0.5}, 12.3, curve)
 
 
 def pretend(shares: list[float], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -38,7 +40,8 @@ def test_every_seed_must_close_the_gap(
 ) -> None:
     seen = pretend(shares, monkeypatch)
     assert judge(3, tmp_path) == passes
-    assert seen == [{"seed": seed, "folder": f"seed_{seed}", "base": None} for seed in range(3)]
+    expected = {"base": None, "measure_every": 10}
+    assert seen == [{"seed": seed, "folder": f"seed_{seed}"} | expected for seed in range(3)]
     lines = capsys.readouterr().out.splitlines()
     each = [f"gap_closed: {share:.3f}" for share in shares]
     assert [line for line in lines if line.startswith("gap_closed")] == [*each, f"gap_closed: {min(shares):.3f}"]
@@ -50,7 +53,8 @@ def test_ablations_change_one_option_and_share_the_taught_model(
 ) -> None:
     seen = pretend([1.0], monkeypatch)
     assert judge(1, tmp_path, ablate=True)
-    changes = [{name: value for name, value in run.items() if name not in ("seed", "folder", "base")} for run in seen]
+    shared = ("seed", "folder", "base", "measure_every")
+    changes = [{name: value for name, value in run.items() if name not in shared} for run in seen]
     assert changes == [{}, *ABLATIONS]
     assert {run["base"] for run in seen} == {"model 0"}
     assert len({run["folder"] for run in seen}) == len(seen)
@@ -59,11 +63,21 @@ def test_ablations_change_one_option_and_share_the_taught_model(
     assert all(f"  {option}={value}" in out for change in ABLATIONS for option, value in change.items())
 
 
+def test_calibrated_runs_fit_their_selector(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    seen = pretend([1.0], monkeypatch)
+    assert judge(1, tmp_path, ablate=True, calibrated=True)
+    assert all(run["attention_heads"] == "probe" and run["selection_temperature"] == "auto" for run in seen)
+
+
 def test_a_run_in_words() -> None:
     assert describe(result(3, 0.9)) == (
         "seed 3: query gain +0.400 before training, +1.400 after it; random +0.500, best +1.500 nats per token "
-        "(topics 2-0-1). Read after training: 2-0-1 75%, 1-0-2 25%. Model gain +0.125. 12 s"
+        "(topics 2-0-1). Read after training: 2-0-1 75%, 1-0-2 25%. Model gain +0.125. 95% of the gap first closed "
+        "after 2560 episodes. 12 s"
     )
+    assert "first closed never" in describe(replace(result(3, 0.9), curve=((1280, 1.44),)))
 
 
 def test_no_seed_is_refused(tmp_path: Path) -> None:
