@@ -106,6 +106,7 @@ def test_the_shapes_of_the_models_are_those_of_their_weights() -> None:
     assert sizes == {"llama-3.2-3b": 3_212_749_824, "embedded": 134_515_008}
 
 
+@pytest.mark.slow
 def test_floors_are_measured_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "floor.json"
     scale = gpu_parts.Scale(torch.device("cpu"), True, 60)

@@ -76,6 +76,7 @@ class TestOnDisk:
         assert loaded.query_means.numpy().tobytes() == means.numpy().tobytes()
         assert (loaded.temperature, loaded.figures["p_right"]) == (5e-324, 1 - 2**-53)
 
+    @pytest.mark.slow
     def test_two_processes_write_the_same_bytes(self, tmp_path: Path) -> None:
         program = (
             "import sys; from pathlib import Path; from attention_rl_trainer.rollout.calibration import Calibration; "
