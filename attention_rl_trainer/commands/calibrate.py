@@ -28,6 +28,7 @@ from attention_rl_trainer.models.adapters import add_adapter
 from attention_rl_trainer.models.choice import load_named_model
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.probing.calibrate import Fitted, Probe
+from attention_rl_trainer.probing.calibrated import CALIBRATED, is_calibrated
 from attention_rl_trainer.probing.picture import plot_heads
 from attention_rl_trainer.records.identity import calibration_origin
 from attention_rl_trainer.rollout.layout import Layout, Separators
@@ -35,14 +36,6 @@ from attention_rl_trainer.rollout.layout import Layout, Separators
 logger = logging.getLogger(__name__)
 
 PICTURE_NAME = "heads.png"
-# What a run that fits nothing is measured with.
-_CALIBRATED = {
-    "attention_heads": "probe",
-    "head_similarity": "cosine",
-    "head_aggregation": "scores",
-    "center_vectors": True,
-    "selection_temperature": "auto",
-}
 
 
 @dataclass
@@ -80,9 +73,9 @@ def main(arguments: Sequence[str], console: Console | None = None) -> int:
     parser = TrlParser(kinds, prog="attention-rl calibrate")  # type: ignore[arg-type]
     # The file is that of a training run, which has more options than matter here.
     data, config, model = parser.parse_args_and_config(with_config_path(arguments), fail_with_unknown_args=False)
-    if not config.is_fitted and config.attention_heads != "probe":
-        logger.warning("The options fit nothing; measured is the calibrated selector: %s", _CALIBRATED)
-        config = replace(config, **_CALIBRATED)
+    if not is_calibrated(config, config):
+        logger.warning("The options fit nothing; measured is the calibrated selector: %s", CALIBRATED)
+        config = replace(config, **CALIBRATED)
     set_seed(config.seed)
     base, tokenizer = load_named_model(model.model_name_or_path, config.device, {"dtype": model.dtype})
     encoder = PlainTextEncoder(tokenizer)

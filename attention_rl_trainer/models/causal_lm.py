@@ -24,6 +24,12 @@ def base_language_model(model: PeftModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model())
 
 
+def is_loaded_in_4_bits(model: PreTrainedModel) -> bool:
+    """Whether bitsandbytes keeps the weights of a model in 4 bits; ``model`` has no PEFT wrapper."""
+    # Only the quantizer sets it on the model.
+    return bool(getattr(model, "is_loaded_in_4bit", False))
+
+
 def input_embeddings(model: PreTrainedModel) -> nn.Embedding:
     """The layer that turns ids into hidden states; ``model`` has no PEFT wrapper."""
     return cast(nn.Embedding, model.get_input_embeddings())

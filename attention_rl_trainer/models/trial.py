@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from attention_rl_trainer.models.causal_lm import is_loaded_in_4_bits
 from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.models.projections import UnsupportedArchitectureError, described
@@ -31,8 +32,7 @@ def expect_trainable(policy: PolicyModel, *, through_choice: bool) -> None:
     Raises:
         UnsupportedArchitectureError: names what does not work, and the way out where there is one.
     """
-    # Only the quantizer sets it on the model.
-    if policy.device.type == "cpu" and getattr(policy.causal_lm, "is_loaded_in_4bit", False):
+    if policy.device.type == "cpu" and is_loaded_in_4_bits(policy.causal_lm):
         raise UnsupportedArchitectureError(
             f"{described(policy.causal_lm)} is loaded in 4 bits on a CPU, where bitsandbytes repacks such layers for "
             "evaluation and they give no gradient after that; load it in 16 or 32 bits, or use a GPU"

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.errors import free_memory_gib
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
-from attention_rl_trainer.models.causal_lm import base_language_model, input_embeddings
+from attention_rl_trainer.models.causal_lm import base_language_model, input_embeddings, is_loaded_in_4_bits
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.planning.footprint import memory_warning, plan_memory
 from attention_rl_trainer.planning.sizes import ModelShape, RunShape, WeightBits, context_length_of
@@ -219,8 +219,7 @@ def memory_shortage(config: AttentionGuidedRLConfig, policy: PolicyModel, separa
     free = free_memory_gib(policy.device)
     base = policy.causal_lm
     weight_bits: WeightBits = 32 if base.dtype.itemsize == 4 else 16
-    # Only the quantizer sets it on the model.
-    if getattr(base, "is_loaded_in_4bit", False):
+    if is_loaded_in_4_bits(base):
         weight_bits = 4
     ranks = [int(getattr(item, "r", 0)) for item in policy.model.peft_config.values()]
     try:

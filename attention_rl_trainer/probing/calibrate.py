@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from tqdm.auto import tqdm
 
 from attention_rl_trainer.memories.pairs import MemoryBatch
-from attention_rl_trainer.models.attention import AttentionLayer
+from attention_rl_trainer.models.attention import AttentionLayer, find_decoder_layers
 from attention_rl_trainer.models.heads import HeadNumber, readable_layers
 from attention_rl_trainer.models.policy import PolicyModel, PolicyOptions
 from attention_rl_trainer.probing.fit import (
@@ -22,7 +22,7 @@ from attention_rl_trainer.probing.fit import (
 )
 from attention_rl_trainer.probing.vectors import LayerVectors, iter_vectors, join_vectors
 from attention_rl_trainer.rollout.calibration import Calibration, Origin
-from attention_rl_trainer.rollout.environment import SelectionOptions
+from attention_rl_trainer.rollout.environment import KVMemoryEnvironment, SelectionOptions
 from attention_rl_trainer.rollout.layout import Layout
 from attention_rl_trainer.rollout.selector import Selector
 
@@ -34,6 +34,17 @@ class Fitted:
     calibration: Calibration
     heads: HeadScores
     """Of the layers that could select, on the first half of the memories."""
+
+
+def selection_facts(policy: PolicyModel, heads: PolicyOptions, selection: SelectionOptions) -> Origin:
+    """Collect what a calibration depends on beside model and memories."""
+    layer = heads.attention_layer % len(find_decoder_layers(policy.causal_lm))
+    return {
+        "attention_layer": layer if heads.attention_heads == "layer" else None,
+        "head_aggregation": selection.head_aggregation,
+        "head_similarity": selection.head_similarity,
+        "center_vectors": selection.center_vectors,
+    }
 
 
 class Probe:
@@ -75,17 +86,6 @@ class Probe:
     def _all_layers(self) -> dict[int, AttentionLayer]:
         return self._layers | {self._literal.layer: self._literal}
 
-    @property
-    def facts(self) -> Origin:
-        """What a calibration depends on beside model and memories."""
-        options = self._selection
-        return {
-            "attention_layer": None if self._named or self._layers else self._literal.layer,
-            "head_aggregation": options.head_aggregation,
-            "head_similarity": options.head_similarity,
-            "center_vectors": options.center_vectors,
-        }
-
     def read(self, memories: MemoryBatch) -> dict[int, LayerVectors]:
         """Take the vectors of all layers that matter here."""
         vectors = iter_vectors(self._policy, self._layout, memories, self._all_layers)
@@ -119,7 +119,9 @@ class Probe:
         selector = Selector(1.0, options.head_aggregation, options.head_similarity, *means)
         chosen = self._of_heads(second, heads)
         temperature = options.fixed_temperature or fit_temperature(chosen, selector)
-        calibration = Calibration(temperature, heads, means[0], means[1], origin | self.facts)
+        calibration = Calibration(
+            temperature, heads, means[0], means[1], origin | selection_facts(self._policy, self._heads, options)
+        )
         return Fitted(replace(calibration, figures=self._figures(calibration, second)), scores)
 
     def figures(self, calibration: Calibration, memories: MemoryBatch) -> dict[str, float]:
@@ -127,9 +129,7 @@ class Probe:
         return self._figures(calibration, self.read(memories))
 
     def _figures(self, calibration: Calibration, layers: Mapping[int, LayerVectors]) -> dict[str, float]:
-        options = self._selection
-        means = calibration.query_means, calibration.key_means
-        selector = Selector(calibration.temperature, options.head_aggregation, options.head_similarity, *means)
+        selector = KVMemoryEnvironment(self._selection, calibration).selector
         quality = selection_quality(self._of_heads(layers, calibration.heads), selector)
         literal = self.literal_quality(layers)
         return {

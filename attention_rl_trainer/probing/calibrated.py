@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from attention_rl_trainer.durability.discovery import CheckpointError
 from attention_rl_trainer.memories.loading import MemoryLoader
 from attention_rl_trainer.memories.stream import Articles
 from attention_rl_trainer.models.heads import HeadNumber
 from attention_rl_trainer.models.policy import PolicyModel, PolicyOptions
-from attention_rl_trainer.probing.calibrate import Probe
+from attention_rl_trainer.probing.calibrate import Probe, selection_facts
 from attention_rl_trainer.rollout.calibration import Calibration, Origin
 from attention_rl_trainer.rollout.environment import CalibratedEnvironment, MemoryEnvironment, SelectionOptions
 from attention_rl_trainer.rollout.layout import Layout
@@ -19,6 +20,21 @@ from attention_rl_trainer.rollout.layout import Layout
 logger = logging.getLogger(__name__)
 
 _ARTICLES = "articles.sample"
+
+
+CALIBRATED: dict[str, Any] = {
+    "attention_heads": "probe",
+    "head_similarity": "cosine",
+    "head_aggregation": "scores",
+    "center_vectors": True,
+    "selection_temperature": "auto",
+}
+"""The options of the selector that the recipes calibrate."""
+
+
+def is_calibrated(heads: PolicyOptions, selection: SelectionOptions) -> bool:
+    """Whether anything of the selector is fitted before training."""
+    return selection.is_fitted or heads.attention_heads == "probe"
 
 
 class CalibratedSelector:
@@ -53,7 +69,7 @@ class CalibratedSelector:
         self._heads = heads
         self._selection = selection
         self._show_progress = show_progress
-        self.is_needed = selection.is_fitted or heads.attention_heads == "probe"
+        self.is_needed = is_calibrated(heads, selection)
         if selection.is_fitted and not isinstance(environment, CalibratedEnvironment):
             raise ValueError(
                 f"center_vectors or selection_temperature 'auto' is set, but the environment "
@@ -89,7 +105,8 @@ class CalibratedSelector:
         if not self.is_needed or self.calibration is not None:
             return False
         if self._given is not None:
-            self._expect_fitting(self._given, origin() | self._probe().facts)
+            facts = origin() | selection_facts(self._policy, self._heads, self._selection)
+            self._expect_fitting(self._given, facts)
             self._take(self._given)
             return True
         if articles is None:
@@ -98,12 +115,10 @@ class CalibratedSelector:
                 "but there is neither a train_dataset to fit it to nor a calibration; give the folder of the adapter "
                 "that was trained with it as calibration"
             )
+        probe = Probe(self._policy, self._layout, self._heads, self._selection, show_progress=self._show_progress)
         memories = self._loader.first_memories(articles, self._selection.calibration_memories)
-        self._take(self._probe().fit(memories, origin()).calibration)
+        self._take(probe.fit(memories, origin()).calibration)
         return True
-
-    def _probe(self) -> Probe:
-        return Probe(self._policy, self._layout, self._heads, self._selection, show_progress=self._show_progress)
 
     def restore(self, folder: Path) -> None:
         """Take the calibration that a checkpoint holds, where one is used and none was given.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from scipy.optimize import brentq, minimize_scalar
@@ -22,7 +22,13 @@ from torch import Tensor
 from attention_rl_trainer.models.heads import HeadNumber
 from attention_rl_trainer.models.sampling import entropy
 from attention_rl_trainer.probing.vectors import LayerVectors
-from attention_rl_trainer.rollout.selector import HeadSimilarity, Selector, selection_information
+from attention_rl_trainer.rollout.selector import (
+    HeadAggregation,
+    HeadSimilarity,
+    Selector,
+    selection_information,
+    selection_log_probabilities,
+)
 
 # Temperatures that are considered.
 _LOWEST, _HIGHEST = 1e-3, 1e3
@@ -108,15 +114,15 @@ def take_heads(layers: Mapping[int, LayerVectors], heads: Sequence[HeadNumber]) 
 
 def choices(vectors: LayerVectors, selector: Selector) -> Tensor:
     """Log-probabilities of a memory's pairs after half of each key, ``[n, M, M]``; all pairs are available."""
-    parts = []
-    for start in range(0, len(vectors.keys), _MEMORIES_AT_ONCE):
-        part = vectors.rows(slice(start, start + _MEMORIES_AT_ONCE))
-        num_pairs = part.keys.shape[1]
-        keys = part.keys.repeat_interleave(num_pairs, dim=0)
-        available = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
-        chosen = selector.log_probabilities(part.queries.flatten(0, 1), keys, available)
-        parts.append(torch.unflatten(chosen, 0, (-1, num_pairs)))
-    return torch.cat(parts)
+    return _choices(similarities(vectors, selector), selector.temperature, selector.head_aggregation)
+
+
+def _choices(similarity: Tensor, temperature: float, head_aggregation: HeadAggregation) -> Tensor:
+    """`choices` of what was compared, ``[n, M, H, M]``."""
+    num_memories, num_pairs = similarity.shape[:2]
+    available = torch.ones(num_memories * num_pairs, num_pairs, dtype=torch.bool, device=similarity.device)
+    chosen = selection_log_probabilities(similarity.flatten(0, 1), available, temperature, head_aggregation)
+    return torch.unflatten(chosen, 0, (num_memories, num_pairs))
 
 
 def fit_temperature(vectors: LayerVectors, selector: Selector) -> float:
@@ -125,10 +131,11 @@ def fit_temperature(vectors: LayerVectors, selector: Selector) -> float:
     Where the right pair always has the highest score, colder is always likelier, and a selector that is certain hears
     no nuance. So no more is asked than that all n right pairs together miss one nat: the highest such temperature.
     """
+    similarity = similarities(vectors, selector)
 
     def loss(log_temperature: float) -> float:
-        at = replace(selector, temperature=math.exp(log_temperature))
-        return -choices(vectors, at).diagonal(dim1=1, dim2=2).mean().item()
+        chosen = _choices(similarity, math.exp(log_temperature), selector.head_aggregation)
+        return -chosen.diagonal(dim1=1, dim2=2).mean().item()
 
     # The loss has one minimum for one softmax, and mostly for a mean of several: a grid first.
     grid = [math.log(_LOWEST) + step * math.log(_HIGHEST / _LOWEST) / 24 for step in range(25)]

@@ -6,8 +6,8 @@ alone, as in a rollout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from attention_rl_trainer.memories.pairs import MemoryBatch
-from attention_rl_trainer.models.attention import AttentionLayer, stopping_after
+from attention_rl_trainer.models.attention import AttentionLayer, VectorCapture, stopping_after
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.rollout.layout import Layout
 
@@ -79,15 +79,14 @@ def _query_vectors(
     """Vectors of half keys after the prompt, ``[M, H, D]`` by layer."""
     halves = memory.key_tokens[0, :, : half_length(memory.key_tokens.shape[2])].to(policy.device)
     prompt = layout.prompt(memory, policy.device)
-    parts: dict[int, list[Tensor]] = {number: [] for number in layers}
+    captures = {number: layer.capture_queries for number, layer in layers.items()}
+    parts = []
     for chunk in torch.split(halves, _ROWS_AT_ONCE):
         cache = _after_prompt(policy, prompt, len(chunk))
-        with ExitStack() as stack:
-            captures = {number: stack.enter_context(layer.capture_queries()) for number, layer in layers.items()}
+        with _capturing_means(captures) as means:
             policy.forward(chunk, cache)
-        for number, capture in captures.items():
-            parts[number].append(capture.mean())
-    return {number: torch.cat(tensors) for number, tensors in parts.items()}
+        parts.append(means)
+    return _joined(parts)
 
 
 def _after_prompt(policy: PolicyModel, prompt: Tensor, num_rows: int) -> Cache:
@@ -104,12 +103,26 @@ def _after_prompt(policy: PolicyModel, prompt: Tensor, num_rows: int) -> Cache:
 
 def _key_vectors(policy: PolicyModel, keys: Tensor, layers: Mapping[int, AttentionLayer]) -> dict[int, Tensor]:
     """Vectors of keys ``[M, K]``, each alone, ``[M, G, D]`` by layer."""
-    parts: dict[int, list[Tensor]] = {number: [] for number in layers}
+    captures = {number: layer.capture_keys for number, layer in layers.items()}
+    parts = []
     for chunk in torch.split(keys, _ROWS_AT_ONCE):
-        with ExitStack() as stack:
-            captures = {number: stack.enter_context(layer.capture_keys()) for number, layer in layers.items()}
-            with stopping_after(layers[max(layers)]):
-                policy.forward(chunk)
-        for number, capture in captures.items():
-            parts[number].append(capture.mean())
-    return {number: torch.cat(tensors) for number, tensors in parts.items()}
+        with _capturing_means(captures) as means, stopping_after(layers[max(layers)]):
+            policy.forward(chunk)
+        parts.append(means)
+    return _joined(parts)
+
+
+@contextmanager
+def _capturing_means(
+    captures: Mapping[int, Callable[[], AbstractContextManager[VectorCapture]]],
+) -> Iterator[dict[int, Tensor]]:
+    """Fill the mapping, when the context ends, with the means over the tokens of what each layer captured."""
+    means: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        captured = {number: stack.enter_context(capture()) for number, capture in captures.items()}
+        yield means
+    means.update({number: capture.mean() for number, capture in captured.items()})
+
+
+def _joined(parts: Sequence[Mapping[int, Tensor]]) -> dict[int, Tensor]:
+    return {number: torch.cat([part[number] for part in parts]) for number in parts[0]}

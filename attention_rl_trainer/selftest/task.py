@@ -24,6 +24,7 @@ from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.memories.loading import iter_article_pairs
 from attention_rl_trainer.memories.pairs import MemoryBatch, collate_memories
 from attention_rl_trainer.memories.stream import ArticleStream
+from attention_rl_trainer.probing.calibrated import CALIBRATED
 from attention_rl_trainer.selftest.gap import BaseReader, KnownPolicies, Plan, enumerate_policies, trajectory_gains
 from attention_rl_trainer.selftest.language import (
     NAME_LENGTH,
@@ -75,14 +76,7 @@ class SelfTestResult:
         return next(reached, None)
 
 
-CALIBRATED: dict[str, Any] = {
-    "attention_heads": "probe",
-    "probe_heads": 4,
-    "head_similarity": "cosine",
-    "head_aggregation": "scores",
-    "center_vectors": True,
-    "selection_temperature": "auto",
-}
+CALIBRATED_RUN: dict[str, Any] = CALIBRATED | {"probe_heads": 4}
 """The options of a run whose selector is calibrated; the tiny model has eight heads."""
 
 
@@ -160,27 +154,33 @@ def run_seed(
         known = enumerate_policies(reader, article_values(_NUM_FRESH, seed + _FRESH_SEED_OFFSET))
         trainer.calibrate()
         untrained, _, _ = measure(trainer, reader, seed)
-        curve = _Curve(trainer, lambda: measure(trainer, reader, seed)[0], measure_every)
+        curve: list[tuple[int, float]] = []
         if measure_every is not None:
-            trainer.add_callback(curve)
+            trainer.add_callback(_Curve(trainer, lambda: measure(trainer, reader, seed)[0], measure_every, curve))
         trainer.train()
         trained, model_gain, plans = measure(trainer, reader, seed)
     seconds = time.perf_counter() - started
-    return SelfTestResult(seed, known, untrained, trained, model_gain, plans, lesson, seconds, tuple(curve.points))
+    return SelfTestResult(seed, known, untrained, trained, model_gain, plans, lesson, seconds, tuple(curve))
 
 
 class _Curve(TrainerCallback):
-    """Measures the policy every so many steps."""
+    """Adds the policy's gain to a curve every so many steps."""
 
-    def __init__(self, trainer: AttentionGuidedRLTrainer, gain: Callable[[], float], every: int | None) -> None:
+    def __init__(
+        self,
+        trainer: AttentionGuidedRLTrainer,
+        gain: Callable[[], float],
+        every: int,
+        curve: list[tuple[int, float]],
+    ) -> None:
         self._trainer = trainer
         self._gain = gain
         self._every = every
-        self.points: list[tuple[int, float]] = []
+        self._curve = curve
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._every is not None and state.global_step % self._every == 0:
-            self.points.append((self._trainer.progress.num_episodes, self._gain()))
+        if state.global_step % self._every == 0:
+            self._curve.append((self._trainer.progress.num_episodes, self._gain()))
 
 
 def measure(trainer: AttentionGuidedRLTrainer, reader: BaseReader, seed: int) -> tuple[float, float, dict[Plan, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from attention_rl_trainer.selftest.task import CALIBRATED, SelfTestResult, run_seed
+from attention_rl_trainer.selftest.task import CALIBRATED_RUN, SelfTestResult, run_seed
 from attention_rl_trainer.selftest.teaching import teach
 
 REQUIRED_GAP_CLOSED = 0.95
@@ -44,7 +44,7 @@ def judge(num_seeds: int, folder: Path, *, ablate: bool = False, calibrated: boo
     ablated: dict[str, list[float]] = {}
     for seed in range(num_seeds):
         base = teach(seed) if ablate else None
-        settings = CALIBRATED if calibrated else {}
+        settings = CALIBRATED_RUN if calibrated else {}
         result = run_seed(seed, folder / f"seed_{seed}", base=base, measure_every=_MEASURE_EVERY, **settings)
         print(describe(result))
         print(f"gap_closed: {result.gap_closed:.3f}", flush=True)

@@ -57,14 +57,19 @@ def test_a_drawn_pair_has_probability_zero_afterwards() -> None:
     torch.testing.assert_close(second.probabilities.sum(dim=1), torch.ones(3))
 
 
-def test_log_prob_equals_the_probabilities_of_the_steps() -> None:
-    environment, pairs = make_environment(temperature=0.5), make_pairs()
-    queries = torch.randn(3, 4, 4, 4)
+def expect_log_prob_of_the_steps(environment: KVMemoryEnvironment) -> list[torch.Tensor]:
+    """Check an environment's `log_prob` against its steps; returns the probabilities of the draws, a step at a time."""
+    pairs, queries = make_pairs(), torch.randn(3, 4, 4, 4)
     environment.reset(pairs)
     selections = [environment.step(queries[:, t], torch.rand(3)) for t in range(4)]
     index = torch.stack([selection.index for selection in selections], dim=1)
     taken = [s.probabilities.gather(1, s.index[:, None]).squeeze(1) for s in selections]
     torch.testing.assert_close(environment.log_prob(pairs, queries, index), torch.stack(taken, dim=1).log())
+    return taken
+
+
+def test_log_prob_equals_the_probabilities_of_the_steps() -> None:
+    expect_log_prob_of_the_steps(make_environment(temperature=0.5))
 
 
 @pytest.mark.parametrize("num_read", [0, 1, 3])
@@ -235,13 +240,7 @@ class TestCalibrated:
         "changes", [{}, {"head_aggregation": "probabilities"}, {"head_similarity": "dot"}], ids=str
     )
     def test_log_prob_equals_the_probabilities_of_the_steps(self, changes: dict[str, Any]) -> None:
-        environment, pairs = calibrated(**changes), make_pairs()
-        queries = torch.randn(3, 4, 4, 4)
-        environment.reset(pairs)
-        selections = [environment.step(queries[:, t], torch.rand(3)) for t in range(4)]
-        index = torch.stack([selection.index for selection in selections], dim=1)
-        taken = [s.probabilities.gather(1, s.index[:, None]).squeeze(1) for s in selections]
-        torch.testing.assert_close(environment.log_prob(pairs, queries, index), torch.stack(taken, dim=1).log())
+        taken = expect_log_prob_of_the_steps(calibrated(**changes))
         assert (taken[0] < 0.99).any()
 
     @pytest.mark.parametrize("similarity", ["dot", "cosine"])
