@@ -247,4 +247,4 @@ def _adapt_rows(layer: nn.Module, arguments: tuple[Tensor], output: Tensor, num_
     name = lora.active_adapters[0]
     narrow, widen = cast(nn.Linear, lora.lora_A[name]), cast(nn.Linear, lora.lora_B[name])
     states = arguments[0][:num_rows].to(narrow.weight.dtype)
-    output[:num_rows] = output[:num_rows] + widen(narrow(states)) * lora.scaling[name]
+    output[:num_rows].add_(widen(narrow(states)), alpha=lora.scaling[name])

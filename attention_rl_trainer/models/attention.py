@@ -69,6 +69,11 @@ class VectorCapture:
         self._to_heads = to_heads
         self.outputs: list[Tensor] = []
 
+    @property
+    def parts(self) -> list[VectorCapture]:
+        """See `heads.Capture`."""
+        return [self]
+
     def heads(self) -> Tensor:
         """Join what was collected, over the tokens: ``[B, S, heads, D]`` in float32.
 

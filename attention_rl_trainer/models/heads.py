@@ -50,6 +50,10 @@ class HeadNumber(NamedTuple):
 class Capture(Protocol):
     """Query or key heads that were computed while a forward was hooked."""
 
+    @property
+    def parts(self) -> list[VectorCapture]:
+        """What was collected, by projection."""
+
     def heads(self) -> Tensor:
         """Return them over the tokens, ``[B, S, heads, D]`` in float32."""
 
@@ -63,6 +67,11 @@ class JoinedCapture:
     def __init__(self, parts: Sequence[tuple[VectorCapture, Tensor]], order: Tensor) -> None:
         self._parts = parts
         self._order = order
+
+    @property
+    def parts(self) -> list[VectorCapture]:
+        """See `Capture`."""
+        return [capture for capture, _ in self._parts]
 
     def heads(self) -> Tensor:
         """See `Capture`."""

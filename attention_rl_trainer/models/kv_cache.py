@@ -130,6 +130,35 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # trans
         return PreallocatedLayer(self.storage, rows, self.length)
 
 
+class FixedLayer(PreallocatedLayer):  # type: ignore[no-untyped-call]  # as above
+    """One layer read at a fixed number of places, its length on the device: as transformers' static cache is read.
+
+    New tokens go to the place after ``device_length``, which the caller advances.
+    """
+
+    is_compileable = True
+
+    def __init__(self, storage: _Storage, rows: slice, places: int, device_length: Tensor) -> None:
+        super().__init__(storage, rows, places)
+        self.device_length = device_length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write one new token, ``[rows, G, 1, D]``, and return views of all places, ``[rows, G, places, D]``."""
+        keys, values = self.storage.with_places(self.length, key_states, value_states)
+        place = self.device_length.view(1)
+        keys[self.rows].index_copy_(2, place, key_states)
+        values[self.rows].index_copy_(2, place, value_states)
+        return keys[self.rows, :, : self.length], values[self.rows, :, : self.length]
+
+    def get_seq_length(self) -> Any:
+        """Return the number of tokens in the cache, a number on the device."""
+        return self.device_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the places that the mask is made for, and where they begin."""
+        return self.length, 0
+
+
 class PreallocatedCache(Cache):
     """Keys and values of at most ``capacity`` tokens in each of ``num_rows`` rows, one buffer of each for every layer.
 
@@ -160,6 +189,19 @@ class PreallocatedCache(Cache):
         """Make a cache of some of the rows, over the same memory, with a length of its own."""
         cache = copy.copy(self)
         cache.layers = [layer.view(rows) for layer in self._own_layers]
+        return cache
+
+    def places(self, length: int, multiple: int) -> int:
+        """Round a number of tokens up to a multiple, as far as there are places."""
+        return min(self._own_layers[0].storage.capacity, -(-length // multiple) * multiple)
+
+    def at_fixed_places(self, places: int, length: Tensor) -> PreallocatedCache:
+        """Make a cache over the same memory that writes at a length on the device, and is read at all of some places.
+
+        Tokens, positions and masks then have the same shapes whatever the length.
+        """
+        cache = copy.copy(self)
+        cache.layers = [FixedLayer(layer.storage, layer.rows, places, length) for layer in self._own_layers]
         return cache
 
     @property

@@ -7,10 +7,11 @@ layer copy the head's weight for every row.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from peft import PeftModel
@@ -29,33 +30,20 @@ from attention_rl_trainer.models.causal_lm import (
     input_embeddings,
     output_head,
 )
+from attention_rl_trainer.models.decoding import DrawnTokens, replays_exactly
 from attention_rl_trainer.models.grouped_attention import grouped_attention
 from attention_rl_trainer.models.heads import AttentionReader, Capture, ChosenHeads, HeadNumber
 from attention_rl_trainer.models.key_vectors import KeyVectorCache, extract_embeddings
-from attention_rl_trainer.models.kv_cache import cache_argument, keeps_every_token, new_cache
+from attention_rl_trainer.models.kv_cache import PreallocatedCache, cache_argument, keeps_every_token, new_cache
 from attention_rl_trainer.models.modes import deterministic_inference
 from attention_rl_trainer.models.sampling import sample_by_inverse
 from attention_rl_trainer.options import Count, Options, Positive, option
 
+logger = logging.getLogger(__name__)
+
 # Different numbers, so that neither can be taken for the other, nor for a number of heads or experts.
 _TRIED_ROWS = 5
 _TRIED_TOKENS = 7
-
-
-@dataclass(frozen=True, eq=False)
-class DecodedQuery:
-    """A query as it was sampled."""
-
-    token_ids: Tensor
-    """``[B, L]`` int64."""
-    logprobs: Tensor
-    """Log-probability of each token, nats, ``[B, L]``."""
-    entropy: Tensor
-    """Entropy at each token, nats, ``[B, L]``."""
-
-    def rows(self, rows: slice) -> DecodedQuery:
-        """Take some of the rows."""
-        return DecodedQuery(self.token_ids[rows], self.logprobs[rows], self.entropy[rows])
 
 
 @dataclass
@@ -73,6 +61,11 @@ class PolicyOptions(Options):
     joint_reading: bool = option(
         True,
         "Read as policy and as reference in one batch, where that is proved equal to reading one after the other.",
+    )
+    cuda_graphs: bool = option(
+        True,
+        "On a CUDA device, decode queries by replaying a graph of kernels, where that is proved equal to decoding "
+        "without.",
     )
     embedding_batch_size: Count = option(32, "Keys embedded in one forward.")
     logits_chunk_size: Count | None = option(
@@ -156,6 +149,7 @@ class PolicyModel:
         self._is_range = self._last_id - self._first_id + 1 == len(allowed_ids)
         self.adapter = AdapterLayers(model)
         self._joint_reading = options.joint_reading
+        self._cuda_graphs = options.cuda_graphs
 
     @classmethod
     def of(cls, model: PeftModel, tokenizer: PreTrainedTokenizerBase, options: PolicyOptions) -> PolicyModel:
@@ -188,9 +182,30 @@ class PolicyModel:
         """Whether policy and reference can be rows of one batch: proved on a few tokens."""
         if not self._joint_reading or not keeps_every_token(self.causal_lm):
             return False
-        ids = self.allowed_ids[torch.arange(_TRIED_ROWS * _TRIED_TOKENS, device=self.device) % len(self.allowed_ids)]
         with self.inference():
-            return self.adapter.can_adapt_rows(self.forward, ids.view(_TRIED_ROWS, _TRIED_TOKENS))
+            return self.adapter.can_adapt_rows(self.forward, self._tried_ids())
+
+    @cached_property
+    def can_replay(self) -> bool:
+        """Whether queries can be decoded from a CUDA graph: proved on a few tokens."""
+        if not self._cuda_graphs or self.device.type != "cuda" or not keeps_every_token(self.causal_lm):
+            return False
+        make_cache = partial(PreallocatedCache.of, self.causal_lm)
+        try:
+            with self.inference():
+                return replays_exactly(self, make_cache, self._tried_ids())
+        except torch.OutOfMemoryError:
+            raise
+        # Whatever a model's own code does with a cache whose length is on the device.
+        except Exception as error:
+            name = type(self.causal_lm).__name__
+            logger.warning("a step of %s cannot be captured as a CUDA graph, so there are none: %s", name, error)
+            return False
+
+    def _tried_ids(self) -> Tensor:
+        count = _TRIED_ROWS * _TRIED_TOKENS
+        places = torch.arange(count, device=self.allowed_ids.device) % len(self.allowed_ids)
+        return self.allowed_ids[places].view(_TRIED_ROWS, _TRIED_TOKENS)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -269,31 +284,20 @@ class PolicyModel:
         # A single -inf leaves the other tokens' probabilities finite.
         return logprobs.masked_fill(~logit_sums(logits).isfinite(), torch.nan)
 
-    def decode_query(self, cache: Cache, last_hidden: Tensor, noise: Tensor, *, read_last: bool) -> DecodedQuery:
-        """Sample a query token by token, and add its tokens to the context in the cache.
+    def draw_tokens(self, last_hidden: Tensor, noise: Tensor) -> DrawnTokens:
+        """Draw the next query token of each row.
 
         Args:
-            last_hidden: the state that predicts the first token, ``[B, C]``.
-            noise: uniform numbers in [0, 1), ``[B, L]``.
-            read_last: whether the last token is run through the decoder too; without it the cache ends before it.
+            last_hidden: the states that predict it, ``[B, C]``.
+            noise: uniform numbers in [0, 1), ``[B]``.
         """
-        num_tokens = noise.shape[1]
-        columns: list[tuple[Tensor, Tensor, Tensor]] = []
-        for position in range(num_tokens):
-            log_probabilities = self.query_log_probabilities(last_hidden)
-            probabilities = log_probabilities.exp()
-            index = sample_by_inverse(probabilities, noise[:, position])
-            logprob = log_probabilities.gather(1, index[:, None]).squeeze(1)
-            token_ids = self.allowed_ids[index]
-            # `entropy` takes logarithms once more, which costs as much as half of the head.
-            token_entropy: Tensor = -torch.linalg.vecdot(probabilities, log_probabilities)
-            columns.append((token_ids, logprob, token_entropy))
-            if read_last or position < num_tokens - 1:
-                last_hidden = self.forward(token_ids[:, None], cache)[:, -1]
-        token_columns, logprob_columns, entropy_columns = zip(*columns, strict=True)
-        return DecodedQuery(
-            torch.stack(token_columns, dim=1), torch.stack(logprob_columns, dim=1), torch.stack(entropy_columns, dim=1)
-        )
+        log_probabilities = self.query_log_probabilities(last_hidden)
+        probabilities = log_probabilities.exp()
+        index = sample_by_inverse(probabilities, noise)
+        logprobs = log_probabilities.gather(1, index[:, None]).squeeze(1)
+        # `entropy` takes logarithms once more, which costs as much as half of the head.
+        entropy: Tensor = -torch.linalg.vecdot(probabilities, log_probabilities)
+        return DrawnTokens(self.allowed_ids[index], logprobs, entropy)
 
     def training_forward(
         self, model: nn.Module, token_ids: Tensor, *, capture_queries: bool

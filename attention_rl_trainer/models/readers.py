@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attention_rl_trainer.models.decoding import DecodedQuery, make_decoder
+from attention_rl_trainer.models.heads import Capture
 from attention_rl_trainer.models.kv_cache import PreallocatedCache
-from attention_rl_trainer.models.policy import DecodedQuery, PolicyModel
+from attention_rl_trainer.models.policy import PolicyModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +83,12 @@ class Readers(ABC):
         return hidden
 
 
-def open_readers(policy: PolicyModel, prompt: Tensor, capacity: int, *, joint: bool | None = None) -> Readers:
+def open_readers(
+    policy: PolicyModel, prompt: Tensor, capacity: int, *, joint: bool | None = None, replay: bool | None = None
+) -> Readers:
     """Let policy and reference read a prompt, in one batch if ``joint``; by default wherever they can.
+
+    With ``replay`` they decode by `ReplayedDecoder`, by default where the policy can.
 
     Raises:
         ValueError: ``joint`` is asked of a model or an adapter that cannot.
@@ -94,7 +100,8 @@ def open_readers(policy: PolicyModel, prompt: Tensor, capacity: int, *, joint: b
             "policy and reference share a batch only with plain LoRA on linear layers and a model that keeps every "
             "token in its cache; leave joint unset"
         )
-    return JointReaders(policy, prompt, capacity) if joint else SeparateReaders(policy, prompt, capacity)
+    replay = policy.can_replay if replay is None else replay
+    return (JointReaders if joint else SeparateReaders)(policy, prompt, capacity, replay=replay)
 
 
 class ContextReader:
@@ -103,9 +110,10 @@ class ContextReader:
     The caller sets whether it reads as policy or as reference.
     """
 
-    def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int) -> None:
+    def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int, *, replay: bool = False) -> None:
         self._policy = policy
         self.cache = policy.new_cache(prompt.shape[0], capacity)
+        self._decoder = make_decoder(policy, policy.device, replay=replay)
         self.forward_tokens = 0
         self.last_hidden = self.read(prompt)[:, -1]
         self.mark()
@@ -117,10 +125,11 @@ class ContextReader:
         self.forward_tokens += token_ids.numel()
         return hidden
 
-    def decode(self, noise: Tensor, *, read_last: bool) -> DecodedQuery:
-        """Sample a query in the present context."""
+    def decode(self, noise: Tensor, *, read_last: bool, capture: Capture | None = None) -> DecodedQuery:
+        """Sample a query in the present context; ``capture`` collects its vectors."""
         self.forward_tokens += noise.shape[0] * (noise.shape[1] - (0 if read_last else 1))
-        return self._policy.decode_query(self.cache, self.last_hidden, noise, read_last=read_last)
+        captures = () if capture is None else capture.parts
+        return self._decoder.decode(self.cache, self.last_hidden, noise, read_last=read_last, captures=captures)
 
     def mark(self) -> None:
         """Remember the present context for `roll_back`: a copy where a layer forgets old tokens or has a state."""
@@ -140,11 +149,11 @@ class ContextReader:
 class SeparateReaders(Readers):
     """Policy and reference one after the other, each with a cache of its own."""
 
-    def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int) -> None:
+    def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int, *, replay: bool = False) -> None:
         super().__init__(policy, prompt)
-        self._reader = ContextReader(policy, prompt, capacity)
+        self._reader = ContextReader(policy, prompt, capacity, replay=replay)
         with policy.reference():
-            self._reference = ContextReader(policy, prompt, capacity)
+            self._reference = ContextReader(policy, prompt, capacity, replay=replay)
         self._last_token = prompt[:, -1:]
         self._ahead = 0
 
@@ -155,7 +164,7 @@ class SeparateReaders(Readers):
     def write_queries(self, noise: Tensor, counterfactual_noise: Tensor) -> StepQueries:
         """See `Readers`."""
         with self._policy.attention.capture_queries() as capture:
-            query = self._reader.decode(noise, read_last=True)
+            query = self._reader.decode(noise, read_last=True, capture=capture)
         with self._policy.reference():
             self._reference.mark()
             counterfactual = self._reference.decode(counterfactual_noise, read_last=False)
@@ -181,10 +190,11 @@ class SeparateReaders(Readers):
 class JointReaders(Readers):
     """Policy and reference in one batch of 2B rows: the policy's first, then the reference's."""
 
-    def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int) -> None:
+    def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int, *, replay: bool = False) -> None:
         super().__init__(policy, prompt)
         self._rows = prompt.shape[0]
         self._cache = PreallocatedCache.of(policy.causal_lm, 2 * self._rows, capacity)
+        self._decoder = make_decoder(policy, policy.device, replay=replay)
         self._own_tokens = 0
         self._last_hidden = self._read(prompt)[:, -1]
         self._reference_cache = self._cache.view(slice(self._rows, 2 * self._rows))
@@ -197,7 +207,7 @@ class JointReaders(Readers):
         """See `Readers`."""
         both = torch.cat([noise, counterfactual_noise])
         with self._policy.jointly(self._rows), self._policy.attention.capture_queries() as capture:
-            decoded = self._policy.decode_query(self._cache, self._last_hidden, both, read_last=True)
+            decoded = self._decoder.decode(self._cache, self._last_hidden, both, read_last=True, captures=capture.parts)
         self._own_tokens += both.numel()
         vectors = capture.mean()[: self._rows]
         return StepQueries(decoded.rows(slice(0, self._rows)), vectors, decoded.rows(slice(self._rows, None)))

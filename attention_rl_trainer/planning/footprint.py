@@ -163,6 +163,7 @@ def _rollout_parts(shape: ModelShape, run: RunShape) -> tuple[MemoryPart, ...]:
     batch = run.generation_batch_size
     logits = 4 * shape.vocabulary_size
     prompt_rows = 2 * batch if run.joint else batch
+    drawing = _DRAWING_COPIES * prompt_rows * logits
     scored = min(run.logits_positions(shape.vocabulary_size), batch * run.tokens_per_value)
     fewer, shorter = "lower generation_batch_size", "lower generation_batch_size, num_steps or the tokens per query"
     parts = [
@@ -184,10 +185,13 @@ def _rollout_parts(shape: ModelShape, run: RunShape) -> tuple[MemoryPart, ...]:
             (Phase.PREFILL,),
             fewer,
         ),
-        MemoryPart("logits of the next token", _DRAWING_COPIES * prompt_rows * logits, (Phase.DECODE,), fewer),
+        MemoryPart("logits of the next token", drawing, (Phase.DECODE,), fewer),
         MemoryPart("responses in a layer", _reading_bytes(shape, run), (Phase.READ,), fewer),
         MemoryPart("logits of values", _SCORING_COPIES * scored * logits, (Phase.SCORE,), "lower logits_chunk_size"),
     ]
+    if run.cuda_graphs and not run.on_cpu:
+        # What a step needs stays with its graph, which lives as long as the caches.
+        parts.append(MemoryPart("graph of a decoded token", drawing, _CACHED_PHASES, "set cuda_graphs to false"))
     if run.compute_order_gain:
         tokens = run.layout.prompt_tokens + run.tokens_per_query + run.layout.scored_tokens
         size = batch * tokens * cache_bytes_per_token(shape, run)

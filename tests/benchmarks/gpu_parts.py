@@ -319,6 +319,7 @@ def floor(result: Result, scale: Scale) -> None:
         batches = {"B": run.generation_batch_size, "micro-batch": run.training_batch_size}
         sizes = {"T": scale.steps, "L = K = V": TOKENS, "kept": scale.kept, "repeats": scale.repeats}
         result.put("settings", name, {"weights": weights, "dtype": "bfloat16"} | batches | sizes)
+        result.put("settings", f"{name}, decoded from graphs", policy.can_replay)
         measure_decoding(result, name, policy, 1, run, scale)
         trajectory = measure_rollout(result, name, policy, run, scale)
         measure_decoding(result, name, policy, run.generation_batch_size, run, scale)
@@ -328,54 +329,62 @@ def floor(result: Result, scale: Scale) -> None:
 
 
 def measure_rollout(result: Result, name: str, policy: PolicyModel, run: RunShape, scale: Scale) -> Trajectory:
-    """Time a rollout and its floor in turn; returns a rollout."""
+    """Time a rollout, the same without graphs, and its floor in turn; returns a rollout."""
     rows = run.generation_batch_size
     batch = random_batch(rows, scale.steps, TOKENS, TOKENS)
-    sampler = sampler_of(policy, run)
     bare = Floor(policy, batch, planning_peaks.SEPARATORS, scale.steps)
     bare.token_ids %= scale.shapes[name].vocabulary_size
     for attribute in ("keys", "prompt", "token_ids"):
         setattr(bare, attribute, getattr(bare, attribute).to(scale.device))
+    plain = PolicyModel(policy.model, policy.allowed_ids, replace(run, cuda_graphs=False))
     # One step warms up.
     short = replace(run, num_kv_pairs=2)
     sample(sampler_of(policy, short), random_batch(rows, 1, TOKENS, TOKENS))
     found: list[Trajectory] = []
 
-    def ours() -> None:
-        found[:] = [sample(sampler, batch)]
+    def roll_out(writer: PolicyModel) -> None:
+        found[:] = [sample(sampler_of(writer, run), batch)]
 
-    contenders = {"ours": scale.waiting(ours), "floor": scale.waiting(bare.with_our_kernels)}
+    contenders = {
+        "ours": scale.waiting(partial(roll_out, policy)),
+        "without graphs": scale.waiting(partial(roll_out, plain)),
+        "floor": scale.waiting(bare.with_our_kernels),
+    }
     timings = time_in_turn(contenders, scale.repeats, warm_up=False)
     result.put("seconds", f"{name}, rollout", {contender: timing.seconds for contender, timing in timings.items()})
     seconds = timings["ours"].median
     result.figure(f"{name}.rollout.floor_ratio", seconds / timings["floor"].median)
+    result.figure(
+        f"{name}.rollout.without_graphs.floor_ratio", timings["without graphs"].median / timings["floor"].median
+    )
     result.figure(f"{name}.rollout.query_tokens_per_second", rows * scale.steps * TOKENS / seconds)
     result.figure(f"{name}.rollout.forward_tokens_per_second", found[0].forward_tokens / seconds)
     return found[0]
 
 
 def measure_decoding(result: Result, name: str, policy: PolicyModel, rows: int, run: RunShape, scale: Scale) -> None:
-    """Time one-token forwards of policy and reference together in the middle of a trajectory."""
+    """Time one-token forwards of both readers in the middle of a trajectory, with graphs and without."""
     context, repeats = run.layout.context_tokens(scale.steps // 2), 2 * scale.repeats
     prompt = torch.randint(17, 400, (rows, context), device=scale.device)
     noise = torch.rand(rows, TOKENS, dtype=torch.float64, device=scale.device)
-    with policy.inference():
-        readers = open_readers(policy, prompt, context + (repeats + 1) * TOKENS)
-        readers.write_queries(noise, noise)
-        scale.synchronize()
-        started = time.perf_counter()
-        for _ in range(repeats):
-            readers.write_queries(noise, noise)
-        scale.synchronize()
-        seconds = (time.perf_counter() - started) / (repeats * TOKENS)
     # The cache grows with each query.
     cached = context + TOKENS + repeats * TOKENS / 2
     forward = Forward("decode", 1, 2 * rows, 2 * rows, cached, cached, 2 * rows)
-    bytes_read = forward.bytes_read(scale.shapes[name], run)
-    result.figure(f"{name}.decode.b{rows}.milliseconds_per_token", 1e3 * seconds)
-    result.figure(f"{name}.decode.b{rows}.query_tokens_per_second", rows / seconds)
-    card = scale.accelerator
-    result.figure(f"{name}.decode.b{rows}.bandwidth_share", card and bytes_read / seconds / card.bandwidth)
+    bytes_read, card = forward.bytes_read(scale.shapes[name], run), scale.accelerator
+    for label, replay in ((f"{name}.decode.b{rows}", True), (f"{name}.decode.b{rows}.without_graphs", False)):
+        with policy.inference():
+            readers = open_readers(policy, prompt, context + (repeats + 1) * TOKENS, replay=replay)
+            # Kernels are loaded, and the first graph is captured.
+            readers.write_queries(noise, noise)
+            scale.synchronize()
+            started = time.perf_counter()
+            for _ in range(repeats):
+                readers.write_queries(noise, noise)
+            scale.synchronize()
+            seconds = (time.perf_counter() - started) / (repeats * TOKENS)
+        result.figure(f"{label}.milliseconds_per_token", 1e3 * seconds)
+        result.figure(f"{label}.query_tokens_per_second", rows / seconds)
+        result.figure(f"{label}.bandwidth_share", card and bytes_read / seconds / card.bandwidth)
 
 
 def measure_update(

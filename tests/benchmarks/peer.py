@@ -53,6 +53,7 @@ from transformers import PreTrainedTokenizerFast
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder, allowed_token_ids
 from attention_rl_trainer.models.causal_lm import deterministic_inference
+from attention_rl_trainer.models.decoding import make_decoder
 from attention_rl_trainer.models.policy import PolicyModel, PolicyOptions
 from attention_rl_trainer.models.sampling import Purpose, episode_noise
 from attention_rl_trainer.rollout.layout import Separators
@@ -194,10 +195,11 @@ def read_by_ours(policy: PolicyModel, contexts: Contexts) -> Reading:
         cache = policy.new_cache(
             rows, contexts.start.shape[1] + sum(contexts.tokens + block.shape[1] for block in contexts.blocks)
         )
+        decoder = make_decoder(policy, policy.device, replay=policy.can_replay)
         last_hidden = policy.forward(contexts.start, cache)[:, -1]
         for step, block in enumerate(contexts.blocks):
             lengths.append([cache.get_seq_length()] * rows)
-            query = policy.decode_query(cache, last_hidden, noise[:, step], read_last=True)
+            query = decoder.decode(cache, last_hidden, noise[:, step], read_last=True)
             last_hidden = policy.forward(block, cache)[:, -1]
             queries.append(query.token_ids.tolist())
     return Reading(queries, lengths, sum(counts))

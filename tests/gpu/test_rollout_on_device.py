@@ -12,7 +12,8 @@ from tiny import random_batch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from attention_rl_trainer.models.policy import PolicyModel, PolicyOptions
+from attention_rl_trainer.models.decoding import PlainDecoder, ReplayedDecoder
+from attention_rl_trainer.models.policy import PolicyOptions
 from attention_rl_trainer.probing.calibrate import Probe
 from attention_rl_trainer.rollout.environment import KVMemoryEnvironment, SelectionOptions
 from attention_rl_trainer.types import Trajectory
@@ -45,17 +46,19 @@ def expect_equal(found: Trajectory, expected: Trajectory) -> None:
         assert difference <= TOLERANCE, f"{name} differs by {difference}"
 
 
+@pytest.mark.parametrize("cuda_graphs", [True, False])
 @pytest.mark.parametrize("selector", list(SELECTORS))
 def test_a_rollout_equals_that_of_the_cpu(
-    device: torch.device, tokenizer: PreTrainedTokenizerFast, selector: str
+    device: torch.device, tokenizer: PreTrainedTokenizerFast, selector: str, cuda_graphs: bool
 ) -> None:
     policy_options, selection = SELECTORS[selector]
-    found, expected = (
-        tiny_sampler(
-            tiny_policy(place, torch.float32, tokenizer, **policy_options), tokenizer, KVMemoryEnvironment(selection)
-        ).sample(random_batch(ROWS), range(ROWS))
-        for place in (device, CPU)
-    )
+
+    def roll_out(place: torch.device) -> Trajectory:
+        policy = tiny_policy(place, torch.float32, tokenizer, cuda_graphs=cuda_graphs, **policy_options)
+        assert policy.can_replay == (cuda_graphs and place.type == "cuda")
+        return tiny_sampler(policy, tokenizer, KVMemoryEnvironment(selection)).sample(random_batch(ROWS), range(ROWS))
+
+    found, expected = roll_out(device), roll_out(CPU)
     assert found.token_ids.device == device
     expect_equal(found, expected)
 
@@ -123,31 +126,37 @@ def test_waiting_is_noticed(cuda: torch.device) -> None:
     assert places
 
 
+@pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_the_host_never_waits_while_queries_are_decoded(
     cuda: torch.device,
     dtype: torch.dtype,
+    cuda_graphs: bool,
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
     waits: list[str] = []
-    decode = PolicyModel.decode_query
+    decoder = ReplayedDecoder if cuda_graphs else PlainDecoder
+    decode = decoder.decode
 
     def watched(*arguments: Any, **options: Any) -> Any:
         with synchronizations() as places:
             decoded = decode(*arguments, **options)
         waits.extend(places)
+        calls.append(decoded)
         return decoded
 
-    sampler = tiny_sampler(tiny_policy(cuda, dtype, tokenizer), tokenizer)
+    calls: list[Any] = []
+    sampler = tiny_sampler(tiny_policy(cuda, dtype, tokenizer, cuda_graphs=cuda_graphs), tokenizer)
     batch = random_batch(ROWS)
     # What is set up once may wait.
     sampler.sample(batch, range(ROWS))
-    monkeypatch.setattr(PolicyModel, "decode_query", watched)
+    monkeypatch.setattr(decoder, "decode", watched)
     with synchronizations() as everywhere:
         sampler.sample(batch, range(ROWS))
     record_property("waits while decoding", len(waits))
     record_property("waits of a rollout of 3 steps", sorted(set(everywhere)))
+    assert calls
     assert waits == []
 
 

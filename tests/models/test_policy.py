@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from attention_rl_trainer.models.causal_lm import deterministic_inference
+from attention_rl_trainer.models.decoding import PlainDecoder
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.rollout.layout import predicting
 
@@ -101,7 +102,7 @@ def test_decoding_equals_generating_step_by_step(model: PreTrainedModel, tokeniz
     noise = torch.rand(3, 4, dtype=torch.float64)
     with deterministic_inference(policy.model):
         cache = policy.new_cache(3, 9)
-        query = policy.decode_query(cache, policy.forward(prompt, cache)[:, -1], noise, read_last=True)
+        query = PlainDecoder(policy).decode(cache, policy.forward(prompt, cache)[:, -1], noise, read_last=True)
         assert cache.get_seq_length() == 9
         sequence = prompt
         for position in range(4):
@@ -125,7 +126,7 @@ def test_the_last_token_can_be_left_unread(llama: PreTrainedModel, tokenizer: Pr
     with deterministic_inference(policy.model):
         cache = policy.new_cache(2, 8)
         hidden = policy.forward(torch.randint(1, 380, (2, 5)), cache)
-        policy.decode_query(cache, hidden[:, -1], torch.rand(2, 4), read_last=False)
+        PlainDecoder(policy).decode(cache, hidden[:, -1], torch.rand(2, 4), read_last=False)
     assert cache.get_seq_length() == 8
 
 
