@@ -23,7 +23,7 @@ from transformers import Cache
 from attention_rl_trainer.models.attention import VectorCapture
 from attention_rl_trainer.models.kv_cache import PreallocatedCache
 
-PLACES = 128
+PLACES = 256
 # Of the states' norm: how far the other attention kernel may be off, by rounding alone.
 _TOLERANCE = {torch.float32: 1e-4}
 _TOLERANCE_IF_NARROW = 0.03

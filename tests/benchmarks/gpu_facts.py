@@ -55,6 +55,7 @@ def facts() -> dict[str, Any]:
         "commit": present_commit(),
         "card": properties.name if properties else None,
         "memory_gib": round(properties.total_memory / 2**30, 2) if properties else None,
+        "free_gib": round(torch.cuda.mem_get_info(0)[0] / 2**30, 2) if has_cuda else None,
         "driver": driver(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),

@@ -172,7 +172,7 @@ class Scale:
     @property
     def repeats(self) -> int:
         """Rounds that count."""
-        return 1 if self.is_tiny else 3
+        return 1 if self.is_tiny else 2
 
     @property
     def accelerator(self) -> Accelerator | None:
@@ -364,7 +364,7 @@ def measure_rollout(result: Result, name: str, policy: PolicyModel, run: RunShap
 
 def measure_decoding(result: Result, name: str, policy: PolicyModel, rows: int, run: RunShape, scale: Scale) -> None:
     """Time one-token forwards of both readers in the middle of a trajectory, with graphs and without."""
-    context, repeats = run.layout.context_tokens(scale.steps // 2), 2 * scale.repeats
+    context, repeats = run.layout.context_tokens(scale.steps // 2), 3 if scale.is_tiny else 5
     prompt = torch.randint(17, 400, (rows, context), device=scale.device)
     noise = torch.rand(rows, TOKENS, dtype=torch.float64, device=scale.device)
     # The cache grows with each query.
