@@ -148,7 +148,9 @@ def used_memory_gib(device: torch.device) -> float:
 def free_memory_gib(device: torch.device) -> float | None:
     """Memory that is free for a model on the device; ``None`` where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / _GIB
+        # What PyTorch keeps for the next allocation is not free to the system.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + kept) / _GIB
     table = Path("/proc/meminfo")
     if not table.exists():
         return None

@@ -49,6 +49,20 @@ class Article:
 
 
 @dataclass(frozen=True, slots=True)
+class Entries:
+    """Keys and values that belong together, such as a game's questions about one object, or the fields of a country."""
+
+    title: str
+    """What they are about."""
+    source: str
+    """Name or path of the source."""
+    keys: tuple[str, ...]
+    """None is empty."""
+    values: tuple[str, ...]
+    """As many; none is empty."""
+
+
+@dataclass(frozen=True, slots=True)
 class PositionedArticle:
     """An article and its place in the stream."""
 
