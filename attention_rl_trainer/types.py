@@ -15,6 +15,10 @@ S P    tokens of a sequence, such as a whole trajectory; of the context before a
 A C    tokens that a query may consist of; components of a hidden state
 ====== =====================================================================================
 
+Keys and values of a batch may differ in length. Then K and V are those of the longest, and `PADDING` stands in the
+places that are left: before the tokens of a key, after those of a value, so that whatever follows a key or precedes a
+value is next to it. Such a place is in nobody's context and in no mean.
+
 The records check the shapes and dtypes of their tensors when they are made, so that a wrong shape is reported where it
 arises.
 """
@@ -26,6 +30,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+PADDING = -1
+"""In place of a token's id where a key or a value is shorter than the longest."""
+
+
+def is_token(token_ids: Tensor) -> Tensor:
+    """Tell tokens from padding: ids of any shape to bool."""
+    return token_ids != PADDING
 
 
 def expect_tensor(name: str, tensor: Tensor, shape: Sequence[int | None], *, floating: bool) -> None:
@@ -84,6 +96,8 @@ class KeyValuePairs:
     """The keys' attention vectors, ``[B, M, G, D]``."""
     pair_numbers: Tensor
     """Each pair's number in its article, ``[B, M]`` int64."""
+    is_padded: bool = False
+    """Whether there may be padding in a trajectory over them."""
 
     def __post_init__(self) -> None:
         expect_tensor("key_tokens", self.key_tokens, (None, None, None), floating=False)
@@ -108,6 +122,7 @@ class KeyValuePairs:
             value_tokens=self.value_tokens[rows],
             key_vectors=self.key_vectors[rows],
             pair_numbers=self.pair_numbers[rows],
+            is_padded=self.is_padded,
         )
 
 

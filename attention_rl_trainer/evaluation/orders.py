@@ -28,6 +28,7 @@ from transformers import Cache, DynamicCache
 
 from attention_rl_trainer.memories.pairs import MemoryBatch, add_embeddings
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
+from attention_rl_trainer.models.padding import PaddedCache
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.models.readers import ContextReader
 from attention_rl_trainer.models.sampling import Purpose
@@ -124,7 +125,8 @@ def _attention_orders(sampler: TrajectorySampler, batch: MemoryBatch, episodes: 
     noise = sampler.noise(episodes, num_pairs)
     environment.reset(add_embeddings(batch, policy.embed_keys))
     layout = replace(sampler.layout.for_batch(batch), num_steps=num_pairs)
-    reader = ContextReader(policy, layout.prompt(batch, policy.device), layout.cached_tokens)
+    prompt = layout.prompt(batch, policy.device)
+    reader = ContextReader(policy, prompt, layout.cached_tokens, padded=batch.is_padded)
     chosen = []
     for step in range(num_pairs):
         with policy.attention.capture_queries() as capture:
@@ -149,6 +151,8 @@ class ScoredMemory:
     value_start: int
     """Position of the value's first token in a block."""
     value_length: int
+    is_padded: bool
+    """Whether the values differ in length."""
 
     @classmethod
     def of_row(cls, sampler: TrajectorySampler, batch: MemoryBatch, row: int) -> ScoredMemory:
@@ -159,7 +163,7 @@ class ScoredMemory:
         columns = torch.arange(pairs.pair_numbers.shape[1], device=pairs.key_tokens.device)
         blocks = torch.cat([layout.response(pairs.gather(column), is_last=False) for column in columns[:, None]])
         prompt = layout.prompt(one, sampler.policy.device)
-        return cls(prompt, blocks, layout.value_offset, layout.tokens_per_value)
+        return cls(prompt, blocks, layout.value_offset, layout.tokens_per_value, one.is_padded)
 
 
 class OrderScorer:
@@ -197,7 +201,7 @@ class OrderScorer:
             self._descend(self._read_prompt(), [()], tree)
 
     def _read_prompt(self) -> Cache:
-        cache = DynamicCache(config=self._policy.causal_lm.config)
+        cache = PaddedCache() if self._memory.is_padded else DynamicCache(config=self._policy.causal_lm.config)
         self._policy.forward(self._memory.prompt, cache)
         return cache
 
@@ -225,8 +229,8 @@ class OrderScorer:
         blocks = self._memory.blocks[[prefix[-1] for prefix in prefixes]]
         hidden = self._policy.forward(blocks, cache)
         start, length = self._memory.value_start, self._memory.value_length
-        states = predicting(hidden, start, length)
-        logprobs = value_logprob(self._policy.token_logprobs(states, blocks[:, start : start + length]))
+        states, values = predicting(hidden, start, length), blocks[:, start : start + length]
+        logprobs = value_logprob(self._policy.token_logprobs(states, values), values)
         self._scores.update(zip(prefixes, logprobs.tolist(), strict=True))
 
     def greedy_oracle(self) -> Order:

@@ -28,7 +28,7 @@ from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.models.readers import ContextReader
 from attention_rl_trainer.models.sampling import Purpose, episode_noise
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
-from attention_rl_trainer.types import ArticleReference, Trajectory
+from attention_rl_trainer.types import ArticleReference, Trajectory, is_token
 
 POLICY, EMPTY, OTHER_KEY, OWN_KEY, CONTROL = (
     "policy",
@@ -114,19 +114,19 @@ def rouge_l(first: Tensor, second: Tensor) -> Tensor:
     LCS is the length of the longest common subsequence: tokens in the same order, not necessarily in a row.
 
     Args:
-        first: ``[..., L]`` int64.
+        first: ``[..., L]`` int64; padding is no token.
         second: ``[..., K]`` int64; the other dimensions broadcast.
 
     Returns:
         ``[...]`` float32, 0 where no token is shared, 1 for equal sequences.
     """
-    is_same = first[..., :, None] == second[..., None, :]
+    is_same = (first[..., :, None] == second[..., None, :]) & is_token(first)[..., :, None]
     length = is_same.new_zeros((*is_same.shape[:-2], is_same.shape[-1] + 1), dtype=torch.int64)
     for row in is_same.unbind(dim=-2):
         # A row of the usual table at once: what it takes from the left is a running maximum.
         extended = torch.maximum(length[..., 1:], length[..., :-1] + row)
         length[..., 1:] = extended.cummax(dim=-1).values
-    return 2 * length[..., -1] / (first.shape[-1] + second.shape[-1])
+    return 2 * length[..., -1] / (is_token(first).sum(dim=-1) + is_token(second).sum(dim=-1))
 
 
 def names_its_pair(trajectory: Trajectory, queries: Tensor) -> Tensor:
@@ -173,7 +173,8 @@ class _Replay:
         self._layout = sampler.layout.for_batch(batch)
         # A key in a query's place may be longer.
         capacity = self._layout.cached_tokens + max(0, keys - self._layout.tokens_per_query)
-        self._reader = ContextReader(sampler.policy, self._layout.prompt(batch, sampler.policy.device), capacity)
+        prompt = self._layout.prompt(batch, sampler.policy.device)
+        self._reader = ContextReader(sampler.policy, prompt, capacity, padded=batch.is_padded)
 
     def score(self, num_counterfactuals: int) -> QueryGains:
         """Follow the trajectories to their end."""

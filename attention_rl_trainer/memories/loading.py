@@ -1,8 +1,9 @@
-"""From articles to batches of memories: what is usable, the order of a run, and the process that reads ahead."""
+"""From articles and entries to batches of memories: what is usable, the order of a run, and who reads ahead."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
@@ -23,12 +26,16 @@ from attention_rl_trainer.memories.pairs import (
     PairOptions,
     add_embeddings,
     collate_memories,
+    draw_entries,
     draw_pairs,
+    join_entry,
 )
-from attention_rl_trainer.memories.stream import Article, Articles, ArticleStream, PositionedArticle
+from attention_rl_trainer.memories.stream import Article, Articles, ArticleStream, Entries, PositionedArticle
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 from attention_rl_trainer.options import Count, CountOrZero, option
 from attention_rl_trainer.types import ArticleReference, KeyValuePairs, StreamPosition
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -70,30 +77,68 @@ def iter_article_pairs(
     Raises:
         ValueError: a whole epoch passed without one article long enough.
     """
-    epoch, num_used, longest = first_whole_epoch, 0, 0
+    epoch, num_used, longest, most = first_whole_epoch, 0, 0, 0
+    cut: set[str] = set()
     for item in articles:
         if item.position.epoch > epoch:
-            _expect_usable_articles(num_used, longest, options, skipped)
+            _expect_usable_articles(num_used, longest, most, options, skipped)
             epoch, num_used = item.position.epoch, 0
-        token_ids = encoder.encode_lazily(item.article.text)
-        num_tokens = len(token_ids[: options.min_article_tokens])
-        if num_tokens < options.min_article_tokens:
-            longest = max(longest, num_tokens)
-            skipped["too_short"] += 1
-            continue
-        num_used += 1
         generator = np.random.default_rng([seed, 0 if same_memory else item.position.epoch, item.row])
-        example, chunks, numbers = draw_pairs(token_ids, options, generator)
+        if isinstance(item.article, Entries):
+            if len(item.article.keys) <= options.memory_size:
+                most = max(most, len(item.article.keys))
+                skipped["too_few_entries"] += 1
+                continue
+            example, chunks, numbers = _draw_entries(item.article, encoder, options, generator, cut)
+        else:
+            token_ids = encoder.encode_lazily(item.article.text)
+            num_tokens = len(token_ids[: options.min_article_tokens])
+            if num_tokens < options.min_article_tokens:
+                longest = max(longest, num_tokens)
+                skipped["too_short"] += 1
+                continue
+            example, chunks, numbers = draw_pairs(token_ids, options, generator)
+        num_used += 1
         reference = ArticleReference(
             item.article.title, item.article.source, item.position.epoch, item.row, item.next_position
         )
         yield MemoryRow(example, chunks, numbers, reference, dict(skipped))
-    _expect_usable_articles(num_used, longest, options, skipped)
+    _expect_usable_articles(num_used, longest, most, options, skipped)
 
 
-def _expect_usable_articles(num_used: int, longest: int, options: PairOptions, skipped: Mapping[str, int]) -> None:
+def _draw_entries(
+    entries: Entries, encoder: PlainTextEncoder, options: PairOptions, generator: np.random.Generator, cut: set[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw a memory of entries: as `draw_pairs`. What is cut is said once for keys and once for values."""
+    example, memory = draw_entries(len(entries.keys), options, generator)
+    chunks = []
+    for number in (example, *memory):
+        key, value = encoder.encode(entries.keys[number]), encoder.encode(entries.values[number])
+        fields = (("key", key, options.tokens_per_key), ("value", value, options.tokens_per_value))
+        for name, token_ids, limit in fields:
+            if not token_ids:
+                raise ValueError(f"{name} {number} of {entries.title!r} in {entries.source!r} is empty; leave it out")
+            if len(token_ids) > limit and name not in cut:
+                cut.add(name)
+                logger.warning(
+                    "A %s of %r, and maybe others, is cut from %d to %d tokens; tokens_per_%s sets their number.",
+                    name, entries.title, len(token_ids), limit, name,
+                )  # fmt: skip
+        chunks.append(join_entry(key, value, options))
+    return chunks[0], torch.stack(chunks[1:]), torch.tensor(memory, dtype=torch.int64)
+
+
+def _expect_usable_articles(
+    num_used: int, longest: int, most: int, options: PairOptions, skipped: Mapping[str, int]
+) -> None:
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+    if num_used == 0 and most > 0:
+        raise ValueError(
+            f"no memory has enough entries: {skipped['too_few_entries']} had too few (skipped: {counts}); it takes "
+            f"{options.memory_size} and one for the example, the most found are {most}. Lower num_kv_pairs or "
+            "subset_fraction, or give more rows of each group"
+        )
     if num_used == 0:
-        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
         raise ValueError(
             f"no article is long enough: {skipped.get('too_short', 0)} were too short (skipped: {counts}); an article "
             f"needs ({options.tokens_per_key} + {options.tokens_per_value}) · {options.num_kv_pairs} = "
@@ -104,7 +149,7 @@ def _expect_usable_articles(num_used: int, longest: int, options: PairOptions, s
 
 def first_usable_articles(
     articles: Iterable[PositionedArticle], encoder: PlainTextEncoder, options: PairOptions, count: int
-) -> list[Article]:
+) -> list[Article | Entries]:
     """Take the first ``count`` articles that are long enough.
 
     Args:
@@ -113,10 +158,14 @@ def first_usable_articles(
     Raises:
         ValueError: there are fewer.
     """
-    usable: list[Article] = []
+    usable: list[Article | Entries] = []
     for item in articles:
         needed = options.min_article_tokens
-        if len(encoder.encode_lazily(item.article.text)[:needed]) == needed:
+        if isinstance(item.article, Entries):
+            is_usable = len(item.article.keys) > options.memory_size
+        else:
+            is_usable = len(encoder.encode_lazily(item.article.text)[:needed]) == needed
+        if is_usable:
             usable.append(item.article)
         if len(usable) == count:
             return usable

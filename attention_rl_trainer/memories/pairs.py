@@ -1,7 +1,9 @@
-"""Token ids of an article into fixed-length key-value pairs, and a trajectory's random subset of them (design §3).
+"""Token ids into key-value pairs, and a trajectory's random subset of them (design §3).
 
-Everything is index arithmetic on ids: no padding, no second tokenization, no decoding. The draw of a subset is seeded
-by (seed, epoch, article index), so it does not depend on which process or batch the article is in.
+Articles are cut into pairs of fixed lengths by index arithmetic on ids: no padding, no second tokenization, no
+decoding. Entries, whose keys and values are texts of their own, are cut where they are too long and padded where they
+are shorter than the longest of the batch. The draw of a subset is seeded by (seed, epoch, article index), so it does
+not depend on which process or batch the article is in.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attention_rl_trainer.options import Count, Options, Share, option
-from attention_rl_trainer.types import ArticleReference, KeyValuePairs, StreamPosition
+from attention_rl_trainer.types import PADDING, ArticleReference, KeyValuePairs, StreamPosition, is_token
 
 Window = Literal["start", "random"]
 EmbedKeys = Callable[[Tensor], Tensor]
@@ -110,9 +112,9 @@ class MemoryRow:
     """The pairs of one article that one trajectory uses."""
 
     example: Tensor
-    """Tokens of pair 0, the in-context example, ``[K + V]`` int64."""
+    """Tokens of the in-context example, ``[K + V]`` int64; of an article pair 0."""
     chunks: Tensor
-    """Tokens of the memory's pairs, ``[M, K + V]`` int64."""
+    """Tokens of the memory's pairs, ``[M, K + V]`` int64; K and V are those of the options."""
     pair_numbers: Tensor
     """Their numbers in the article, ``[M]`` int64."""
     article: ArticleReference
@@ -138,6 +140,8 @@ class MemoryBatch:
     """Where each row comes from."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Articles passed over so far, by reason."""
+    is_padded: bool = False
+    """Whether keys or values, those of the examples included, may be shorter than K or V."""
 
     def __len__(self) -> int:
         """Return the number of rows, B."""
@@ -163,6 +167,7 @@ class MemoryBatch:
             pair_numbers=self.pair_numbers[index],
             articles=[self.articles[row] for row in rows],
             skipped=self.skipped,
+            is_padded=self.is_padded,
         )
 
 
@@ -201,10 +206,47 @@ def _tensor(token_ids: Sequence[int]) -> Tensor:
     return torch.tensor(token_ids, dtype=torch.int64)
 
 
+def draw_entries(num_entries: int, options: PairOptions, generator: np.random.Generator) -> tuple[int, list[int]]:
+    """Draw a trajectory's memory from entries that have no order: N of them take part, or all if there are fewer.
+
+    The example is a random one too, so that no single one can be learned by heart.
+
+    Args:
+        num_entries: at least M + 1.
+
+    Returns:
+        The number of the example, and those of the M pairs of the memory.
+    """
+    taking_part = np.arange(num_entries)
+    if num_entries > options.num_kv_pairs:
+        taking_part = taking_part[: options.num_kv_pairs]
+        if options.window == "random":
+            taking_part = generator.choice(num_entries, size=options.num_kv_pairs, replace=False)
+    example, *memory = generator.permutation(taking_part)[: options.memory_size + 1].tolist()
+    return example, memory
+
+
+def join_entry(key: Sequence[int], value: Sequence[int], options: PairOptions) -> Tensor:
+    """Cut a key and a value to K and V tokens, and pad them, ``[K + V]``."""
+    chunk = torch.full((options.tokens_per_pair,), PADDING, dtype=torch.int64)
+    key, value = key[: options.tokens_per_key], value[: options.tokens_per_value]
+    chunk[options.tokens_per_key - len(key) : options.tokens_per_key + len(value)] = _tensor([*key, *value])
+    return chunk
+
+
 def collate_memories(rows: Sequence[MemoryRow], tokens_per_key: int) -> MemoryBatch:
-    """Stack the pairs of B articles into a batch; chunks are split after ``tokens_per_key`` tokens."""
-    example_keys, example_values = split_key_values(torch.stack([row.example for row in rows]), tokens_per_key)
-    key_tokens, value_tokens = split_key_values(torch.stack([row.chunks for row in rows]), tokens_per_key)
+    """Stack the pairs of B articles into a batch; chunks are split after ``tokens_per_key`` tokens.
+
+    Places that are padding in all rows are left out.
+    """
+    examples, chunks = torch.stack([row.example for row in rows]), torch.stack([row.chunks for row in rows])
+    are_tokens = is_token(torch.cat([examples[:, None], chunks], dim=1))
+    used = are_tokens.flatten(0, 1).any(dim=0)
+    is_padded = not bool(are_tokens[..., used].all())
+    if not bool(used.all()):
+        examples, chunks, tokens_per_key = examples[:, used], chunks[..., used], int(used[:tokens_per_key].sum())
+    example_keys, example_values = split_key_values(examples, tokens_per_key)
+    key_tokens, value_tokens = split_key_values(chunks, tokens_per_key)
     return MemoryBatch(
         example_keys=example_keys,
         example_values=example_values,
@@ -213,6 +255,7 @@ def collate_memories(rows: Sequence[MemoryRow], tokens_per_key: int) -> MemoryBa
         pair_numbers=torch.stack([row.pair_numbers for row in rows]),
         articles=[row.article for row in rows],
         skipped=rows[-1].skipped,
+        is_padded=is_padded,
     )
 
 
@@ -225,4 +268,5 @@ def add_embeddings(batch: MemoryBatch, embed_keys: EmbedKeys) -> KeyValuePairs:
         value_tokens=batch.value_tokens.to(vectors.device),
         key_vectors=vectors,
         pair_numbers=batch.pair_numbers.to(vectors.device),
+        is_padded=batch.is_padded,
     )

@@ -64,9 +64,9 @@ class Entries:
 
 @dataclass(frozen=True, slots=True)
 class PositionedArticle:
-    """An article and its place in the stream."""
+    """An article, or entries, and its place in the stream."""
 
-    article: Article
+    article: Article | Entries
     position: StreamPosition
     """The place before it: its epoch, and its index in the order of that epoch."""
     next_position: StreamPosition
@@ -78,16 +78,16 @@ class PositionedArticle:
 
 @runtime_checkable
 class ArticleSource(Protocol):
-    """Articles of a user's own: whatever has a length and gives rows by number, such as a list.
+    """Articles or entries of a user's own: whatever has a length and gives rows by number, such as a list.
 
-    A row is an `Article`, or a mapping with a column of text and, where there are titles, a ``title``. Rows are read in
-    any order and several times; the same number must give the same row.
+    A row is an `Article`, an `Entries`, or a mapping with a column of text and, where there are titles, a ``title``.
+    Rows are read in any order and several times; the same number must give the same row.
     """
 
     def __len__(self) -> int:
         """Return the number of rows."""
 
-    def __getitem__(self, row: int, /) -> Row | Article:
+    def __getitem__(self, row: int, /) -> Row | Article | Entries:
         """Return a row by its number, from 0."""
 
 
@@ -181,7 +181,7 @@ class ArticleStream:
             if article is not None:
                 yield PositionedArticle(article, StreamPosition(epoch, index), StreamPosition(epoch, index + 1), row)
 
-    def _ordered_rows(self, epoch: int, start: int) -> Iterator[tuple[int, int, Row | Article]]:
+    def _ordered_rows(self, epoch: int, start: int) -> Iterator[tuple[int, int, Row | Article | Entries]]:
         """Yield (index in the order, row, content) of this process's share from an index on."""
         first = start + (self._process_index - start) % self._num_processes
         if isinstance(self._dataset, datasets.IterableDataset):
@@ -200,7 +200,7 @@ class ArticleStream:
                 row = int(order[index])
                 yield index, row, self._row(row)
 
-    def _row(self, row: int) -> Row | Article:
+    def _row(self, row: int) -> Row | Article | Entries:
         try:
             return self._dataset[row]
         except UnicodeDecodeError as error:
@@ -219,10 +219,13 @@ class ArticleStream:
             rows.set_epoch(epoch)
         return rows
 
-    def _read(self, content: Row | Article, row: int) -> Article | None:
-        """Read a row as an article, or count it as skipped."""
+    def _read(self, content: Row | Article | Entries, row: int) -> Article | Entries | None:
+        """Read a row as an article or as entries, or count it as skipped."""
         expect_row(content, f"Row {row} of {self._source!r}", self._text_column)
-        if isinstance(content, Article):
+        article: Article | Entries
+        if isinstance(content, Entries):
+            article, reason = content, ""
+        elif isinstance(content, Article):
             article, reason = content, "" if content.text.strip() else "empty"
         else:
             article, reason = self._read_columns(content, row)
@@ -262,7 +265,9 @@ def expect_row(row: object, name: str, text_column: str) -> None:
     Raises:
         ValueError: begins with ``name``; says what was found and the way out.
     """
-    if isinstance(row, Article):
+    if isinstance(row, Entries) and len(row.keys) != len(row.values):
+        raise ValueError(f"{name}, {row.title!r}, has {len(row.keys)} keys and {len(row.values)} values; give pairs.")
+    if isinstance(row, Article | Entries):
         return
     if not isinstance(row, Mapping):
         way_out = f"give rows such as {{{text_column!r}: ...}}"
@@ -311,4 +316,4 @@ def iter_wikipedia_articles(
     stream = ArticleStream(
         table, source=str(name_or_path), seed=seed, text_column=text_column, shuffle=shuffle, num_epochs=num_epochs
     )
-    return (item.article for item in stream)
+    return (item.article for item in stream if isinstance(item.article, Article))

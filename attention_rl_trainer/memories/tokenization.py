@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
 from attention_rl_trainer.memories.pieces import PieceEncoder, PiecewiseIds, readable
+from attention_rl_trainer.types import PADDING
 
 EVERY_UTF8_BYTE = "".join(
     map(chr, (*range(0x801), *range(0x1000, 0xD800, 0x1000), 0xE000, 0xF000, *range(0x10000, 0x110000, 0x30000)))
@@ -94,8 +95,9 @@ class PlainTextEncoder:
         return PiecewiseIds(text, self.pieces)
 
     def decode(self, token_ids: Sequence[int] | Tensor) -> str:
-        """Turn the ids of one sequence into text, for logs and reports only."""
-        ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
+        """Turn the ids of one sequence into text, without padding; for logs and reports only."""
+        given = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
+        ids = [token_id for token_id in given if token_id != PADDING]
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _refuse_unknown_characters(self) -> None:

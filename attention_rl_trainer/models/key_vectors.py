@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from attention_rl_trainer.models.heads import AttentionReader
+from attention_rl_trainer.types import PADDING, is_token
+
+EmbedKeys: TypeAlias = Callable[[Tensor], Tensor]
 
 # What Python needs for an entry beside the numbers: the key's bytes object, the tensor and its place in the table.
 _ENTRY_OVERHEAD = 600
@@ -37,6 +41,38 @@ def extract_embeddings(backbone: nn.Module, reader: AttentionReader, token_ids: 
     return torch.cat(vectors)[: len(token_ids)]
 
 
+def of_one_length(token_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Sort keys ``[n, K]``, padded on the left, by their length.
+
+    Returns:
+        For each length k the rows ``[m]`` of those that have it, and they without padding, ``[m, k]``.
+    """
+    lengths = is_token(token_ids).sum(dim=1)
+    parts = []
+    for length in sorted(set(lengths.tolist())):
+        rows = (lengths == length).nonzero().squeeze(1)
+        parts.append((rows, token_ids[rows, token_ids.shape[1] - length :]))
+    return parts
+
+
+def embed_by_length(token_ids: Tensor, embed_keys: EmbedKeys) -> Tensor:
+    """Embed keys of different lengths, those of one length together.
+
+    Args:
+        token_ids: ``[n, K]`` int64, padded on the left.
+        embed_keys: token ids ``[m, k]`` without padding to vectors ``[m, ...]``.
+
+    Returns:
+        ``[n, ...]``.
+    """
+    parts = of_one_length(token_ids)
+    vectors = [embed_keys(keys) for _, keys in parts]
+    if len(vectors) == 1:
+        return vectors[0]
+    joined = torch.cat(vectors)
+    return joined[torch.cat([rows for rows, _ in parts]).argsort().to(joined.device)]
+
+
 class KeyVectorCache:
     """Vectors of the keys that were used last, within ``max_bytes``; 0 remembers nothing.
 
@@ -53,7 +89,7 @@ class KeyVectorCache:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def embed(self, token_ids: Tensor, embed_keys: Callable[[Tensor], Tensor]) -> Tensor:
+    def embed(self, token_ids: Tensor, embed_keys: EmbedKeys) -> Tensor:
         """Look up the vectors of keys, and compute those that are not remembered.
 
         Args:
@@ -63,7 +99,7 @@ class KeyVectorCache:
         Returns:
             ``[n, G, D]``. Where one that was computed is not finite, nothing is remembered.
         """
-        contents = [row.tobytes() for row in token_ids.numpy()]
+        contents = [row[row != PADDING].tobytes() for row in token_ids.numpy()]
         unseen = {content: row for row, content in enumerate(contents) if content not in self.vectors}
         found = {content: self.vectors[content] for content in contents if content not in unseen}
         if unseen:

@@ -14,12 +14,14 @@ import copy
 import inspect
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from attention_rl_trainer.models.causal_lm import input_embeddings
 from attention_rl_trainer.models.projections import UnsupportedArchitectureError
+from attention_rl_trainer.types import is_token
 
 # Tokens by which a cache grows on a CPU: attention runs over the empty places too, and a growth copies the cache.
 _PIECE_ON_CPU = 128
@@ -54,10 +56,10 @@ def keeps_every_token(model: PreTrainedModel) -> bool:
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
-def new_cache(model: PreTrainedModel, num_rows: int, capacity: int) -> Cache:
-    """Make an empty cache for ``capacity`` tokens per row, preallocated where the model keeps every token."""
-    if keeps_every_token(model):
-        return PreallocatedCache.of(model, num_rows, capacity)
+def new_cache(model: PreTrainedModel, num_rows: int, capacity: int, *, padded: bool = False) -> Cache:
+    """Make an empty cache for ``capacity`` tokens per row, preallocated where every token is kept, as with padding."""
+    if padded or keeps_every_token(model):
+        return PreallocatedCache.of(model, num_rows, capacity, padded=padded)
     return DynamicCache(config=model.config)
 
 
@@ -168,13 +170,30 @@ class PreallocatedCache(Cache):
     def __init__(self, num_layers: int, num_rows: int, capacity: int, piece: int | None = None) -> None:
         storages = [_Storage(num_rows, capacity, piece or capacity) for _ in range(num_layers)]
         super().__init__(layers=[PreallocatedLayer(storage, slice(0, num_rows), 0) for storage in storages])
+        self.are_tokens: Tensor | None = None
+        """Which places hold a token and not padding, ``[num_rows, capacity]`` bool; ``None`` where all do."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, num_rows: int, capacity: int) -> PreallocatedCache:
-        """Make an empty cache for a model that keeps every token."""
+    def of(cls, model: PreTrainedModel, num_rows: int, capacity: int, *, padded: bool = False) -> PreallocatedCache:
+        """Make an empty cache for a model that keeps every token, or, with padding, whatever it keeps."""
         num_layers: int = model.config.get_text_config().num_hidden_layers
-        on_cpu = input_embeddings(model).weight.device.type == "cpu"
-        return cls(num_layers, num_rows, capacity, _PIECE_ON_CPU if on_cpu else None)
+        device = input_embeddings(model).weight.device
+        cache = cls(num_layers, num_rows, capacity, _PIECE_ON_CPU if device.type == "cpu" else None)
+        if padded:
+            cache.are_tokens = torch.zeros(num_rows, capacity, dtype=torch.bool, device=device)
+        return cache
+
+    def note(self, token_ids: Tensor) -> Tensor | None:
+        """Note which of the tokens that come next are padding, ``[rows, S]``.
+
+        Returns which places hold a token, these included, ``[rows, places]``; ``None`` where there is no padding.
+        """
+        if self.are_tokens is None:
+            return None
+        end = self.length + token_ids.shape[1]
+        own = self.are_tokens[self._own_layers[0].rows]
+        own[:, self.length : end] = is_token(token_ids)
+        return own[:, :end]
 
     @property
     def _own_layers(self) -> list[PreallocatedLayer]:

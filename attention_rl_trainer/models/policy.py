@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -33,11 +34,13 @@ from attention_rl_trainer.models.causal_lm import (
 from attention_rl_trainer.models.decoding import DrawnTokens, replays_exactly
 from attention_rl_trainer.models.grouped_attention import grouped_attention
 from attention_rl_trainer.models.heads import AttentionReader, Capture, ChosenHeads, HeadNumber
-from attention_rl_trainer.models.key_vectors import KeyVectorCache, extract_embeddings
+from attention_rl_trainer.models.key_vectors import KeyVectorCache, embed_by_length, extract_embeddings
 from attention_rl_trainer.models.kv_cache import PreallocatedCache, cache_argument, keeps_every_token, new_cache
 from attention_rl_trainer.models.modes import deterministic_inference
+from attention_rl_trainer.models.padding import PaddedCache, PaddingReader, reads_padding_exactly
 from attention_rl_trainer.models.sampling import sample_by_inverse
 from attention_rl_trainer.options import Count, Options, Positive, option
+from attention_rl_trainer.types import PADDING, is_token
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +140,7 @@ class PolicyModel:
             else ChosenHeads(self.causal_lm, named)
         )
         self._cache_argument = cache_argument(self.backbone, self.causal_lm)
+        self._padding = PaddingReader(self.causal_lm, self.backbone)
         self.query_temperature = options.query_temperature
         self.logits_chunk_size = options.logits_chunk_size or default_logits_chunk_size(
             self.head.linear.weight.shape[0], on_cpu=self.device.type == "cpu"
@@ -213,15 +217,35 @@ class PolicyModel:
         with deterministic_inference(self.model), grouped_attention(self.causal_lm):
             yield
 
-    def new_cache(self, num_rows: int, capacity: int) -> Cache:
-        """Make an empty key-value cache for at most ``capacity`` tokens per row."""
-        return new_cache(self.causal_lm, num_rows, capacity)
+    def new_cache(self, num_rows: int, capacity: int, *, padded: bool = False) -> Cache:
+        """Make an empty key-value cache for at most ``capacity`` tokens per row, some of them padding if ``padded``."""
+        return new_cache(self.causal_lm, num_rows, capacity, padded=padded)
 
-    def forward(self, token_ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """Hidden states of new tokens, ``[B, S]`` to ``[B, S, C]``; the tokens are added to the cache."""
-        output = self.backbone(input_ids=token_ids, use_cache=cache is not None, **{self._cache_argument: cache})
+    def forward(self, token_ids: Tensor, cache: Cache | None = None, *, padded: bool = False) -> Tensor:
+        """Hidden states of new tokens, ``[B, S]`` to ``[B, S, C]``; the tokens are added to the cache.
+
+        Args:
+            padded: whether there may be padding among them; a cache knows that itself.
+        """
+        inputs = self._inputs(token_ids, cache, padded=padded)
+        output = self.backbone(**inputs, use_cache=cache is not None, **{self._cache_argument: cache})
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def _inputs(self, token_ids: Tensor, cache: Cache | None, *, padded: bool) -> dict[str, Any]:
+        if isinstance(cache, PreallocatedCache | PaddedCache):
+            are_tokens = cache.note(token_ids)
+        else:
+            are_tokens = is_token(token_ids) if padded else None
+        return {"input_ids": token_ids} if are_tokens is None else self._padding.inputs(token_ids, are_tokens)
+
+    @cached_property
+    def reads_padding(self) -> bool:
+        """Whether padding among tokens changes nothing: proved on a few tokens."""
+        if not self._padding.can_be:
+            return False
+        with self.inference():
+            return reads_padding_exactly(self.forward, self._tried_ids())
 
     def embed_keys(self, token_ids: Tensor) -> Tensor:
         """The keys' vectors, adapters disabled, looked up or computed: ``[n, K]`` int64 to ``[n, G, D]`` float32."""
@@ -229,11 +253,12 @@ class PolicyModel:
 
     def embed_unseen(self, token_ids: Tensor) -> Tensor:
         """Compute the keys' vectors, remembering nothing."""
-        self.embedded_tokens += token_ids.numel()
+        self.embedded_tokens += int(is_token(token_ids).sum())
         with self.inference(), self.reference():
-            return extract_embeddings(
-                self.backbone, self.attention, token_ids.to(self.device), self.embedding_batch_size
-            )
+            return embed_by_length(token_ids, self._embed)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        return extract_embeddings(self.backbone, self.attention, token_ids.to(self.device), self.embedding_batch_size)
 
     def query_log_probabilities(self, hidden: Tensor) -> Tensor:
         """Log-probabilities of the next query token, ``[..., C]`` to ``[..., A]``: the softmax of `query_logits`."""
@@ -277,10 +302,10 @@ class PolicyModel:
     def score_tokens(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Log-probability of article tokens over the whole vocabulary, from the states ``[n, C]`` that predict them.
 
-        In nats, ``[n]`` float32; NaN where any token's logit is not finite.
+        In nats, ``[n]`` float32; 0 for padding, NaN where any token's logit is not finite.
         """
         logits = self.head(hidden)
-        logprobs = -nn.functional.cross_entropy(logits, token_ids, reduction="none")
+        logprobs = -nn.functional.cross_entropy(logits, token_ids, reduction="none", ignore_index=PADDING)
         # A single -inf leaves the other tokens' probabilities finite.
         return logprobs.masked_fill(~logit_sums(logits).isfinite(), torch.nan)
 
@@ -300,7 +325,7 @@ class PolicyModel:
         return DrawnTokens(self.allowed_ids[index], logprobs, entropy)
 
     def training_forward(
-        self, model: nn.Module, token_ids: Tensor, *, capture_queries: bool
+        self, model: nn.Module, token_ids: Tensor, *, capture_queries: bool, padded: bool = False
     ) -> tuple[Tensor, Capture | None]:
         """Run whole trajectories with gradients, through the wrapper that the trainer holds.
 
@@ -321,7 +346,7 @@ class PolicyModel:
         handle = self.head.linear.register_forward_pre_hook(keep_states)
         try:
             with self.attention.capture_queries() if capture_queries else nullcontext() as capture:
-                model(input_ids=token_ids, use_cache=False)
+                model(**self._inputs(token_ids, None, padded=padded), use_cache=False)
             return states[0], capture
         finally:
             handle.remove()

@@ -20,6 +20,7 @@ from attention_rl_trainer.models.decoding import DecodedQuery, make_decoder
 from attention_rl_trainer.models.heads import Capture
 from attention_rl_trainer.models.kv_cache import PreallocatedCache
 from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.models.projections import UnsupportedArchitectureError, described
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +38,10 @@ class StepQueries:
 class Readers(ABC):
     """Policy and reference that have read the same context."""
 
-    def __init__(self, policy: PolicyModel, prompt: Tensor) -> None:
+    def __init__(self, policy: PolicyModel, prompt: Tensor, *, padded: bool) -> None:
         self._policy = policy
         self._prompt = prompt
+        self._padded = padded
         self._prompt_reader: ContextReader | None = None
 
     @property
@@ -76,7 +78,7 @@ class Readers(ABC):
         with self._policy.reference():
             if self._prompt_reader is None:
                 capacity = self._prompt.shape[1] + num_tokens
-                self._prompt_reader = ContextReader(self._policy, self._prompt, capacity)
+                self._prompt_reader = ContextReader(self._policy, self._prompt, capacity, padded=self._padded)
             self._prompt_reader.mark()
             hidden = self._prompt_reader.read(token_ids)
             self._prompt_reader.roll_back(num_tokens)
@@ -84,13 +86,23 @@ class Readers(ABC):
 
 
 def open_readers(
-    policy: PolicyModel, prompt: Tensor, capacity: int, *, joint: bool | None = None, replay: bool | None = None
+    policy: PolicyModel,
+    prompt: Tensor,
+    capacity: int,
+    *,
+    joint: bool | None = None,
+    replay: bool | None = None,
+    padded: bool = False,
 ) -> Readers:
-    """Let policy and reference read a prompt, in one batch if ``joint``; by default wherever they can.
+    """Let policy and reference read a prompt.
 
-    With ``replay`` they decode by `ReplayedDecoder`, by default where the policy can.
+    Args:
+        joint: whether in one batch; by default wherever they can.
+        replay: whether they decode by `ReplayedDecoder`; by default where the policy can and there is no padding.
+        padded: whether there may be padding among the tokens.
 
     Raises:
+        UnsupportedArchitectureError: there is padding, and the model does not read as if there was none.
         ValueError: ``joint`` is asked of a model or an adapter that cannot.
     """
     if joint is None:
@@ -100,8 +112,13 @@ def open_readers(
             "policy and reference share a batch only with plain LoRA on linear layers and a model that keeps every "
             "token in its cache; leave joint unset"
         )
-    replay = policy.can_replay if replay is None else replay
-    return (JointReaders if joint else SeparateReaders)(policy, prompt, capacity, replay=replay)
+    if padded and not policy.reads_padding:
+        raise UnsupportedArchitectureError(
+            f"{described(policy.causal_lm)} does not leave out padding, so it cannot read keys and values of different "
+            "lengths in one batch; use texts cut into pairs of one length, or another base model"
+        )
+    replay = policy.can_replay and not padded if replay is None else replay
+    return (JointReaders if joint else SeparateReaders)(policy, prompt, capacity, replay=replay, padded=padded)
 
 
 class ContextReader:
@@ -110,9 +127,11 @@ class ContextReader:
     The caller sets whether it reads as policy or as reference.
     """
 
-    def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int, *, replay: bool = False) -> None:
+    def __init__(
+        self, policy: PolicyModel, prompt: Tensor, capacity: int, *, replay: bool = False, padded: bool = False
+    ) -> None:
         self._policy = policy
-        self.cache = policy.new_cache(prompt.shape[0], capacity)
+        self.cache = policy.new_cache(prompt.shape[0], capacity, padded=padded)
         self._decoder = make_decoder(policy, policy.device, replay=replay)
         self.forward_tokens = 0
         self.last_hidden = self.read(prompt)[:, -1]
@@ -149,11 +168,13 @@ class ContextReader:
 class SeparateReaders(Readers):
     """Policy and reference one after the other, each with a cache of its own."""
 
-    def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int, *, replay: bool = False) -> None:
-        super().__init__(policy, prompt)
-        self._reader = ContextReader(policy, prompt, capacity, replay=replay)
+    def __init__(
+        self, policy: PolicyModel, prompt: Tensor, capacity: int, *, replay: bool = False, padded: bool = False
+    ) -> None:
+        super().__init__(policy, prompt, padded=padded)
+        self._reader = ContextReader(policy, prompt, capacity, replay=replay, padded=padded)
         with policy.reference():
-            self._reference = ContextReader(policy, prompt, capacity, replay=replay)
+            self._reference = ContextReader(policy, prompt, capacity, replay=replay, padded=padded)
         self._last_token = prompt[:, -1:]
         self._ahead = 0
 
@@ -190,10 +211,12 @@ class SeparateReaders(Readers):
 class JointReaders(Readers):
     """Policy and reference in one batch of 2B rows: the policy's first, then the reference's."""
 
-    def __init__(self, policy: PolicyModel, prompt: Tensor, capacity: int, *, replay: bool = False) -> None:
-        super().__init__(policy, prompt)
+    def __init__(
+        self, policy: PolicyModel, prompt: Tensor, capacity: int, *, replay: bool = False, padded: bool = False
+    ) -> None:
+        super().__init__(policy, prompt, padded=padded)
         self._rows = prompt.shape[0]
-        self._cache = PreallocatedCache.of(policy.causal_lm, 2 * self._rows, capacity)
+        self._cache = PreallocatedCache.of(policy.causal_lm, 2 * self._rows, capacity, padded=padded)
         self._decoder = make_decoder(policy, policy.device, replay=replay)
         self._own_tokens = 0
         self._last_hidden = self._read(prompt)[:, -1]

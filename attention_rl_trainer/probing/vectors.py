@@ -17,8 +17,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.models.attention import AttentionLayer, VectorCapture, stopping_after
+from attention_rl_trainer.models.key_vectors import of_one_length
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.rollout.layout import Layout
+from attention_rl_trainer.types import is_token
 
 # Half keys that are read at once: the queries of every layer are held for each of their tokens.
 _ROWS_AT_ONCE = 32
@@ -77,16 +79,18 @@ def _query_vectors(
     policy: PolicyModel, layout: Layout, memory: MemoryBatch, layers: Mapping[int, AttentionLayer]
 ) -> dict[int, Tensor]:
     """Vectors of half keys after the prompt, ``[M, H, D]`` by layer."""
-    halves = memory.key_tokens[0, :, : half_length(memory.key_tokens.shape[2])].to(policy.device)
     prompt = layout.prompt(memory, policy.device)
+    # Of a single memory: what is padding can be left out.
+    prompt = prompt[is_token(prompt)][None]
     captures = {number: layer.capture_queries for number, layer in layers.items()}
-    parts = []
-    for chunk in torch.split(halves, _ROWS_AT_ONCE):
+
+    def read(chunk: Tensor) -> dict[int, Tensor]:
         cache = _after_prompt(policy, prompt, len(chunk))
         with _capturing_means(captures) as means:
             policy.forward(chunk, cache)
-        parts.append(means)
-    return _joined(parts)
+        return means
+
+    return _by_length(memory.key_tokens[0].to(policy.device), lambda keys: keys[:, : half_length(keys.shape[1])], read)
 
 
 def _after_prompt(policy: PolicyModel, prompt: Tensor, num_rows: int) -> Cache:
@@ -104,12 +108,25 @@ def _after_prompt(policy: PolicyModel, prompt: Tensor, num_rows: int) -> Cache:
 def _key_vectors(policy: PolicyModel, keys: Tensor, layers: Mapping[int, AttentionLayer]) -> dict[int, Tensor]:
     """Vectors of keys ``[M, K]``, each alone, ``[M, G, D]`` by layer."""
     captures = {number: layer.capture_keys for number, layer in layers.items()}
-    parts = []
-    for chunk in torch.split(keys, _ROWS_AT_ONCE):
+
+    def read(chunk: Tensor) -> dict[int, Tensor]:
         with _capturing_means(captures) as means, stopping_after(layers[max(layers)]):
             policy.forward(chunk)
-        parts.append(means)
-    return _joined(parts)
+        return means
+
+    return _by_length(keys, lambda whole: whole, read)
+
+
+def _by_length(
+    keys: Tensor, take: Callable[[Tensor], Tensor], read: Callable[[Tensor], dict[int, Tensor]]
+) -> dict[int, Tensor]:
+    """Read some tokens of each key, a few keys of one length at a time; ``[M, ...]`` by layer, in the keys' order."""
+    rows, parts = [], []
+    for numbers, whole in of_one_length(keys):
+        rows.append(numbers)
+        parts += [read(chunk) for chunk in torch.split(take(whole), _ROWS_AT_ONCE)]
+    order = torch.cat(rows).argsort()
+    return {number: vectors[order] for number, vectors in _joined(parts).items()}
 
 
 @contextmanager

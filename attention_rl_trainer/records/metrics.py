@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attention_rl_trainer.models.sampling import entropy
-from attention_rl_trainer.types import Trajectory
+from attention_rl_trainer.types import Trajectory, is_token
 from attention_rl_trainer.update.filter import RewardStatistics
 
 
@@ -58,8 +58,9 @@ def heard(trajectory: Trajectory) -> dict[str, Tensor]:
     if any(step.selection_information is None for step in trajectory.steps):
         return {}
     information = trajectory.stack("selection_information").mean(dim=1)
-    num_tokens = trajectory.steps[0].selected_pair.value_tokens.shape[1]
-    return {"selection_information": information, "query_bound": information / num_tokens}
+    values = torch.stack([step.selected_pair.value_tokens for step in trajectory.steps], dim=1)
+    bound = (trajectory.stack("selection_information") / is_token(values).sum(dim=2)).mean(dim=1)
+    return {"selection_information": information, "query_bound": bound}
 
 
 def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:

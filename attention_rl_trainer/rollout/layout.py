@@ -100,6 +100,8 @@ class Layout:
     tokens_per_key: int
     tokens_per_value: int
     include_key_in_context: bool = False
+    is_padded: bool = False
+    """Whether keys and values may be shorter than K and V."""
 
     @classmethod
     def of(cls, options: LayoutOptions, separators: Separators) -> Layout:
@@ -124,7 +126,12 @@ class Layout:
 
     def for_batch(self, batch: MemoryBatch) -> Layout:
         """Take the lengths of keys and values from a batch."""
-        return replace(self, tokens_per_key=batch.key_tokens.shape[2], tokens_per_value=batch.value_tokens.shape[2])
+        return replace(
+            self,
+            tokens_per_key=batch.key_tokens.shape[2],
+            tokens_per_value=batch.value_tokens.shape[2],
+            is_padded=batch.is_padded,
+        )
 
     # ---- Lengths, in tokens ----
 

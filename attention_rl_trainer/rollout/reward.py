@@ -16,7 +16,7 @@ from typing import Protocol
 from torch import Tensor
 
 from attention_rl_trainer.options import Coefficient, Options, option
-from attention_rl_trainer.types import TrajectoryStep, expect_tensor
+from attention_rl_trainer.types import TrajectoryStep, expect_tensor, is_token
 
 
 @dataclass
@@ -51,9 +51,9 @@ def calculate_reward(policy_value_logprob: Tensor, counterfactual_value_logprob:
     return policy_value_logprob - counterfactual_value_logprob
 
 
-def value_logprob(token_logprobs: Tensor) -> Tensor:
-    """Average the log-probabilities of a value's tokens, nats, ``[..., V]``, into nats per token, ``[...]``."""
-    return token_logprobs.mean(dim=-1)
+def value_logprob(token_logprobs: Tensor, value_tokens: Tensor) -> Tensor:
+    """Average the log-probabilities of a value's tokens ``[..., V]``, nats, 0 for padding, into nats per token."""
+    return token_logprobs.sum(dim=-1) / is_token(value_tokens).sum(dim=-1)
 
 
 def trajectory_reward(step_rewards: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ class TrajectorySampler:
     def score(self, hidden: Tensor, start: int, value_tokens: Tensor) -> Tensor:
         """Mean log-probability of a value whose first token is at ``start``, ``[B]``."""
         states = predicting(hidden, start, value_tokens.shape[1])
-        return value_logprob(self.policy.token_logprobs(states, value_tokens))
+        return value_logprob(self.policy.token_logprobs(states, value_tokens), value_tokens)
 
 
 class _Run:
@@ -154,7 +154,9 @@ class _Run:
         self.noise = noise
         prompt = layout.prompt(batch, sampler.policy.device)
         self.blocks = [prompt]
-        self.readers = open_readers(sampler.policy, prompt, layout.cached_tokens, joint=sampler.joint)
+        self.readers = open_readers(
+            sampler.policy, prompt, layout.cached_tokens, joint=sampler.joint, padded=layout.is_padded
+        )
 
     def step(self, number: int) -> TrajectoryStep:
         sampler, layout = self.sampler, self.layout

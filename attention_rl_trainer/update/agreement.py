@@ -18,6 +18,7 @@ from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.models.projections import described
 from attention_rl_trainer.rollout.layout import positions
+from attention_rl_trainer.rollout.reward import value_logprob
 from attention_rl_trainer.types import Trajectory
 
 # Mean absolute difference in nats, by the precision of the weights.
@@ -109,18 +110,20 @@ def compare(
 def _of_whole_forwards(
     policy: PolicyModel, model: nn.Module, trajectories: Trajectory, rows: Tensor
 ) -> dict[str, Tensor]:
-    token_ids = trajectories.token_ids[rows]
+    token_ids, padded = trajectories.token_ids[rows], trajectories.memory.is_padded
     first = trajectories.steps[0]
     queries = positions(trajectories.query_starts, first.query_tokens.shape[1], token_ids.device)
     values = positions(trajectories.value_starts, first.selected_pair.value_tokens.shape[1], token_ids.device)
     with update_mode(policy.model):
-        hidden, _ = policy.training_forward(model, token_ids, capture_queries=False)
+        hidden, _ = policy.training_forward(model, token_ids, capture_queries=False, padded=padded)
         with policy.reference():
-            base_hidden = policy.forward(token_ids)
+            base_hidden = policy.forward(token_ids, padded=padded)
 
     def score_values(states: Tensor) -> Tensor:
-        logprobs = policy.token_logprobs(states[:, values - 1], token_ids[:, values])
-        return torch.unflatten(logprobs, 1, (len(trajectories.value_starts), -1)).mean(dim=2)
+        tokens = token_ids[:, values]
+        logprobs = policy.token_logprobs(states[:, values - 1], tokens)
+        by_step = (len(trajectories.value_starts), -1)
+        return value_logprob(torch.unflatten(logprobs, 1, by_step), torch.unflatten(tokens, 1, by_step))
 
     return {
         "query tokens": policy.query_token_logprobs(hidden[:, queries - 1], token_ids[:, queries]),

@@ -258,8 +258,9 @@ def reward_gradient_term(
 ) -> tuple[Tensor, Tensor]:
     """The reward's direct dependence on the reader, - Σ_τ w_τ (1/T) Σ_t mean_V log p_θ(value_t), with gradient.
 
-    ``hidden`` ``[n, C]`` predicts the n = b · T · V value tokens, whose weights are w / (T · V). ``score_tokens`` turns
-    states and token ids into log-probabilities; those of all tokens, ``[n]``, are returned too, without gradient.
+    ``hidden`` ``[n, C]`` predicts the n = b · T · V value tokens, whose weights are w / (T · V), V without padding.
+    ``score_tokens`` turns states and token ids into log-probabilities; those of all tokens, ``[n]``, are returned too,
+    without gradient.
     """
 
     def terms(states: Tensor, rows: slice) -> Chunk:

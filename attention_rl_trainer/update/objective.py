@@ -15,7 +15,7 @@ from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.rollout.environment import DifferentiableEnvironment, MemoryEnvironment
 from attention_rl_trainer.rollout.layout import positions
-from attention_rl_trainer.types import expect_tensor
+from attention_rl_trainer.types import expect_tensor, is_token
 from attention_rl_trainer.update.kept import KeptTrajectories
 from attention_rl_trainer.update.losses import (
     LossOptions,
@@ -68,7 +68,9 @@ def compute_loss_terms(
     with update_mode(policy.model):
         previous_hidden = _reference_hidden(policy, snapshot, kept, places, options)
     with update_mode(policy.model, adapter_dropout=not options.disable_dropout):
-        hidden, capture = policy.training_forward(model, kept.token_ids, capture_queries=options.selector_coef > 0)
+        hidden, capture = policy.training_forward(
+            model, kept.token_ids, capture_queries=options.selector_coef > 0, padded=kept.memory.is_padded
+        )
     tokens = _query_tokens(policy, kept, places, hidden, previous_hidden, options)
     terms = query_terms(
         tokens,
@@ -116,7 +118,7 @@ def _reference_hidden(
         return None
     reference = snapshot.swapped_in() if options.kl_reference == "previous" else policy.reference()
     with torch.no_grad(), reference:
-        return policy.forward(kept.token_ids)[:, places - 1].flatten(0, 1)
+        return policy.forward(kept.token_ids, padded=kept.memory.is_padded)[:, places - 1].flatten(0, 1)
 
 
 def _query_tokens(
@@ -152,12 +154,15 @@ def _choice_logprobs(environment: MemoryEnvironment, query_vectors: Tensor, kept
 
 def _reading_term(policy: PolicyModel, kept: KeptTrajectories, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Less the weighted mean log-probability of the values under the policy, and the values' tokens', ``[b, T, V]``."""
-    places = positions(kept.value_starts, kept.value_length, kept.token_ids.device)
+    places, num_steps = positions(kept.value_starts, kept.value_length, kept.token_ids.device), len(kept.value_starts)
+    values = torch.unflatten(kept.token_ids[:, places], 1, (num_steps, -1))
+    # Each step's mean is over its own tokens.
+    weights = kept.weights.float()[:, None] / num_steps / is_token(values).sum(dim=2)
     term, logprobs = reward_gradient_term(
         hidden[:, places - 1].flatten(0, 1),
-        kept.token_ids[:, places].flatten(),
-        kept.weights.float().repeat_interleave(len(places)) / len(places),
+        values.flatten(),
+        weights.flatten().repeat_interleave(kept.value_length),
         policy.score_tokens,
         chunk_size=policy.logits_chunk_size,
     )
-    return term, logprobs.view(len(kept), len(kept.value_starts), -1)
+    return term, logprobs.view(values.shape)
