@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,24 @@ class TestMemory:
         assert free is not None
         assert 0 < free <= kib_of("/proc/meminfo", "MemTotal") / 2**20
         assert free == pytest.approx(kib_of("/proc/meminfo", "MemAvailable") / 2**20, rel=0.2)
+
+
+def test_free_on_a_gpu_is_what_the_system_offers_and_what_pytorch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib, device, asked = 2**30, torch.device("cuda", 0), []
+
+    def says(value: object) -> Callable[[torch.device], object]:
+        def answer(place: torch.device) -> object:
+            asked.append(place)
+            return value
+
+        return answer
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", says((30 * gib, 140 * gib)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", says(100 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", says(12 * gib))
+    # 88 of the 100 that PyTorch has taken from the system hold nothing.
+    assert free_memory_gib(device) == 30 + 88
+    assert asked == [device] * 3
 
 
 # ---- Where a run stands ----

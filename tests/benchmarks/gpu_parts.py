@@ -1,6 +1,6 @@
 """One part of what only a GPU can answer, in this process; `gpu` starts it and completes its file.
 
-    python tests/benchmarks/gpu_parts.py PART FILE DEVICE SECONDS [--tiny] [--recipes NAME,NAME]
+    python tests/benchmarks/gpu_parts.py PART FILE DEVICE SECONDS [--since TIME] [--tiny] [--recipes NAME,NAME]
 
 Every number is written as soon as it is there. Ends with 3 where a part cannot run here, and says why in the file.
 """
@@ -15,12 +15,13 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,7 +54,7 @@ from attention_rl_trainer.models.readers import open_readers
 from attention_rl_trainer.planning.footprint import GIBIBYTE, plan_memory
 from attention_rl_trainer.planning.sizes import LLAMA_3_2_3B, ModelShape, RunShape
 from attention_rl_trainer.planning.timing import Accelerator, Forward, plan_time
-from attention_rl_trainer.records.ledger import LEDGER_NAME, read_ledger
+from attention_rl_trainer.records.ledger import LEDGER_NAME, LedgerRow
 from attention_rl_trainer.rollout.environment import KVMemoryEnvironment
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.types import Trajectory
@@ -85,6 +86,8 @@ _SHARE_OF_MEMORY = 0.85
 # The command's code, where its script may not be installed; and how it ends after Ctrl-C.
 _COMMAND = "import sys; from attention_rl_trainer.cli import main; sys.exit(main())"
 _STOPPED = 130
+# Of a recipe's time: when it is told to stop, and when it must have stopped, with a checkpoint and a report.
+_TRAINING_SHARE, _STOPPING_SHARE = 0.7, 0.95
 # The largest peak that leaves a card of 16 GB room for its context.
 _CLAIM_GIB = 15.5
 SMOLLM2_135M = ModelShape(
@@ -169,10 +172,9 @@ class Scale:
         """T."""
         return 2 if self.is_tiny else 8
 
-    @property
-    def repeats(self) -> int:
-        """Rounds that count."""
-        return 1 if self.is_tiny else 2
+    def repeats(self, name: str) -> int:
+        """Rounds that count; two for the model that the targets are about."""
+        return 2 if name == LLAMA_3B and not self.is_tiny else 1
 
     @property
     def accelerator(self) -> Accelerator | None:
@@ -290,6 +292,8 @@ def smoke(result: Result, scale: Scale) -> None:
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "records"
         names = {"ATTENTION_RL_TEST_DEVICE": scale.device.type, "ATTENTION_RL_TEST_RECORDS": str(records)}
+        # Plug-ins that other packages bring take seconds, and some the device's memory.
+        names["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         process = subprocess.Popen(command, cwd=ROOT, env=os.environ | names)
         ended = None
         while ended is None:
@@ -317,7 +321,7 @@ def floor(result: Result, scale: Scale) -> None:
         run = fitting(scale.run_shape(), shape, scale)
         policy, weights = policy_of(name, run, scale)
         batches = {"B": run.generation_batch_size, "micro-batch": run.training_batch_size}
-        sizes = {"T": scale.steps, "L = K = V": TOKENS, "kept": scale.kept, "repeats": scale.repeats}
+        sizes = {"T": scale.steps, "L = K = V": TOKENS, "kept": scale.kept, "rounds": scale.repeats(name)}
         result.put("settings", name, {"weights": weights, "dtype": "bfloat16"} | batches | sizes)
         result.put("settings", f"{name}, decoded from graphs", policy.can_replay)
         measure_decoding(result, name, policy, 1, run, scale)
@@ -337,9 +341,6 @@ def measure_rollout(result: Result, name: str, policy: PolicyModel, run: RunShap
     for attribute in ("keys", "prompt", "token_ids"):
         setattr(bare, attribute, getattr(bare, attribute).to(scale.device))
     plain = PolicyModel(policy.model, policy.allowed_ids, replace(run, cuda_graphs=False))
-    # One step warms up.
-    short = replace(run, num_kv_pairs=2)
-    sample(sampler_of(policy, short), random_batch(rows, 1, TOKENS, TOKENS))
     found: list[Trajectory] = []
 
     def roll_out(writer: PolicyModel) -> None:
@@ -350,8 +351,9 @@ def measure_rollout(result: Result, name: str, policy: PolicyModel, run: RunShap
         "without graphs": scale.waiting(partial(roll_out, plain)),
         "floor": scale.waiting(bare.with_our_kernels),
     }
-    timings = time_in_turn(contenders, scale.repeats, warm_up=False)
-    result.put("seconds", f"{name}, rollout", {contender: timing.seconds for contender, timing in timings.items()})
+    # In the first round kernels are loaded and chosen, for each length of the context anew.
+    timings = time_in_turn(contenders, scale.repeats(name))
+    result.put("rounds, s", f"{name}, rollout", {contender: timing.seconds for contender, timing in timings.items()})
     seconds = timings["ours"].median
     result.figure(f"{name}.rollout.floor_ratio", seconds / timings["floor"].median)
     result.figure(
@@ -364,14 +366,18 @@ def measure_rollout(result: Result, name: str, policy: PolicyModel, run: RunShap
 
 def measure_decoding(result: Result, name: str, policy: PolicyModel, rows: int, run: RunShape, scale: Scale) -> None:
     """Time one-token forwards of both readers in the middle of a trajectory, with graphs and without."""
-    context, repeats = run.layout.context_tokens(scale.steps // 2), 3 if scale.is_tiny else 5
+    context, card = run.layout.context_tokens(scale.steps // 2), scale.accelerator
     prompt = torch.randint(17, 400, (rows, context), device=scale.device)
     noise = torch.rand(rows, TOKENS, dtype=torch.float64, device=scale.device)
-    # The cache grows with each query.
-    cached = context + TOKENS + repeats * TOKENS / 2
-    forward = Forward("decode", 1, 2 * rows, 2 * rows, cached, cached, 2 * rows)
-    bytes_read, card = forward.bytes_read(scale.shapes[name], run), scale.accelerator
-    for label, replay in ((f"{name}.decode.b{rows}", True), (f"{name}.decode.b{rows}.without_graphs", False)):
+    # Without graphs each takes as long as many with them.
+    for label, replay, repeats in (
+        (f"{name}.decode.b{rows}", True, 5),
+        (f"{name}.decode.b{rows}.without_graphs", False, 2),
+    ):
+        # The cache grows with each query.
+        cached = context + TOKENS + repeats * TOKENS / 2
+        forward = Forward("decode", 1, 2 * rows, 2 * rows, cached, cached, 2 * rows)
+        bytes_read = forward.bytes_read(scale.shapes[name], run)
         with policy.inference():
             readers = open_readers(policy, prompt, context + (repeats + 1) * TOKENS, replay=replay)
             # Kernels are loaded, and the first graph is captured.
@@ -397,13 +403,12 @@ def measure_update(
     kept = moved(made_up, scale.device)
     update = benchmark.Update(policy, kept, run.training_batch_size)
     update.positions = update.positions.to(scale.device)
-    benchmark.Update(policy, kept.select_rows(rows[:1] * 0), 1).ours()
     contenders = {
         "ours": scale.waiting(update.ours),
         "floor": scale.waiting(partial(update.bare, policy.head.linear)),
     }
-    timings = time_in_turn(contenders, scale.repeats, warm_up=False)
-    result.put("seconds", f"{name}, update", {contender: timing.seconds for contender, timing in timings.items()})
+    timings = time_in_turn(contenders, scale.repeats(name))
+    result.put("rounds, s", f"{name}, update", {contender: timing.seconds for contender, timing in timings.items()})
     seconds = timings["ours"].median
     result.figure(f"{name}.update.floor_ratio", seconds / timings["floor"].median)
     result.figure(f"{name}.update.tokens_per_second", kept.token_ids.numel() / seconds)
@@ -573,7 +578,7 @@ def peer(result: Result, scale: Scale) -> None:
         scene = benchmark.Scene(policy, tokenizer, moved(contexts, scale.device))
         result.put("settings", name, {"weights": "random", "B": run.generation_batch_size, "T": scale.steps})
         timings = benchmark.measure(scene, 1 if scale.is_tiny else 2)
-        result.put("seconds", name, {reader: timing.seconds for reader, timing in timings.items()})
+        result.put("rounds, s", name, {reader: timing.seconds for reader, timing in timings.items()})
         for reader, timing in timings.items():
             result.put("query tokens per second", f"{name}, {reader}", contexts.query_tokens / timing.median)
         result.figure(f"{name}.trl_speedup", timings[benchmark.TRL].median / timings[benchmark.OURS].median)
@@ -585,31 +590,89 @@ def peer(result: Result, scale: Scale) -> None:
 
 
 def learning(result: Result, scale: Scale) -> None:
-    """Run recipes as far as they get in their share of the time; Ctrl-C leaves a checkpoint."""
-    chosen = recipes(scale)
-    share = max(10, scale.seconds - 30) / len(chosen)
+    """Run recipes as far as they get in their share of the time, and write their curves from what there is.
+
+    Raises:
+        RuntimeError: a run ended by itself with an error; the others were run all the same.
+    """
+    chosen, failed = recipes(scale), []
+    runs = ROOT / "out" / "gpu"
+    runs.mkdir(parents=True, exist_ok=True)
     for name, flags in chosen.items():
-        runs = ROOT / "out" / "gpu"
-        runs.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{Path(name).stem}-", dir=runs))
         command = [sys.executable, "-c", _COMMAND, "train", *flags, "--output_dir", str(folder)]
         command += ["--use_cpu", str(scale.device.type == "cpu"), "--disable_tqdm", "true"]
-        started = time.monotonic()
-        process = subprocess.Popen(command, cwd=ROOT)
-        try:
-            process.wait(timeout=share)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=25)
-        result.put("runs", name, {"exit code": process.returncode, "folder": str(folder)})
-        if process.returncode not in (0, _STOPPED):
-            raise RuntimeError(f"the recipe {name} ended with {process.returncode}")
-        rewards = [row.reward for row in read_ledger(folder / LEDGER_NAME)]
-        entry: dict[str, Any] = {"exit code": process.returncode, "seconds": time.monotonic() - started}
-        entry |= {"episodes": len(rewards), "mean reward of each tenth": list(_tenths(rewards))}
-        # Those of a run that came to its end.
-        entry["held out"] = {path.stem: read(path) for path in sorted(folder.glob("evaluation/*/*.json"))}
-        result.put("runs", name, entry | {"folder": str(folder)})
+        put = partial(put_curve, result, name, folder, time.monotonic())
+        ended = run_for(command, scale.seconds / len(chosen), put)
+        put(ended)
+        failed += [name] if ended == "failed" else []
+    if failed:
+        raise RuntimeError(f"recipes that ended with an error: {', '.join(failed)}")
+
+
+def run_for(command: Sequence[str], seconds: float, watch: Callable[[], None], every: float = 10.0) -> str:
+    """Run a command, stop it as Ctrl-C does when most of its time is over, and kill it where it does not stop.
+
+    Args:
+        command: leaves a checkpoint when it is stopped.
+        seconds: for all of that.
+        watch: is called after each so many seconds.
+        every: so many.
+
+    Returns:
+        How it ended: "done", "stopped", "killed" or "failed".
+    """
+    started = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT)
+
+    def ends_by(share: float) -> bool:
+        while True:
+            left = max(0.0, started + share * seconds - time.monotonic())
+            try:
+                process.wait(timeout=min(left, every))
+            except subprocess.TimeoutExpired:
+                watch()
+                if left <= every:
+                    return False
+            else:
+                return True
+
+    if not ends_by(_TRAINING_SHARE):
+        process.send_signal(signal.SIGINT)
+        if not ends_by(_STOPPING_SHARE):
+            process.kill()
+            process.wait()
+            return "killed"
+    return {0: "done", _STOPPED: "stopped"}.get(process.returncode, "failed")
+
+
+def put_curve(result: Result, name: str, folder: Path, started: float, ended: str = "running") -> None:
+    """Write what a run's ledger says so far, and the tables of a run that came to its end."""
+    rows = read_whole_lines(folder / LEDGER_NAME)
+    entry: dict[str, Any] = {"ended": ended, "seconds": round(time.monotonic() - started, 1), "folder": str(folder)}
+    entry |= {"episodes": len(rows), "tenths: mean, standard error": curve(rows)}
+    entry["held out"] = {path.stem: read(path) for path in sorted(folder.glob("evaluation/*/*.json"))}
+    result.put("runs", name, entry)
+
+
+def read_whole_lines(path: Path) -> list[LedgerRow]:
+    """Read a ledger that is being written, or whose run was killed while it wrote."""
+    written = path.read_bytes() if path.is_file() else b""
+    return [LedgerRow.from_json(json.loads(line)) for line in written.rpartition(b"\n")[0].splitlines()]
+
+
+def curve(rows: Sequence[LedgerRow]) -> list[dict[str, Any]]:
+    """Reward and gains of each tenth of the episodes, nats per value token; empty below two episodes in each."""
+    tenths = []
+    for tenth in range(10 if len(rows) >= 20 else 0):
+        part = rows[len(rows) * tenth // 10 : len(rows) * (tenth + 1) // 10]
+        entry: dict[str, Any] = {"episodes": len(part)}
+        for name in ("reward", "query_gain", "model_gain"):
+            values = [getattr(row, name) for row in part]
+            error = statistics.stdev(values) / len(values) ** 0.5
+            entry[name] = [round(statistics.fmean(values), 5), round(error, 5)]
+        tenths.append(entry)
+    return tenths
 
 
 def recipes(scale: Scale) -> dict[str, list[str]]:
@@ -624,12 +687,6 @@ def recipes(scale: Scale) -> dict[str, list[str]]:
     options.write_text(OPTIONS, encoding="utf-8")
     data = ["--model_name_or_path", str(folder / "model"), "--dataset_name", str(rows), "--num_episodes", "32"]
     return {"tiny": ["--config", str(options), *data]}
-
-
-def _tenths(rewards: Sequence[float]) -> Iterator[float]:
-    for tenth in range(10 if len(rewards) >= 10 else 0):
-        part = rewards[len(rewards) * tenth // 10 : len(rewards) * (tenth + 1) // 10]
-        yield sum(part) / len(part)
 
 
 # --- the process ----------------------------------------------------------------------------------------------------
@@ -650,12 +707,14 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("device", type=torch.device)
     parser.add_argument("seconds", type=int)
+    parser.add_argument("--since", type=float, default=time.time(), help="when these seconds began, Unix time")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--recipes", default="")
     given = parser.parse_args()
     result = Result(given.file)
     device = torch.device("cuda", 0) if given.device.type == "cuda" else given.device
-    scale = Scale(device, given.tiny, given.seconds, tuple(name for name in given.recipes.split(",") if name))
+    seconds = max(1, round(given.seconds - (time.time() - given.since)))
+    scale = Scale(device, given.tiny, seconds, tuple(name for name in given.recipes.split(",") if name))
     try:
         PARTS[given.part](result, scale)
     except CannotRunError as error:

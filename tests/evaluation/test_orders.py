@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +36,32 @@ from attention_rl_trainer.models.causal_lm import deterministic_inference
 from attention_rl_trainer.rollout.layout import Separators
 from attention_rl_trainer.rollout.sampler import RolloutOptions, TrajectorySampler
 
+# JAX takes the GPU's memory at its first operation.
+FAKE_JAX = """
+def top_k(*arguments):
+    raise SystemExit("JAX was used")
+"""
+ORDERS_BESIDE_JAX = """
+import sys
+import attention_rl_trainer.config
+from attention_rl_trainer.evaluation.orders import bm25_order
+
+def modules_of(package):
+    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == package}
+
+def order_beside(expected):
+    assert bm25_order(["alpha", "beta", "gamma"], ["", "", ""], "gamma") == (2, 0, 1)
+    assert modules_of("jax") == expected, modules_of("jax")
+
+assert not modules_of("bm25s"), "rarely needed, and slow to import"
+order_beside({})
+order_beside({})
+for name in modules_of("bm25s"):
+    del sys.modules[name]
+import jax.lax
+order_beside({"jax": jax, "jax.lax": jax.lax})
+"""
+
 
 class TestRules:
     def test_article_order(self) -> None:
@@ -60,6 +90,15 @@ class TestRules:
     @pytest.mark.parametrize("keys", [["", "", ""], ["the", "of", "and"], ["alpha", "beta", "gamma"]])
     def test_bm25_without_words_in_common_keeps_the_order_of_the_memory(self, keys: list[str], example: str) -> None:
         assert bm25_order(keys, ["", "", ""], example) == (0, 1, 2)
+
+    def test_bm25_leaves_jax_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "jax").mkdir()
+        (tmp_path / "jax" / "__init__.py").touch()
+        (tmp_path / "jax" / "lax.py").write_text(FAKE_JAX, encoding="utf-8")
+        path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command, environment = [sys.executable, "-c", ORDERS_BESIDE_JAX], os.environ | {"PYTHONPATH": path}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
 
     def test_random_orders_are_seeded_permutations(self) -> None:
         orders = random_orders(5, 40, [1, 2])
