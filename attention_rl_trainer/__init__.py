@@ -22,7 +22,15 @@ if TYPE_CHECKING:
         sample_chunks,
         split_key_values,
     )
-    from attention_rl_trainer.memories.stream import Article, ArticleSource, ArticleStream, iter_wikipedia_articles
+    from attention_rl_trainer.memories.sources import load_memories
+    from attention_rl_trainer.memories.stream import (
+        Article,
+        ArticleSource,
+        ArticleStream,
+        Entries,
+        iter_wikipedia_articles,
+    )
+    from attention_rl_trainer.memories.tables.entries_table import EntriesTable
     from attention_rl_trainer.models.attention import AttentionLayer
     from attention_rl_trainer.models.base import load_base_model, load_tokenizer
     from attention_rl_trainer.models.choice import choose_base_model
@@ -57,6 +65,8 @@ _MODULES = {
     "Article": "memories.stream",
     "ArticleSource": "memories.stream",
     "ArticleStream": "memories.stream",
+    "Entries": "memories.stream",
+    "EntriesTable": "memories.tables.entries_table",
     "AttentionGuidedRLConfig": "config",
     "AttentionGuidedRLTrainer": "trainer",
     "AttentionLayer": "models.attention",
@@ -96,6 +106,7 @@ _MODULES = {
     "iter_wikipedia_articles": "memories.stream",
     "load_articles": "memories.articles.sources",
     "load_base_model": "models.base",
+    "load_memories": "memories.sources",
     "load_tokenizer": "models.base",
     "memory_warning": "planning.footprint",
     "plan_memory": "planning.footprint",
@@ -119,6 +130,8 @@ __all__ = [
     "Calibration",
     "ChosenHeads",
     "DifferentiableEnvironment",
+    "Entries",
+    "EntriesTable",
     "HeadNumber",
     "KVMemoryEnvironment",
     "KeptTrajectories",
@@ -152,6 +165,7 @@ __all__ = [
     "iter_wikipedia_articles",
     "load_articles",
     "load_base_model",
+    "load_memories",
     "load_tokenizer",
     "memory_warning",
     "plan_memory",

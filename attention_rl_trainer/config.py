@@ -115,7 +115,13 @@ class AttentionGuidedRLConfig(
         TrainingArguments.__post_init__(self)  # type: ignore[no-untyped-call]  # transformers does not annotate it
         mirror_newer_options(self)
         expect_plain_loaders(self)
-        expect_optimization(self, math.ceil(self.num_episodes / self.episodes_per_step))
+        expect_optimization(self, math.ceil((self.warm_start_episodes + self.num_episodes) / self.episodes_per_step))
+        if self.warm_start_episodes % self.episodes_per_step != 0:
+            raise ValueError(
+                f"warm_start_episodes must be a multiple of the trajectories of a step, {self.episodes_per_step} "
+                "(generation_batch_size · gradient_accumulation_steps), because a step is one or the other; got "
+                f"{self.warm_start_episodes}"
+            )
 
     @classmethod
     def for_model(cls, model: str | PreTrainedModel | PeftModel) -> Self:

@@ -28,6 +28,7 @@ from attention_rl_trainer.evaluation.evaluate import evaluate, expect_evaluable
 from attention_rl_trainer.evaluation.tables import folder_name
 from attention_rl_trainer.memories import Articles, ArticleStream, MemoryLoader, PlainTextEncoder
 from attention_rl_trainer.memories.given import expect_data
+from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.models import PolicyModel, add_adapter, left_bare_on_failure, take_model, with_tokenizer
 from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.models.trial import expect_trainable
@@ -52,6 +53,7 @@ from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.update import KeptTrajectories, LossTerms, RewardFilter, TrajectoryFilter, Updater
 from attention_rl_trainer.update.agreement import RolloutAgreement
 from attention_rl_trainer.update.objective import compute_loss_terms
+from attention_rl_trainer.update.warm_start import lay_out_lessons, on_device, warm_start_terms
 
 Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 
@@ -144,14 +146,14 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self.callback_handler.callbacks = without_trainers_bar(self.callback_handler.callbacks)
         every = args.log_trajectory_steps * args.episodes_per_step
         latest = (lambda: self.recorder.latest_row) if every else None
-        counts = args.num_episodes, lambda: self.progress.num_episodes
+        counts = args.warm_start_episodes + args.num_episodes, lambda: self.progress.num_trajectories
         self.add_callback(EpisodeProgressCallback(*counts, table_episodes=every or None, latest_trajectory=latest))
 
     def start_afresh(self) -> None:
         """Forget the run before, but not what the model has learned in it."""
         args = self.args
         self.filter.load_state_dict(self._first_filter_state)
-        self.progress = Progress(args.num_episodes)
+        self.progress = Progress(args.num_episodes, args.warm_start_episodes)
         limits = HealthLimits.of(args, args, args)
         self.recorder = Recorder(self.output_dir, self.encoder, self.progress, limits, self.context)
         self.updater = Updater(self.policy.model, args, self.context, self.recorder.add_update)
@@ -182,6 +184,11 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             NonFiniteError: a number is not finite; names which, where, and the articles. Nothing of the step is kept.
         """
         model.train()
+        if self.progress.warm_start_left > 0:
+            return self._warm_start_step(model, inputs["memories"])
+        if self.progress.num_episodes == 0 and self.updater.num_updates > 0:
+            # After a warm start: what the KL begins from.
+            self.updater.previous_adapter.refresh()
         batch = inputs["memories"].head(self.progress.episodes_left)
         differentiate = partial(self._differentiate, model)
         with self._all_or_nothing():
@@ -205,8 +212,31 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             self.recorder.add_times(trajectories)
         return loss
 
+    def _warm_start_step(self, model: nn.Module, memories: MemoryBatch) -> Tensor:
+        """Accumulate the gradient of a batch of the warm start."""
+        batch, done = memories.head(self.progress.warm_start_left), self.progress.num_warm_start
+
+        def differentiate(micro_batch: KeptTrajectories) -> tuple[Tensor, None]:
+            with update_mode(model, adapter_dropout=not self.args.disable_dropout):
+                with self.compute_loss_context_manager():
+                    terms = warm_start_terms(self.policy, model, micro_batch)
+                self.accelerator.backward(terms.loss)
+            self.recorder.add_warm_start(terms, len(micro_batch))
+            return terms.loss.detach(), None
+
+        with self._all_or_nothing(), self.context.phase("update", len(batch), batch.articles):
+            numbers = range(done, done + len(batch))
+            lessons = lay_out_lessons(
+                batch, self.layout, self.encoder, numbers, self.args.seed, self.updater.num_trajectories
+            )
+            loss = self.updater.accumulate(on_device(lessons, self.policy.device), differentiate)
+            self.progress.advance(batch)
+        self.recorder.add_update_time()
+        return loss
+
     def _all_or_nothing(self) -> AbstractContextManager[None]:
-        trajectories = min(self.progress.episodes_left, self.args.episodes_per_step)
+        left = self.progress.warm_start_left or self.progress.episodes_left
+        trajectories = min(left, self.args.episodes_per_step)
         return self.updater.all_or_nothing(self.parts, trajectories)
 
     def _take_further_steps(self, model: nn.Module, differentiate: Any) -> Tensor:
@@ -274,10 +304,11 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         return 0
 
     def steps_left(self, checkpoint: Path | None) -> int:
-        """Count the steps that ``num_episodes`` asks for beyond those of a checkpoint."""
+        """Count the steps that warm start and ``num_episodes`` ask for beyond those of a checkpoint."""
         if checkpoint is not None:
             self.progress.read(checkpoint)
-        return math.ceil(self.progress.episodes_left / self.args.episodes_per_step)
+        phases = self.progress.warm_start_left, self.progress.episodes_left
+        return sum(math.ceil(left / self.args.episodes_per_step) for left in phases)
 
     @property
     def records(self) -> list[Path]:
@@ -334,7 +365,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
 
     def checkpoint_is_due(self) -> bool:
         """Whether the step reached or passed a multiple of ``save_episodes``, or was the last one."""
-        done, every = self.progress.num_episodes, self.args.save_episodes
+        done, every = self.progress.num_trajectories, self.args.save_episodes
         passed = done // every > (done - self.args.episodes_per_step) // every
         return passed or self.state.global_step >= self.state.max_steps
 

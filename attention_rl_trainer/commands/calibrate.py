@@ -20,9 +20,9 @@ from trl import ModelConfig, TrlParser  # type: ignore[attr-defined]  # trl's la
 
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.configs import with_config_path
-from attention_rl_trainer.memories.articles.sources import load_articles
 from attention_rl_trainer.memories.loading import MemoryLoader
 from attention_rl_trainer.memories.pairs import MemoryBatch
+from attention_rl_trainer.memories.sources import columns_of, load_memories
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 from attention_rl_trainer.models.adapters import add_adapter
 from attention_rl_trainer.models.choice import load_named_model
@@ -44,12 +44,12 @@ class CalibrateArguments:
 
     dataset_name: str = field(
         default="wikimedia/wikipedia",
-        metadata={"help": "Articles to fit to, as for attention-rl train.", "aliases": ["--dataset"]},
+        metadata={"help": "What to fit to, as for attention-rl train.", "aliases": ["--dataset"]},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to fit to."})
     dataset_eval_name: str | None = field(
-        default=None, metadata={"help": "Articles to measure on. Default: memories of training after those fitted to."}
+        default=None, metadata={"help": "What to measure on. Default: memories of training after those fitted to."}
     )
     dataset_eval_split: str = field(default="train", metadata={"help": "Split to measure on."})
 
@@ -104,20 +104,15 @@ def _memories(
     data: CalibrateArguments, config: AttentionGuidedRLConfig, loader: MemoryLoader
 ) -> tuple[object, MemoryBatch, MemoryBatch]:
     """Read what is fitted to and what is measured on."""
-    articles = load_articles(
-        data.dataset_name,
-        data.dataset_config,
-        split=data.dataset_train_split,
-        text_column=config.dataset_text_column,
+    fitted_to = load_memories(
+        data.dataset_name, **columns_of(config), config_name=data.dataset_config, split=data.dataset_train_split
     )
     count = config.calibration_memories
     if data.dataset_eval_name is None:
-        both = loader.first_memories(articles, 2 * count)
-        return articles, both.select_rows(range(count)), both.select_rows(range(count, 2 * count))
-    held_out = load_articles(
-        data.dataset_eval_name, split=data.dataset_eval_split, text_column=config.dataset_text_column
-    )
-    return articles, loader.first_memories(articles, count), loader.first_memories(held_out, count)
+        both = loader.first_memories(fitted_to, 2 * count)
+        return fitted_to, both.select_rows(range(count)), both.select_rows(range(count, 2 * count))
+    held_out = load_memories(data.dataset_eval_name, **columns_of(config), split=data.dataset_eval_split)
+    return fitted_to, loader.first_memories(fitted_to, count), loader.first_memories(held_out, count)
 
 
 def heads_table(fitted: Fitted, num_memories: int, num_rows: int = 20) -> Table:

@@ -19,7 +19,7 @@ from trl import TrlParser  # type: ignore[attr-defined]  # trl's lazy names are 
 
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.configs import with_config_path
-from attention_rl_trainer.memories.articles.sources import load_articles
+from attention_rl_trainer.memories.sources import columns_of, load_memories
 from attention_rl_trainer.models.choice import load_named_model
 from attention_rl_trainer.rollout.calibration import CALIBRATION_NAME
 from attention_rl_trainer.trainer import RUN_CONFIG_NAME, AttentionGuidedRLTrainer
@@ -34,7 +34,7 @@ class EvaluateArguments:
         default="wikimedia/wikipedia",
         metadata={
             "help": "Held-out articles: Hub data set, folder or file (Parquet, JSON Lines, text, MediaWiki dump), "
-            "or 'offline'."
+            "or 'offline'; or 'twenty_questions', 'factbook', the file of a game, or a table as in training."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
@@ -129,21 +129,21 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, float]:
             "report_to": "none",
         }
     )
-    articles: Any = load_articles(
+    memories: Any = load_memories(
         arguments.dataset,
-        arguments.dataset_config,
+        **columns_of(config),
+        config_name=arguments.dataset_config,
         split=arguments.dataset_split,
-        text_column=config.dataset_text_column,
     )
     if arguments.skip_articles:
-        articles = articles.skip(arguments.skip_articles)
+        memories = memories.skip(arguments.skip_articles)
     name = arguments.model_name_or_path or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     base, tokenizer = load_named_model(name, config.device, {"dtype": arguments.dtype})
     model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
     trainer = AttentionGuidedRLTrainer(
         model=model,
         args=config,
-        eval_dataset=articles,
+        eval_dataset=memories,
         processing_class=tokenizer,
         calibration=adapter if (adapter / CALIBRATION_NAME).is_file() else None,
     )

@@ -26,25 +26,27 @@ from trl import (  # type: ignore[attr-defined]  # trl's lazy names are not decl
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.configs import with_config_path
 from attention_rl_trainer.durability.discovery import CheckpointError, find_checkpoint
-from attention_rl_trainer.memories.articles.sources import load_articles
+from attention_rl_trainer.memories.sources import columns_of, load_memories
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 
 
 @dataclass
 class DataArguments:
-    """Where the articles come from."""
+    """Where the memories come from."""
 
     dataset_name: str = field(
         default="wikimedia/wikipedia",
         metadata={
-            "help": "Hub data set, folder or file (Parquet, JSON Lines, text, MediaWiki dump), or 'offline'.",
+            "help": "Articles: Hub data set, folder or file (Parquet, JSON Lines, text, MediaWiki dump), or 'offline'. "
+            "Or 'twenty_questions', 'factbook', the file of a game, or a table, with --key_column, --value_column and "
+            "--group_column.",
             "aliases": ["--dataset"],
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_eval_split: str = field(default="train", metadata={"help": "Split of the evaluation articles."})
-    dataset_eval_name: str | None = field(default=None, metadata={"help": "Articles to evaluate on at the end."})
+    dataset_eval_split: str = field(default="train", metadata={"help": "Split of the evaluation's memories."})
+    dataset_eval_name: str | None = field(default=None, metadata={"help": "Source to evaluate on at the end."})
     dataset_streaming: bool | None = field(
         default=None, metadata={"help": "Stream instead of preparing on disk. Default: by the kind of source."}
     )
@@ -85,23 +87,21 @@ def main(flags: Sequence[str] | None = None) -> int:
         _expect_run(args.output_dir)
     if not model.use_peft:
         sys.exit("--use_peft must stay true: only an adapter is trained, and the base model is the reference")
-    articles = load_articles(
+    memories = load_memories(
         data.dataset_name,
-        data.dataset_config,
+        **columns_of(args),
+        config_name=data.dataset_config,
         split=data.dataset_train_split,
         streaming=data.dataset_streaming,
-        text_column=args.dataset_text_column,
     )
     held_out = None
     if data.dataset_eval_name is not None:
-        held_out = load_articles(
-            data.dataset_eval_name, split=data.dataset_eval_split, text_column=args.dataset_text_column
-        )
+        held_out = load_memories(data.dataset_eval_name, **columns_of(args), split=data.dataset_eval_split)
     args.model_init_kwargs = _loading_options(model) | dict(args.model_init_kwargs or {})
     trainer = AttentionGuidedRLTrainer(
         model=model.model_name_or_path,
         args=args,
-        train_dataset=articles,
+        train_dataset=memories,
         eval_dataset=held_out,
         peft_config=get_peft_config(model),
     )

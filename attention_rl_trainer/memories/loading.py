@@ -31,6 +31,7 @@ from attention_rl_trainer.memories.pairs import (
     join_entry,
 )
 from attention_rl_trainer.memories.stream import Article, Articles, ArticleStream, Entries, PositionedArticle
+from attention_rl_trainer.memories.tables import EntriesTable
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 from attention_rl_trainer.options import Count, CountOrZero, option
 from attention_rl_trainer.types import ArticleReference, KeyValuePairs, StreamPosition
@@ -40,9 +41,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ReadingOptions(PairOptions):
-    """Which articles are read, and in which order."""
+    """Which articles, or rows of a table, are read, and in which order."""
 
     dataset_text_column: str = option("text", "Column of the data set that holds the articles.")
+    dataset_key_column: str | None = option(
+        None,
+        "Of a table: column of the keys, such as questions. Each group of rows is a memory.",
+        aliases=["--key_column"],
+    )
+    dataset_value_column: str | None = option(
+        None, "Of a table: column of the values, such as answers.", aliases=["--value_column"]
+    )
+    dataset_group_column: str | None = option(
+        None, "Of a table: column that says which rows make a memory, such as a topic.", aliases=["--group_column"]
+    )
     shuffle: bool = option(True, "Shuffle the articles, anew in every epoch.")
     shuffle_buffer_size: Count = option(1000, "Articles held in memory to shuffle a streamed data set.")
     overfit_articles: CountOrZero = option(
@@ -335,6 +347,8 @@ class MemoryLoader:
 def _source_name(articles: Articles) -> str:
     if isinstance(articles, Dataset | IterableDataset) and articles.info.dataset_name:
         return str(articles.info.dataset_name)
+    if isinstance(articles, EntriesTable):
+        return articles.name
     return type(articles).__name__
 
 

@@ -284,12 +284,12 @@ class PolicyModel:
         return self._in_chunks(self.score_tokens, hidden, token_ids)
 
     def query_token_logprobs(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Log-probability of query tokens over the allowed ids, ``[B, n, C]`` and ``[B, n]`` to ``[B, n]``, nats."""
+        """`score_query_tokens` in chunks: states ``[B, n, C]`` and tokens ``[B, n]`` to ``[B, n]``, nats."""
+        return self._in_chunks(self.score_query_tokens, hidden, token_ids)
 
-        def score(states: Tensor, ids: Tensor) -> Tensor:
-            return self.query_log_probabilities(states).gather(1, self.allowed_index(ids)[:, None]).squeeze(1)
-
-        return self._in_chunks(score, hidden, token_ids)
+    def score_query_tokens(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Log-probability of query tokens over the allowed ids, from the states ``[n, C]`` before them, ``[n]``."""
+        return self.query_log_probabilities(hidden).gather(1, self.allowed_index(token_ids)[:, None]).squeeze(1)
 
     def _in_chunks(self, score: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, token_ids: Tensor) -> Tensor:
         chunks = zip(

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     COUNTERFACTUAL = 2
     SELECTION = 3
     EVALUATION = 4
+    WARM_START = 5
 
 
 def episode_noise(seed: int, episodes: Sequence[int], purpose: Purpose, shape: Sequence[int]) -> Tensor:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from attention_rl_trainer.durability.discovery import Fact
 from attention_rl_trainer.memories.loading import ReadingOptions
-from attention_rl_trainer.memories.stream import READING_ERRORS, Article
+from attention_rl_trainer.memories.stream import READING_ERRORS, Article, Entries
 from attention_rl_trainer.models.adapters import sampled_weights
 from attention_rl_trainer.rollout.layout import LayoutOptions
 
@@ -161,6 +161,8 @@ def _text_at(articles: Any, place: int, text_column: str) -> str:
 
 
 def _text_of(row: Mapping[str, object] | Article, text_column: str) -> str:
+    if isinstance(row, Entries):
+        return repr((row.keys, row.values))
     return repr(row.text if isinstance(row, Article) else row.get(text_column))
 
 

@@ -24,16 +24,19 @@ STATE_NAME = "attention_rl_state.json"
 PREVIOUS_ADAPTER_NAME = "previous_adapter.safetensors"
 CHECKPOINT_PARTS = (STATE_NAME, PREVIOUS_ADAPTER_NAME)
 """The adapter before the last update."""
-_FORMAT = 5
+_FORMAT = 6
 
 
 class Progress:
-    """Episodes done of ``total_episodes``, and the place in the articles."""
+    """Episodes done of ``total_episodes``, those of a warm start before them, and the place in the articles."""
 
-    def __init__(self, total_episodes: int) -> None:
+    def __init__(self, total_episodes: int, warm_start_episodes: int = 0) -> None:
         self.total_episodes = total_episodes
+        self.warm_start_episodes = warm_start_episodes
         self.num_episodes = 0
         """Trajectories rolled out."""
+        self.num_warm_start = 0
+        """Trajectories of the warm start that were learned from."""
         self.position = StreamPosition()
         """Place in the articles right after the last batch used."""
         self.skipped: dict[str, int] = {}
@@ -51,8 +54,18 @@ class Progress:
         """Episodes that are still to run."""
         return max(0, self.total_episodes - self.num_episodes)
 
+    @property
+    def warm_start_left(self) -> int:
+        """Trajectories that are still to be learned from before the next episode."""
+        return max(0, self.warm_start_episodes - self.num_warm_start)
+
+    @property
+    def num_trajectories(self) -> int:
+        """Those of the warm start and of the episodes done."""
+        return self.num_warm_start + self.num_episodes
+
     def next_episodes(self, batch: MemoryBatch) -> range:
-        """Number the episodes of the next batch."""
+        """Number the episodes of the next batch that is rolled out."""
         return range(self.num_episodes, self.num_episodes + len(batch))
 
     def read(self, checkpoint: Path) -> None:
@@ -66,18 +79,27 @@ class Progress:
         return self.position
 
     def advance(self, batch: MemoryBatch) -> None:
-        """Count a batch that was rolled out."""
-        self.num_episodes += len(batch)
+        """Count a batch that was rolled out, or learned from in the warm start."""
+        if self.warm_start_left > 0:
+            self.num_warm_start += len(batch)
+        else:
+            self.num_episodes += len(batch)
         self.position = batch.position_after
         self.skipped = dict(Counter(self._skipped_before) + Counter(batch.skipped))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, JSON-able."""
-        return {"num_episodes": self.num_episodes, "position": self.position.to_dict(), "skipped": self.skipped}
+        return {
+            "num_episodes": self.num_episodes,
+            "num_warm_start": self.num_warm_start,
+            "position": self.position.to_dict(),
+            "skipped": self.skipped,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to what `state_dict` returned."""
         self.num_episodes = int(state["num_episodes"])
+        self.num_warm_start = int(state["num_warm_start"])
         self.position = StreamPosition.from_dict(state["position"])
         self.skipped = {str(reason): int(count) for reason, count in state["skipped"].items()}
 

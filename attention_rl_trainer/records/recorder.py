@@ -22,6 +22,7 @@ from attention_rl_trainer.records.summary import REPORT_FOLDER, SUMMARY_NAME, Ru
 from attention_rl_trainer.types import Trajectory
 from attention_rl_trainer.update.filter import Verdict
 from attention_rl_trainer.update.micro_batches import LossSums
+from attention_rl_trainer.update.warm_start import WarmStartTerms
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,13 @@ class Recorder:
         self._metrics.add({"policy_loss": sums.policy})
         if sums.kl is not None:
             self._metrics.add({"kl": sums.kl / sums.num_query_tokens}, weight=sums.num_query_tokens)
+
+    def add_warm_start(self, terms: WarmStartTerms, num_trajectories: int) -> None:
+        """Collect how well the queries and values of a warm start are predicted."""
+        logprobs = {"warm_start_query": terms.query_logprob, "warm_start_value": terms.value_logprob}
+        self._metrics.add(
+            {f"{name}_logprob": value.item() for name, value in logprobs.items()}, weight=num_trajectories
+        )
 
     def add_times(self, trajectories: Trajectory) -> None:
         """Collect how long the phases of a rollout batch took, and the peak memory."""

@@ -87,7 +87,7 @@ def compute_loss_terms(
         quantities |= {"query vector": vectors.detach(), "log-probability of a drawn pair": choice.detach()}
         loss = loss + options.selector_coef * selector_term(choice, kept.advantages, kept.weights)
     if options.reward_gradient_coef > 0:
-        term, logprobs = _reading_term(policy, kept, hidden)
+        term, logprobs = reading_term(policy, kept, hidden)
         quantities["policy logit or log-probability of a value"] = logprobs
         loss = loss + options.reward_gradient_coef * term
     expect_finite(quantities, kept.articles)
@@ -152,8 +152,12 @@ def _choice_logprobs(environment: MemoryEnvironment, query_vectors: Tensor, kept
     return logprobs
 
 
-def _reading_term(policy: PolicyModel, kept: KeptTrajectories, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Less the weighted mean log-probability of the values under the policy, and the values' tokens', ``[b, T, V]``."""
+def reading_term(policy: PolicyModel, kept: KeptTrajectories, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Less the weighted mean log-probability of the values under the policy, and the values' tokens', ``[b, T, V]``.
+
+    Args:
+        hidden: the policy's states of whole trajectories, ``[b, S, C]``.
+    """
     places, num_steps = positions(kept.value_starts, kept.value_length, kept.token_ids.device), len(kept.value_starts)
     values = torch.unflatten(kept.token_ids[:, places], 1, (num_steps, -1))
     # Each step's mean is over its own tokens.

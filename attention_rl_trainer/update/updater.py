@@ -26,10 +26,11 @@ from attention_rl_trainer.update.losses import LossOptions
 from attention_rl_trainer.update.micro_batches import Differentiate, GradientAccumulator, LossSums, MicroBatchSize
 from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
 from attention_rl_trainer.update.undo import OptimizerRestorePoint
+from attention_rl_trainer.update.warm_start import WarmStartOptions
 
 
 @dataclass
-class UpdateOptions(LossOptions):
+class UpdateOptions(LossOptions, WarmStartOptions):
     """How trajectories are trained on."""
 
     training_batch_size: Count = option(

@@ -30,7 +30,7 @@ from attention_rl_trainer.update.filter import RewardFilter, RewardStatistics
 
 STATES = {
     "filter": RewardStatistics(7, -1 / 3, math.pi * 1e-9).state_dict(),
-    "progress": {"num_episodes": 7, "position": {"epoch": 1, "index": 12}, "skipped": {"too short": 3}},
+    "progress": {"num_episodes": 7, "num_warm_start": 0, "position": {"epoch": 1, "index": 12}, "skipped": {"too short": 3}},
     "updater": {"num_updates": 2},
     "recorder": {"metrics": {}, "health": {}},
 }
@@ -129,9 +129,9 @@ class TestFiles:
     def test_two_files_are_written(self, tmp_path: Path) -> None:
         save_parts(tmp_path, STATES, {"a": torch.ones(1)})
         assert {path.name for path in tmp_path.iterdir()} == {STATE_NAME, PREVIOUS_ADAPTER_NAME}
-        assert json.loads((tmp_path / STATE_NAME).read_text()) == {"format": 5} | STATES
+        assert json.loads((tmp_path / STATE_NAME).read_text()) == {"format": 6} | STATES
 
-    @pytest.mark.parametrize("found", [0, 1, "2", 3, 4, 6, None])
+    @pytest.mark.parametrize("found", [0, 1, "2", 3, 4, 5, 7, None])
     def test_another_format_is_refused(self, tmp_path: Path, found: object) -> None:
         path = tmp_path / STATE_NAME
         path.write_text(json.dumps({"format": found} | STATES))
@@ -157,7 +157,7 @@ class TestFiles:
 
     def expect_refused(self, path: Path, found: str) -> None:
         message = (
-            f"{path} has {found}, but this version of attention_rl_trainer reads format 5; "
+            f"{path} has {found}, but this version of attention_rl_trainer reads format 6; "
             "resume with the version that wrote it, or start anew in another output_dir"
         )
         with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):

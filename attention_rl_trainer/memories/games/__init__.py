@@ -4,6 +4,7 @@ A game asks the same questions of every object: an object is a memory, its quest
 values. Nothing here knows of tokens or of models.
 """
 
+from attention_rl_trainer.memories.games.entries import game_entries, statement
 from attention_rl_trainer.memories.games.game import Game, GameObject
 from attention_rl_trainer.memories.games.information import (
     expected_information_gain,
@@ -18,8 +19,10 @@ __all__ = [
     "Game",
     "GameObject",
     "expected_information_gain",
+    "game_entries",
     "greedy_questions",
     "information_gain",
     "load_game",
     "play_greedily",
+    "statement",
 ]

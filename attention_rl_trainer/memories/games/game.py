@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Container
 from dataclasses import dataclass
+
+from attention_rl_trainer.memories.tables.draws import draw
 
 _DIGITS_OF_TIES = 9
 
@@ -71,7 +72,7 @@ class Game:
         held_out = {
             game_object.name
             for category, group in groups.items()
-            for game_object in sorted(group, key=lambda one: _drawn(seed, one.name))[: sizes[category]]
+            for game_object in sorted(group, key=lambda one: draw(seed, one.name))[: sizes[category]]
         }
         return self._part({one.name for one in self.objects} - held_out), self._part(held_out)
 
@@ -84,13 +85,8 @@ def _whole_numbers(shares: dict[str | None, float], total: int, seed: int) -> di
     sizes = {category: math.floor(share) for category, share in shares.items()}
 
     def rank(category: str | None) -> tuple[float, float]:
-        return round(sizes[category] - shares[category], _DIGITS_OF_TIES), _drawn(seed, f"category {category}")
+        return round(sizes[category] - shares[category], _DIGITS_OF_TIES), draw(seed, f"category {category}")
 
     for category in sorted(shares, key=rank)[: total - sum(sizes.values())]:
         sizes[category] += 1
     return sizes
-
-
-def _drawn(seed: int, name: str) -> float:
-    """A number in [0, 1) for a name, on every machine the same, whatever else is drawn."""
-    return random.Random(f"{seed} {name}").random()

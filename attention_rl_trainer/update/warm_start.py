@@ -1,0 +1,146 @@
+"""A supervised phase before the first episode: what a query is, before which query pays (design §9).
+
+A small model writes prose where a query is wanted, and reinforcement alone does not find queries among all texts. Here
+each query is the key of an unread pair, drawn uniformly, and the loss is the mean over steps of
+
+    - mean_L log p(query tokens)  -  mean_V log p(value tokens)
+
+weighed alike: with queries alone the reader is lost. A key shorter than a query is followed by line breaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from attention_rl_trainer.errors import expect_finite
+from attention_rl_trainer.memories.pairs import MemoryBatch
+from attention_rl_trainer.memories.tokenization import PlainTextEncoder
+from attention_rl_trainer.models.modes import update_mode
+from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.models.sampling import Purpose, episode_noise
+from attention_rl_trainer.options import CountOrZero, Options, option
+from attention_rl_trainer.rollout.layout import Layout, positions
+from attention_rl_trainer.types import PADDING, KeyValuePair, KeyValuePairs, is_token
+from attention_rl_trainer.update.kept import KeptTrajectories
+from attention_rl_trainer.update.losses import reward_gradient_term
+from attention_rl_trainer.update.objective import reading_term
+
+
+@dataclass
+class WarmStartOptions(Options):
+    """What comes before the first episode."""
+
+    warm_start_episodes: CountOrZero = option(
+        0,
+        "Trajectories of a supervised phase before the first episode: each query is the key of an unread pair, drawn "
+        "uniformly, and the loss is on queries and values alike.",
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class WarmStartTerms:
+    """The loss of a micro-batch, weighted by 1 / B_all, and its parts; scalars."""
+
+    loss: Tensor
+    """What to differentiate."""
+    query_logprob: Tensor
+    """Mean log-probability of the query tokens, nats."""
+    value_logprob: Tensor
+    """Mean log-probability of the values, nats per token."""
+
+
+def as_query(keys: Tensor, num_tokens: int, filling: Sequence[int]) -> Tensor:
+    """Turn keys ``[B, K]``, padded on the left, into queries ``[B, L]``: cut, or filled up with a text's ids."""
+    queries = torch.tensor(filling, device=keys.device).repeat(num_tokens)[:num_tokens].repeat(len(keys), 1)
+    for row, key in zip(queries, keys, strict=True):
+        tokens = key[key != PADDING][:num_tokens]
+        row[: len(tokens)] = tokens
+    return queries
+
+
+def lay_out_lessons(
+    batch: MemoryBatch, layout: Layout, encoder: PlainTextEncoder, episodes: Sequence[int], seed: int, total: int
+) -> KeptTrajectories:
+    """Make the trajectories of a batch in which every query is the key of the pair that follows.
+
+    Args:
+        layout: of the run.
+        encoder: gives the line breaks after a short key.
+        episodes: numbers of the trajectories among those of the phase, which seed their draws.
+        total: B_all, the trajectories of the whole update.
+
+    Returns:
+        The trajectories, on the CPU; their advantages are 1.
+    """
+    layout = layout.for_batch(batch)
+    num_rows, num_pairs = batch.pair_numbers.shape
+    noise = episode_noise(seed, episodes, Purpose.WARM_START, (num_pairs,))
+    order = noise.argsort(dim=1)[:, : layout.num_steps]
+    memory = KeyValuePairs(
+        key_tokens=batch.key_tokens,
+        value_tokens=batch.value_tokens,
+        key_vectors=torch.zeros(num_rows, num_pairs, 1, 1),
+        pair_numbers=batch.pair_numbers,
+        is_padded=batch.is_padded,
+    )
+    filling = encoder.encode("\n")
+    blocks = [layout.prompt(batch, batch.key_tokens.device)]
+    for step, columns in enumerate(order.unbind(dim=1)):
+        pair: KeyValuePair = memory.gather(columns)
+        query = as_query(pair.key_tokens, layout.tokens_per_query, filling)
+        blocks += [query, layout.response(pair, is_last=step == layout.num_steps - 1)]
+    steps = (num_rows, layout.num_steps)
+    return KeptTrajectories(
+        token_ids=torch.cat(blocks, dim=1),
+        query_starts=layout.query_starts,
+        value_starts=layout.value_starts,
+        query_length=layout.tokens_per_query,
+        value_length=layout.tokens_per_value,
+        rollout_logprobs=torch.zeros(*steps, layout.tokens_per_query),
+        selected_index=order,
+        memory=memory,
+        advantages=torch.ones(steps),
+        weights=torch.full((num_rows,), 1 / total),
+        articles=tuple(batch.articles),
+    )
+
+
+def on_device(lessons: KeptTrajectories, device: torch.device) -> KeptTrajectories:
+    """Move what a loss reads."""
+    names = ("token_ids", "rollout_logprobs", "selected_index", "advantages", "weights")
+    return replace(lessons, **{name: getattr(lessons, name).to(device) for name in names})
+
+
+def warm_start_terms(policy: PolicyModel, model: nn.Module, lessons: KeptTrajectories) -> WarmStartTerms:
+    """Compute the loss of a micro-batch in one forward.
+
+    Args:
+        model: the policy's model as the trainer wrapped it.
+
+    Raises:
+        NonFiniteError: a log-probability is not finite; names which, the step and the articles.
+    """
+    with update_mode(policy.model):
+        hidden, _ = policy.training_forward(
+            model, lessons.token_ids, capture_queries=False, padded=lessons.memory.is_padded
+        )
+    places = positions(lessons.query_starts, lessons.query_length, lessons.token_ids.device)
+    query_term, query_logprobs = reward_gradient_term(
+        hidden[:, places - 1].flatten(0, 1),
+        lessons.token_ids[:, places].flatten(),
+        lessons.weights.repeat_interleave(len(places)) / len(places),
+        policy.score_query_tokens,
+        chunk_size=policy.logits_chunk_size,
+    )
+    value_term, value_logprobs = reading_term(policy, lessons, hidden)
+    by_step = (len(lessons), len(lessons.query_starts), -1)
+    expect_finite(
+        {"policy logit": query_logprobs.view(by_step), "log-probability of a value": value_logprobs}, lessons.articles
+    )
+    values = is_token(lessons.token_ids[:, positions(lessons.value_starts, lessons.value_length, places.device)])
+    means = value_logprobs.flatten(1).sum(dim=1) / values.sum(dim=1)
+    return WarmStartTerms(query_term + value_term, query_logprobs.mean(), means.mean())
