@@ -24,6 +24,7 @@ from attention_rl_trainer.durability.discovery import Fact
 from attention_rl_trainer.durability.states import Stateful
 from attention_rl_trainer.durability.trainer import DurableTrainer
 from attention_rl_trainer.errors import RunContext
+from attention_rl_trainer.evaluation.asking import AskedQuestions
 from attention_rl_trainer.evaluation.evaluate import evaluate, expect_evaluable
 from attention_rl_trainer.evaluation.tables import folder_name
 from attention_rl_trainer.memories import Articles, ArticleStream, MemoryLoader, PlainTextEncoder
@@ -409,7 +410,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         folder = self.output_dir / "evaluation" / folder_name(metric_key_prefix)
         with self.context.phase("evaluation", args.generation_batch_size):
             memories = (inputs["memories"] for inputs in batches)
-            results = evaluate(self.sampler, memories, self.encoder, args, folder)
+            results = evaluate(self.sampler, memories, self.encoder, args, folder, AskedQuestions.of(articles))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)

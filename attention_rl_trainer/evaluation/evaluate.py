@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from attention_rl_trainer.evaluation.asking import AskedQuestions
 from attention_rl_trainer.evaluation.tables import TableBuilder
 from attention_rl_trainer.memories.loading import MemoryLoader
 from attention_rl_trainer.memories.pairs import MemoryBatch
@@ -79,10 +80,12 @@ def evaluate(
     encoder: PlainTextEncoder,
     options: EvaluationOptions,
     folder: Path,
+    questions: AskedQuestions | None = None,
 ) -> dict[str, float]:
-    """Evaluate a policy, and with ``eval_tables`` write the two tables into a folder, which is made if it is missing.
+    """Evaluate a policy, and with ``eval_tables`` write the tables into a folder, which is made if it is missing.
 
-    The random numbers are not those of training, and the same at every call.
+    Where the memories are those of a game, ``questions`` measure what was asked. The random numbers are not those of
+    training, and the same at every call.
 
     Returns:
         Rewards, their parts and the tables' main figures, by name.
@@ -93,7 +96,7 @@ def evaluate(
     sampler.compute_order_gain = True
     if not options.eval_tables:
         return evaluate_policy(sampler, batches, options.eval_episodes)
-    builder = TableBuilder(sampler, encoder, num_order_episodes=options.eval_order_episodes)
+    builder = TableBuilder(sampler, encoder, num_order_episodes=options.eval_order_episodes, questions=questions)
     results = evaluate_policy(sampler, batches, options.eval_episodes, builder.add)
     tables = builder.build()
     tables.write(folder)

@@ -1,6 +1,6 @@
-"""A policy on held-out memories, in two tables: what its orders are worth, and what its queries are (design §11).
+"""A policy on held-out memories, in tables: what its orders are worth, queries and questions (design §11).
 
-Both are paired: every row of a table was measured on the same memories and contexts. Intervals are 95%, bootstrapped
+All are paired: every row of a table was measured on the same memories and contexts. Intervals are 95%, bootstrapped
 over articles.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attention_rl_trainer.durability.staging import staged_files
+from attention_rl_trainer.evaluation.asking import ASKED, GREEDY, RANDOM_QUESTIONS, AskedQuestions
 from attention_rl_trainer.evaluation.estimates import Estimate, clustered_mean, clustered_ratio
 from attention_rl_trainer.evaluation.orders import BEST, ORACLE, RANDOM, WORST, score_orders
 from attention_rl_trainer.evaluation.queries import (
@@ -73,6 +74,10 @@ class EvaluationTables:
     """
     settings: dict[str, int | float | str]
     """What the figures depend on."""
+    asked: dict[str, Estimate] = field(default_factory=dict)
+    """Of a game: what the questions of each player tell about the object, nats a trajectory."""
+    asked_share: dict[str, Estimate] = field(default_factory=dict)
+    """Share of the gap between random questions and the greedy player's that each player closes."""
 
     def metrics(self) -> dict[str, float]:
         """Name the figures that tell whether a policy has learned anything."""
@@ -89,7 +94,12 @@ class EvaluationTables:
         if FORM in self.policy_less:
             queries["query_over_form"] = self.policy_less[FORM].mean
         said = {name: self.parts[name].mean for name in (NAMES, DISTINCT, BOUND) if name in self.parts}
-        return orders | queries | said
+        asked = {}
+        if ASKED in self.asked:
+            asked["questions_tell"] = self.asked[ASKED].mean
+        if ASKED in self.asked_share:
+            asked["questions_share_closed"] = self.asked_share[ASKED].mean
+        return orders | queries | said | asked
 
     def to_markdown(self) -> str:
         """Write both tables as Markdown."""
@@ -112,9 +122,19 @@ class EvaluationTables:
                 *([_bound_sentence(self.parts[BOUND])] if BOUND in self.parts else []),
                 "### The trajectories",
                 _table(["", "mean"], parts),
+                *self._asked_lines(),
                 "",
             ]
         )
+
+    def _asked_lines(self) -> list[str]:
+        if not self.asked:
+            return []
+        rows = [[name, str(gain), str(self.asked_share.get(name, ""))] for name, gain in self.asked.items()]
+        return [
+            "### The questions: what the answers tell about which object it is, nats a trajectory",
+            _table(["who asks, of the same memories", "told", "share of the gap from random to greedy"], rows),
+        ]
 
     def write(self, folder: Path) -> list[Path]:
         """Write ``evaluation.json`` and ``evaluation.md`` into a folder, which is made if it is missing."""
@@ -167,6 +187,7 @@ class TableBuilder:
         num_counterfactuals: queries of the base model at each step.
         num_random: random orders of a memory that is too large to score all of its orders.
         num_order_episodes: trajectories, the first ones, whose memories have their orders scored; by default all.
+        questions: of the game that is evaluated, if it is one.
     """
 
     def __init__(
@@ -177,8 +198,11 @@ class TableBuilder:
         num_counterfactuals: int = 4,
         num_random: int = 8,
         num_order_episodes: int | None = None,
+        questions: AskedQuestions | None = None,
     ) -> None:
         self._sampler = sampler
+        self._questions = questions
+        self._asked: dict[str, list[float]] = {}
         self._num_order_episodes = num_order_episodes
         self._encoder = encoder
         self._num_counterfactuals = num_counterfactuals
@@ -222,6 +246,8 @@ class TableBuilder:
         articles = [f"{article.source}:{article.article_index}" for article in batch.articles]
         self._articles += articles
         self._add_queries(trajectory, control, articles)
+        if self._questions is not None:
+            self._add_questions(self._questions, batch, trajectory)
         self._add_orders(batch, trajectory.episodes.tolist())
 
     def _add_queries(self, trajectory: Trajectory, control: Tensor, articles: Sequence[str]) -> None:
@@ -235,6 +261,14 @@ class TableBuilder:
         for name, values in information.items():
             _extend(self._heard, name, values.tolist())
         self._heard_articles += articles if information else []
+
+    def _add_questions(self, questions: AskedQuestions, batch: MemoryBatch, trajectory: Trajectory) -> None:
+        memory = trajectory.memory.pair_numbers.tolist()
+        asked = trajectory.memory.pair_numbers.gather(1, trajectory.stack("selected_index")).tolist()
+        for row, (article, episode) in enumerate(zip(batch.articles, trajectory.episodes.tolist(), strict=True)):
+            seed = (self._sampler.seed, episode)
+            for name, told in questions.gains(article.article_index, memory[row], asked[row], seed).items():
+                _extend(self._asked, name, [told])
 
     def _add_orders(self, batch: MemoryBatch, episodes: Sequence[int]) -> None:
         left = len(batch)
@@ -297,7 +331,17 @@ class TableBuilder:
                 "L": self._sampler.layout.tokens_per_query,
                 "counterfactuals": self._num_counterfactuals,
             },
+            asked=_estimates(self._asked, articles),
+            asked_share=self._asked_share(articles),
         )
+
+    def _asked_share(self, articles: Sequence[str]) -> dict[str, Estimate]:
+        random, greedy = (self._asked.get(name, []) for name in (RANDOM_QUESTIONS, GREEDY))
+        gap = _less(greedy, random)
+        if sum(gap) <= _SMALLEST_GAP * len(gap):
+            return {}
+        others = {name: told for name, told in self._asked.items() if name != RANDOM_QUESTIONS}
+        return {name: clustered_ratio(_less(told, random), gap, articles) for name, told in others.items()}
 
 
 def _extend(columns: dict[str, list[float]], name: str, values: Iterable[float]) -> None:
