@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -54,7 +55,7 @@ from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.update import KeptTrajectories, LossTerms, RewardFilter, TrajectoryFilter, Updater
 from attention_rl_trainer.update.agreement import RolloutAgreement
 from attention_rl_trainer.update.objective import compute_loss_terms
-from attention_rl_trainer.update.warm_start import lay_out_lessons, on_device, warm_start_terms
+from attention_rl_trainer.update.warm_start import WarmStartTerms, lay_out_lessons, on_device, warm_start_terms
 
 Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 
@@ -148,7 +149,8 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         every = args.log_trajectory_steps * args.episodes_per_step
         latest = (lambda: self.recorder.latest_row) if every else None
         counts = args.warm_start_episodes + args.num_episodes, lambda: self.progress.num_trajectories
-        self.add_callback(EpisodeProgressCallback(*counts, table_episodes=every or None, latest_trajectory=latest))
+        bar = partial(EpisodeProgressCallback, table_episodes=every or None, latest_trajectory=latest)
+        self.add_callback(bar(*counts, num_before=args.warm_start_episodes))
 
     def start_afresh(self) -> None:
         """Forget the run before, but not what the model has learned in it."""
@@ -216,22 +218,37 @@ class AttentionGuidedRLTrainer(DurableTrainer):
     def _warm_start_step(self, model: nn.Module, memories: MemoryBatch) -> Tensor:
         """Accumulate the gradient of a batch of the warm start."""
         batch, done = memories.head(self.progress.warm_start_left), self.progress.num_warm_start
+        learned: list[tuple[WarmStartTerms, int]] = []
 
         def differentiate(micro_batch: KeptTrajectories) -> tuple[Tensor, None]:
+            if micro_batch.articles[0] is batch.articles[0]:
+                # Where memory ran out in a later one, all come again.
+                learned.clear()
             with update_mode(model, adapter_dropout=not self.args.disable_dropout):
                 with self.compute_loss_context_manager():
                     terms = warm_start_terms(self.policy, model, micro_batch)
                 self.accelerator.backward(terms.loss)
-            self.recorder.add_warm_start(terms, len(micro_batch))
-            return terms.loss.detach(), None
+            terms = replace(terms, loss=terms.loss.detach())
+            learned.append((terms, len(micro_batch)))
+            return terms.loss, None
 
         with self._all_or_nothing(), self.context.phase("update", len(batch), batch.articles):
             numbers = range(done, done + len(batch))
             lessons = lay_out_lessons(
-                batch, self.layout, self.encoder, numbers, self.args.seed, self.updater.num_trajectories
+                batch,
+                self.layout,
+                self.encoder,
+                numbers,
+                self.args.seed,
+                self.updater.num_trajectories,
+                self.args.warm_start_mismatch or 0,
             )
+            # The updater's is a mean over num_iterations, of which there is one here.
             loss = self.updater.accumulate(on_device(lessons, self.policy.device), differentiate)
+            loss = loss * self.args.num_iterations
             self.progress.advance(batch)
+            for terms, num_trajectories in learned:
+                self.recorder.add_warm_start(terms, num_trajectories)
         self.recorder.add_update_time()
         return loss
 
@@ -433,7 +450,8 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             facts |= {name: None if part is None else kind_of(part) for name, part in parts.items()}
             # The states of one optimizer mean nothing to another.
             optim = self._given_optimizer or str(getattr(args.optim, "value", args.optim))
-            self._identity = super().run_identity() | facts | {"seed": args.seed, "optim": optim}
+            warm_start = {name: getattr(args, name) for name in ("warm_start_episodes", "warm_start_mismatch")}
+            self._identity = super().run_identity() | facts | warm_start | {"seed": args.seed, "optim": optim}
         return self._identity | {"selector": self.selector.digest}
 
     def save_extras(self, folder: Path) -> None:

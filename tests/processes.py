@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -23,6 +23,7 @@ import safetensors.torch
 from datasets import Dataset
 from tiny import article_texts, byte_level_tokenizer, tiny_config, tiny_llama
 
+from attention_rl_trainer.memories.stream import Articles, Entries
 from attention_rl_trainer.records.ledger import Ledger
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 
@@ -46,6 +47,7 @@ class Job:
         options: of the config, beside those of `tiny_config`.
         resume: as `train` takes it.
         streaming: whether the articles are streamed.
+        entries: whether there are memories of keys and values of different lengths in place of articles.
         wide: a model whose adapter is large enough for 8-bit optimizer states.
         die_at: number of the write at which the process kills itself; -1 for never.
         tear: whether the file of a checkpoint that was written last is left in half then.
@@ -57,6 +59,7 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
     resume: str | bool | None = None
     streaming: bool = False
+    entries: bool = False
     wide: bool = False
     die_at: int = -1
     tear: bool = False
@@ -74,15 +77,29 @@ def adapter_hash(job: Job) -> str:
     return hashlib.sha256((job.run / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
+def made_up_entries(texts: Sequence[str], num_pairs: int = 7) -> list[Entries]:
+    """Make a memory of each text: keys of one to three words, and values of one to five."""
+    rows = []
+    for number, text in enumerate(texts):
+        words = text.split()
+        keys = [" " + " ".join(words[10 * pair : 10 * pair + 1 + pair % 3]) for pair in range(num_pairs)]
+        values = [
+            " " + " ".join(words[10 * pair + 3 : 10 * pair + 4 + (number + pair) % 5]) for pair in range(num_pairs)
+        ]
+        rows.append(Entries(f"thing {number}", "tests", tuple(keys), tuple(values)))
+    return rows
+
+
 def build_trainer(job: Job) -> AttentionGuidedRLTrainer:
     """Build the trainer of a job; where it evaluates, on articles of its own."""
     texts = article_texts(30, seed=job.texts)
     rows = Dataset.from_dict({"title": [f"article {number}" for number in range(len(texts))], "text": texts})
+    articles: Articles = rows.to_iterable_dataset(num_shards=3) if job.streaming else rows
     sizes = {"hidden_size": 1024, "num_attention_heads": 8, "head_dim": 16} if job.wide else {}
     return AttentionGuidedRLTrainer(
         model=tiny_llama(**sizes),
         args=tiny_config(job.folder, **job.options),
-        train_dataset=rows.to_iterable_dataset(num_shards=3) if job.streaming else rows,
+        train_dataset=made_up_entries(texts) if job.entries else articles,
         eval_dataset=[{"text": text} for text in article_texts(6, seed=99)] if "eval_strategy" in job.options else None,
         processing_class=byte_level_tokenizer(texts),
     )

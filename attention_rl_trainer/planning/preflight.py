@@ -255,9 +255,14 @@ def run_facts(
     total = sum(parameter.numel() for parameter in policy.model.parameters())
     free, context = free_memory_gib(device), context_length_of(base.config)
     # Outside of a run the steps of one from the start.
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_episodes / config.episodes_per_step)
+    steps = (
+        config.max_steps
+        if config.max_steps > 0
+        else math.ceil((config.warm_start_episodes + config.num_episodes) / config.episodes_per_step)
+    )
     installed = {distribution.name for distribution in importlib.metadata.distributions()}
     versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES if name in installed]
+    lessons = f"{config.warm_start_episodes} trajectories of a warm start and " if config.warm_start_episodes else ""
     return {
         "model": _model_name(base),
         "architecture": f"{type(base).__name__}, {base.config.get_text_config().num_hidden_layers} layers",
@@ -270,7 +275,7 @@ def run_facts(
         "pairs": f"{config.num_kv_pairs} per article, each of {config.tokens_per_key} + {config.tokens_per_value} "
         f"tokens, {config.memory_size} in a memory, {layout.num_steps} read",
         "trajectory": f"{layout.trajectory_tokens} tokens of a context of {context or 'unknown length'}",
-        "run": f"{config.num_episodes} episodes in {steps} steps of {config.episodes_per_step}",
+        "run": f"{lessons}{config.num_episodes} episodes in {steps} steps of {config.episodes_per_step}",
         "selection": f"{_selector_name(config)}, heads averaged as {config.head_aggregation}",
         "seed": config.seed,
         "versions": ", ".join([f"python {platform.python_version()}", *versions]),

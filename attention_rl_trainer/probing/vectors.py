@@ -6,6 +6,7 @@ alone, as in a rollout.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -83,9 +84,10 @@ def _query_vectors(
     # Of a single memory: what is padding can be left out.
     prompt = prompt[is_token(prompt)][None]
     captures = {number: layer.capture_queries for number, layer in layers.items()}
+    after_prompt = _after_prompt(policy, prompt)
 
     def read(chunk: Tensor) -> dict[int, Tensor]:
-        cache = _after_prompt(policy, prompt, len(chunk))
+        cache = after_prompt(len(chunk))
         with _capturing_means(captures) as means:
             policy.forward(chunk, cache)
         return means
@@ -93,16 +95,24 @@ def _query_vectors(
     return _by_length(memory.key_tokens[0].to(policy.device), lambda keys: keys[:, : half_length(keys.shape[1])], read)
 
 
-def _after_prompt(policy: PolicyModel, prompt: Tensor, num_rows: int) -> Cache:
-    """Make a cache of rows that have all read the prompt ``[1, S]``: once, where a cache's row can be repeated."""
-    cache = DynamicCache(config=policy.causal_lm.config)
-    # A recurrent state cannot.
-    if not all(type(layer) in _REPEATABLE for layer in cache.layers):
+def _after_prompt(policy: PolicyModel, prompt: Tensor) -> Callable[[int], Cache]:
+    """Prepare caches of so many rows that have all read the prompt ``[1, S]``: once, where a row can be repeated."""
+    once = DynamicCache(config=policy.causal_lm.config)
+    can_be_repeated = all(type(layer) in _REPEATABLE for layer in once.layers)
+    if can_be_repeated:
+        policy.forward(prompt, once)
+
+    def make_cache(num_rows: int) -> Cache:
+        if can_be_repeated:
+            cache = copy.deepcopy(once)
+            cache.batch_select_indices(torch.zeros(num_rows, dtype=torch.int64, device=policy.device))
+            return cache
+        # A recurrent state cannot.
+        cache = DynamicCache(config=policy.causal_lm.config)
         policy.forward(prompt.expand(num_rows, -1), cache)
         return cache
-    policy.forward(prompt, cache)
-    cache.batch_select_indices(torch.zeros(num_rows, dtype=torch.int64, device=policy.device))
-    return cache
+
+    return make_cache
 
 
 def _key_vectors(policy: PolicyModel, keys: Tensor, layers: Mapping[int, AttentionLayer]) -> dict[int, Tensor]:

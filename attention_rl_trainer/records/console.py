@@ -58,6 +58,7 @@ class EpisodeProgressCallback(TrainerCallback):
         table_episodes: print a table whenever this many more episodes are done; None for never.
         latest_trajectory: returns the trajectory to print, None if there is none yet; needed with `table_episodes`.
         console: where bar and tables are written; standard error by default.
+        num_before: trajectories of a warm start, which are among the counts but not among the episodes that are logged.
 
     Raises:
         ValueError: a count below 1, or only one of `table_episodes` and `latest_trajectory`.
@@ -71,6 +72,7 @@ class EpisodeProgressCallback(TrainerCallback):
         table_episodes: int | None = None,
         latest_trajectory: Callable[[], LedgerRow | None] | None = None,
         console: Console | None = None,
+        num_before: int = 0,
     ) -> None:
         for name, count in {"num_episodes": num_episodes, "table_episodes": table_episodes}.items():
             if count is not None and count < 1:
@@ -80,6 +82,7 @@ class EpisodeProgressCallback(TrainerCallback):
         self.num_episodes = num_episodes
         self.episodes_done = episodes_done
         self.table_episodes = table_episodes
+        self.num_before = num_before
         self.latest_trajectory = latest_trajectory
         self.console = Console(stderr=True) if console is None else console
         self._bar: tqdm | None = None
@@ -122,9 +125,10 @@ class EpisodeProgressCallback(TrainerCallback):
             return
         parts = [form.format(logs[name]) for name, form in _POSTFIX.items() if name in logs]
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
-        self._advance(int(logs["episodes"]))
+        done = self.num_before + int(logs["episodes"])
+        self._advance(done)
         self._bar.refresh()
-        self._print_if_due(int(logs["episodes"]))
+        self._print_if_due(done)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

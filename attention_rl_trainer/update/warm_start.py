@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from attention_rl_trainer.errors import expect_finite
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
-from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.models.sampling import Purpose, episode_noise
-from attention_rl_trainer.options import CountOrZero, Options, option
+from attention_rl_trainer.options import CountOrZero, Options, Share, option
 from attention_rl_trainer.rollout.layout import Layout, positions
-from attention_rl_trainer.types import PADDING, KeyValuePair, KeyValuePairs, is_token
+from attention_rl_trainer.types import KeyValuePair, KeyValuePairs, is_token
 from attention_rl_trainer.update.kept import KeptTrajectories
 from attention_rl_trainer.update.losses import reward_gradient_term
 from attention_rl_trainer.update.objective import reading_term
@@ -38,6 +37,11 @@ class WarmStartOptions(Options):
         0,
         "Trajectories of a supervised phase before the first episode: each query is the key of an unread pair, drawn "
         "uniformly, and the loss is on queries and values alike.",
+    )
+    warm_start_mismatch: Share | None = option(
+        None,
+        "Share of the warm start's steps whose query is the key of another pair than the one that is read, as it will "
+        "happen: or the reader takes every query for the beginning of its answer. Default: none.",
     )
 
 
@@ -55,15 +59,18 @@ class WarmStartTerms:
 
 def as_query(keys: Tensor, num_tokens: int, filling: Sequence[int]) -> Tensor:
     """Turn keys ``[B, K]``, padded on the left, into queries ``[B, L]``: cut, or filled up with a text's ids."""
-    queries = torch.tensor(filling, device=keys.device).repeat(num_tokens)[:num_tokens].repeat(len(keys), 1)
-    for row, key in zip(queries, keys, strict=True):
-        tokens = key[key != PADDING][:num_tokens]
-        row[: len(tokens)] = tokens
-    return queries
+    rest = torch.tensor(filling, device=keys.device).repeat(num_tokens)
+    return torch.stack([torch.cat([key[is_token(key)], rest])[:num_tokens] for key in keys])
 
 
 def lay_out_lessons(
-    batch: MemoryBatch, layout: Layout, encoder: PlainTextEncoder, episodes: Sequence[int], seed: int, total: int
+    batch: MemoryBatch,
+    layout: Layout,
+    encoder: PlainTextEncoder,
+    episodes: Sequence[int],
+    seed: int,
+    total: int,
+    mismatch: float = 0.0,
 ) -> KeptTrajectories:
     """Make the trajectories of a batch in which every query is the key of the pair that follows.
 
@@ -72,14 +79,16 @@ def lay_out_lessons(
         encoder: gives the line breaks after a short key.
         episodes: numbers of the trajectories among those of the phase, which seed their draws.
         total: B_all, the trajectories of the whole update.
+        mismatch: share of the steps whose query is the key of any other pair of the memory.
 
     Returns:
         The trajectories, on the CPU; their advantages are 1.
     """
     layout = layout.for_batch(batch)
     num_rows, num_pairs = batch.pair_numbers.shape
-    noise = episode_noise(seed, episodes, Purpose.WARM_START, (num_pairs,))
-    order = noise.argsort(dim=1)[:, : layout.num_steps]
+    noise = episode_noise(seed, episodes, Purpose.WARM_START, (num_pairs + layout.num_steps,))
+    order = noise[:, :num_pairs].argsort(dim=1)[:, : layout.num_steps]
+    asked = _mismatched(order, noise[:, num_pairs:], num_pairs, mismatch)
     memory = KeyValuePairs(
         key_tokens=batch.key_tokens,
         value_tokens=batch.value_tokens,
@@ -91,7 +100,7 @@ def lay_out_lessons(
     blocks = [layout.prompt(batch, batch.key_tokens.device)]
     for step, columns in enumerate(order.unbind(dim=1)):
         pair: KeyValuePair = memory.gather(columns)
-        query = as_query(pair.key_tokens, layout.tokens_per_query, filling)
+        query = as_query(memory.gather(asked[:, step]).key_tokens, layout.tokens_per_query, filling)
         blocks += [query, layout.response(pair, is_last=step == layout.num_steps - 1)]
     steps = (num_rows, layout.num_steps)
     return KeptTrajectories(
@@ -109,6 +118,15 @@ def lay_out_lessons(
     )
 
 
+def _mismatched(order: Tensor, noise: Tensor, num_pairs: int, share: float) -> Tensor:
+    """Replace a share of the pairs ``[B, T]`` by others of the memory, by uniform numbers ``[B, T]``."""
+    if share == 0 or num_pairs == 1:
+        return order
+    # Below the share, the number is uniform again: it chooses one of the others, counted from the pair itself.
+    shift = 1 + (noise / share * (num_pairs - 1)).long().clamp(max=num_pairs - 2)
+    return torch.where(noise < share, (order + shift) % num_pairs, order)
+
+
 def on_device(lessons: KeptTrajectories, device: torch.device) -> KeptTrajectories:
     """Move what a loss reads."""
     names = ("token_ids", "rollout_logprobs", "selected_index", "advantages", "weights")
@@ -116,7 +134,7 @@ def on_device(lessons: KeptTrajectories, device: torch.device) -> KeptTrajectori
 
 
 def warm_start_terms(policy: PolicyModel, model: nn.Module, lessons: KeptTrajectories) -> WarmStartTerms:
-    """Compute the loss of a micro-batch in one forward.
+    """Compute the loss of a micro-batch in one forward, in the mode that the caller has chosen.
 
     Args:
         model: the policy's model as the trainer wrapped it.
@@ -124,10 +142,9 @@ def warm_start_terms(policy: PolicyModel, model: nn.Module, lessons: KeptTraject
     Raises:
         NonFiniteError: a log-probability is not finite; names which, the step and the articles.
     """
-    with update_mode(policy.model):
-        hidden, _ = policy.training_forward(
-            model, lessons.token_ids, capture_queries=False, padded=lessons.memory.is_padded
-        )
+    hidden, _ = policy.training_forward(
+        model, lessons.token_ids, capture_queries=False, padded=lessons.memory.is_padded
+    )
     places = positions(lessons.query_starts, lessons.query_length, lessons.token_ids.device)
     query_term, query_logprobs = reward_gradient_term(
         hidden[:, places - 1].flatten(0, 1),

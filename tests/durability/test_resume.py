@@ -43,6 +43,7 @@ PLACES = {
     "after warm-up": {"first step": 1, "mid-epoch": 4, "epoch border": 6},
 }
 OPTIMIZERS = ("adamw_torch", "adamw_bnb_8bit")
+SOURCES: dict[str, dict[str, bool]] = {"map": {}, "stream": {"streaming": True}, "entries": {"entries": True}}
 # What a clock or the machine's memory says.
 MEASURED = {
     "tokens_per_second",
@@ -55,11 +56,9 @@ MEASURED = {
 }
 
 
-def whole_run(
-    folder: Path, options: dict[str, Any], *, streaming: bool = False, wide: bool = False
-) -> tuple[Job, Path]:
-    """Run without a stop; its files are in ``<folder>/whole`` then, and resumed runs are where they were."""
-    job = Job(folder / "job", OPTIONS | options, streaming=streaming, wide=wide)
+def whole_run(folder: Path, options: dict[str, Any], **kind: bool) -> tuple[Job, Path]:
+    """Run a job of a kind without a stop; its files are in ``<folder>/whole``, and resumed runs are where they were."""
+    job = Job(folder / "job", OPTIONS | options, **kind)
     assert run(job) == 0, (job.folder / "log.txt").read_text()
     return job, job.folder.rename(folder / "whole") / "run"
 
@@ -135,12 +134,12 @@ def precisions(tree: object) -> Iterator[torch.dtype]:
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("warmup", WARMUPS)
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_every_kind_of_resumed_run_ends_like_the_whole_run(
-    streaming: bool, warmup: str, optim: str, tmp_path: Path
+    source: str, warmup: str, optim: str, tmp_path: Path
 ) -> None:
     is_8bit = "8bit" in optim
-    job, whole = whole_run(tmp_path, WARMUPS[warmup] | {"optim": optim}, streaming=streaming, wide=is_8bit)
+    job, whole = whole_run(tmp_path, WARMUPS[warmup] | {"optim": optim}, **SOURCES[source], wide=is_8bit)
     optimizer = load_tree(whole / f"checkpoint-{STEPS}" / "optimizer.safetensors")["optimizer"]
     assert (torch.uint8 in set(precisions(optimizer["state"]))) == is_8bit
     for place, step in PLACES[warmup].items():

@@ -30,7 +30,12 @@ from attention_rl_trainer.update.filter import RewardFilter, RewardStatistics
 
 STATES = {
     "filter": RewardStatistics(7, -1 / 3, math.pi * 1e-9).state_dict(),
-    "progress": {"num_episodes": 7, "num_warm_start": 0, "position": {"epoch": 1, "index": 12}, "skipped": {"too short": 3}},
+    "progress": {
+        "num_episodes": 7,
+        "num_warm_start": 0,
+        "position": {"epoch": 1, "index": 12},
+        "skipped": {"too short": 3},
+    },
     "updater": {"num_updates": 2},
     "recorder": {"metrics": {}, "health": {}},
 }
@@ -63,6 +68,39 @@ class TestProgress:
         progress.advance(random_batch(4))
         assert progress.episodes_left == 0
 
+    def test_a_warm_start_is_counted_before_the_first_episode(self) -> None:
+        progress = Progress(10, warm_start_episodes=8)
+        seen = []
+        for _ in range(4):
+            progress.advance(random_batch(4))
+            seen.append((progress.num_warm_start, progress.warm_start_left, progress.num_episodes))
+        assert seen == [(4, 4, 0), (8, 0, 0), (8, 0, 4), (8, 0, 8)]
+        assert (progress.num_trajectories, progress.episodes_left) == (16, 2)
+        assert progress.next_episodes(random_batch(2)) == range(8, 10)
+        assert progress.position == StreamPosition(0, 4)
+
+    def test_a_warm_start_resumes_where_it_stood(self) -> None:
+        progress, resumed = Progress(10, 8), Progress(10, 8)
+        progress.advance(dataclasses.replace(random_batch(4), skipped={"short": 2}))
+        resumed.load_state_dict(json.loads(json.dumps(progress.state_dict())))
+        assert (resumed.num_warm_start, resumed.warm_start_left, resumed.num_episodes) == (4, 4, 0)
+        assert (resumed.open_stream(), resumed.skipped) == (StreamPosition(0, 4), {"short": 2})
+        resumed.advance(random_batch(4))
+        assert (resumed.warm_start_left, resumed.num_trajectories) == (0, 8)
+        # Of a process, its own episodes alone.
+        resumed.open_stream()
+        resumed.advance(random_batch(4))
+        assert (resumed.episodes_of_process, resumed.num_trajectories) == (4, 12)
+
+    def test_a_shorter_warm_start_than_before_is_over(self) -> None:
+        progress, shorter = Progress(10, 8), Progress(10, 4)
+        progress.advance(random_batch(4))
+        progress.advance(random_batch(4))
+        shorter.load_state_dict(progress.state_dict())
+        assert shorter.warm_start_left == 0
+        shorter.advance(random_batch(4))
+        assert (shorter.num_warm_start, shorter.num_episodes) == (8, 4)
+
     def test_a_streams_skipped_articles_are_added_to_those_before_it(self) -> None:
         def batch(**skipped: int) -> MemoryBatch:
             return dataclasses.replace(random_batch(2), skipped=skipped)
@@ -91,13 +129,22 @@ class TestProgress:
 
 
 class TestFiles:
-    @given(counts, finite, finite.filter(lambda value: value >= 0), counts, counts, counts, counts)
+    @given(counts, finite, finite.filter(lambda value: value >= 0), counts, counts, counts, counts, counts)
     def test_states_come_back_to_the_last_bit(
-        self, count: int, mean: float, squares: float, episodes: int, updates: int, epoch: int, index: int
+        self,
+        count: int,
+        mean: float,
+        squares: float,
+        episodes: int,
+        warm_start: int,
+        updates: int,
+        epoch: int,
+        index: int,
     ) -> None:
         judge, progress = RewardFilter(), Progress(100)
         judge.statistics = RewardStatistics(count, mean, squares)
-        progress.num_episodes, progress.position = episodes, StreamPosition(epoch, index)
+        progress.num_episodes, progress.num_warm_start = episodes, warm_start
+        progress.position = StreamPosition(epoch, index)
         states = {"filter": judge.state_dict(), "progress": progress.state_dict(), "updater": {"num_updates": updates}}
         with TemporaryDirectory() as folder:
             save_parts(Path(folder), states, {})
@@ -109,7 +156,8 @@ class TestFiles:
         assert restored.statistics == judge.statistics
         assert restored.statistics.mean.hex() == mean.hex()
         assert restored.statistics.sum_of_squares.hex() == squares.hex()
-        assert (place.num_episodes, place.position) == (episodes, StreamPosition(epoch, index))
+        assert (place.num_episodes, place.num_warm_start) == (episodes, warm_start)
+        assert place.position == StreamPosition(epoch, index)
 
     def test_state_and_tensors_come_back(self, tmp_path: Path) -> None:
         tensors = {
