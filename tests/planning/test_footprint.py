@@ -91,6 +91,16 @@ class TestPlanMemory:
         assert part_bytes(checkpointed, "activations") == 3 * 50 * 4 * 4
         assert part_bytes(checkpointed, "a layer's backward") == layer + 50 * 4 * 22
 
+    def test_a_graph_keeps_what_a_token_needs_as_long_as_the_caches(self) -> None:
+        on_gpu = replace(SHORT, on_cpu=False)
+        plan, without = plan_memory(SMALL, on_gpu), plan_memory(SMALL, replace(on_gpu, cuda_graphs=False))
+        graph = part_bytes(plan, "graph of a decoded token")
+        assert graph == part_bytes(plan, "logits of the next token") > 0
+        for phase in Phase:
+            is_there = phase in (Phase.PREFILL, Phase.DECODE, Phase.READ, Phase.SCORE)
+            assert plan.phase_bytes(phase) - without.phase_bytes(phase) == (graph if is_there else 0)
+        assert "graph of a decoded token" not in [part.name for part in plan_memory(SMALL, SHORT).parts]
+
     def test_scores_of_a_few_rows_are_in_memory_where_attention_is_two_products(self) -> None:
         run = replace(SHORT, weight_bits=16, num_steps=200, num_kv_pairs=201)
         cached = 10 + 200 * 8

@@ -146,6 +146,13 @@ class TestEpisodeProgress:
         run.end(callback)
         assert " 20/20 " in run.last_bar
 
+    def test_what_comes_before_the_first_episode_is_counted(self, run: Run) -> None:
+        callback = EpisodeProgressCallback(28, run.done, console=run.console, num_before=8)
+        run.begin(callback)
+        run.step(callback, {"episodes": 5})
+        run.end(callback)
+        assert " 13/28 " in run.last_bar
+
     def test_the_logged_count_is_believed_over_the_estimate(self, run: Run) -> None:
         callback = EpisodeProgressCallback(20, run.done, console=run.console)
         run.begin(callback)
