@@ -18,15 +18,15 @@ def saved_steps(per_step: list[int], save_episodes: int, *, before: int = 0) -> 
     """Play a run: the episodes after which a checkpoint is asked for."""
     run = SimpleNamespace(
         args=SimpleNamespace(save_episodes=save_episodes, episodes_per_step=per_step[0]),
-        progress=SimpleNamespace(num_episodes=before),
+        progress=SimpleNamespace(num_trajectories=before),
         state=TrainerState(global_step=0, max_steps=len(per_step)),
     )
     saved = []
     for episodes in per_step:
-        run.progress.num_episodes += episodes
+        run.progress.num_trajectories += episodes
         run.state.global_step += 1
         if AttentionGuidedRLTrainer.checkpoint_is_due(run):
-            saved.append(run.progress.num_episodes)
+            saved.append(run.progress.num_trajectories)
     return saved
 
 

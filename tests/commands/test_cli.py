@@ -121,7 +121,7 @@ def test_plan_of_a_shipped_config(capsys: pytest.CaptureFixture[str]) -> None:
 
 class TestConfigs:
     def test_those_of_the_package_are_found_by_name(self) -> None:
-        assert shipped_configs() == ["demo", "gpt2", "llama3.2_3b", "recommended", "seed"]
+        assert shipped_configs() == ["demo", "factbook", "gpt2", "llama3.2_3b", "recommended", "seed", "twenty_questions"]
         for name in shipped_configs():
             assert find_config(name).read_text(encoding="utf-8").startswith("#")
 
@@ -141,7 +141,7 @@ class TestConfigs:
         assert main([command, "--config", "nowhere.yaml"]) == 2
         message = capsys.readouterr().err
         assert message.startswith(f"attention-rl {command}: --config nowhere.yaml: there is no such file")
-        assert "demo, gpt2, llama3.2_3b, recommended, seed" in message
+        assert "demo, factbook, gpt2, llama3.2_3b, recommended, seed, twenty_questions" in message
 
     def test_a_flag_without_a_file(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["train", "--config"]) == 2
