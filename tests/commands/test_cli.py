@@ -121,7 +121,15 @@ def test_plan_of_a_shipped_config(capsys: pytest.CaptureFixture[str]) -> None:
 
 class TestConfigs:
     def test_those_of_the_package_are_found_by_name(self) -> None:
-        assert shipped_configs() == ["demo", "factbook", "gpt2", "llama3.2_3b", "recommended", "seed", "twenty_questions"]
+        assert shipped_configs() == [
+            "demo",
+            "factbook",
+            "gpt2",
+            "llama3.2_3b",
+            "recommended",
+            "seed",
+            "twenty_questions",
+        ]
         for name in shipped_configs():
             assert find_config(name).read_text(encoding="utf-8").startswith("#")
 
