@@ -286,6 +286,7 @@ def test_a_resumed_run_ends_like_the_whole_one(make: Make) -> None:
         assert steps_of(resumed) == steps_of(whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_in_the_phase_resumes_by_itself(make: Make) -> None:
     whole, stopped, resumed = make("whole"), make("stopped"), make("stopped")
     whole.train()

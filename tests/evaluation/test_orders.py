@@ -91,6 +91,7 @@ class TestRules:
     def test_bm25_without_words_in_common_keeps_the_order_of_the_memory(self, keys: list[str], example: str) -> None:
         assert bm25_order(keys, ["", "", ""], example) == (0, 1, 2)
 
+    @pytest.mark.slow
     def test_bm25_leaves_jax_alone(self, tmp_path: Path) -> None:
         (tmp_path / "jax").mkdir()
         (tmp_path / "jax" / "__init__.py").touch()
