@@ -55,7 +55,7 @@ from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.update import KeptTrajectories, LossTerms, RewardFilter, TrajectoryFilter, Updater
 from attention_rl_trainer.update.agreement import RolloutAgreement
 from attention_rl_trainer.update.objective import compute_loss_terms
-from attention_rl_trainer.update.warm_start import WarmStartTerms, lay_out_lessons, on_device, warm_start_terms
+from attention_rl_trainer.update.warm_start import WarmStartTerms, lay_out_lessons, warm_start_terms
 
 Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 
@@ -242,9 +242,10 @@ class AttentionGuidedRLTrainer(DurableTrainer):
                 self.args.seed,
                 self.updater.num_trajectories,
                 self.args.warm_start_mismatch or 0,
+                self.policy.device,
             )
             # The updater's is a mean over num_iterations, of which there is one here.
-            loss = self.updater.accumulate(on_device(lessons, self.policy.device), differentiate)
+            loss = self.updater.accumulate(lessons, differentiate)
             loss = loss * self.args.num_iterations
             self.progress.advance(batch)
             for terms, num_trajectories in learned:
@@ -427,7 +428,8 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         folder = self.output_dir / "evaluation" / folder_name(metric_key_prefix)
         with self.context.phase("evaluation", args.generation_batch_size):
             memories = (inputs["memories"] for inputs in batches)
-            results = evaluate(self.sampler, memories, self.encoder, args, folder, AskedQuestions.of(articles))
+            questions = AskedQuestions.of(articles) if args.eval_tables else None
+            results = evaluate(self.sampler, memories, self.encoder, args, folder, questions)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)

@@ -11,6 +11,7 @@ answer alike. The other players ask as many questions of the same memory:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -49,10 +50,7 @@ class AskedQuestions:
         """Take a source's memories; ``None`` where they do not answer the same questions."""
         if not isinstance(memories, EntriesTable):
             return None
-        counts: dict[str, int] = {}
-        for row in memories:
-            for key in row.keys:
-                counts[key] = counts.get(key, 0) + 1
+        counts = Counter(key for row in memories for key in row.keys)
         are_shared = all(count >= _SHARE_OF_OBJECTS * len(memories) for count in counts.values())
         return cls(memories) if are_shared else None
 

@@ -11,7 +11,7 @@ weighed alike: with queries alone the reader is lost. A key shorter than a query
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.models.sampling import Purpose, episode_noise
 from attention_rl_trainer.options import CountOrZero, Options, Share, option
 from attention_rl_trainer.rollout.layout import Layout, positions
-from attention_rl_trainer.types import KeyValuePair, KeyValuePairs, is_token
+from attention_rl_trainer.types import KeyValuePairs, is_token
 from attention_rl_trainer.update.kept import KeptTrajectories
 from attention_rl_trainer.update.losses import reward_gradient_term
 from attention_rl_trainer.update.objective import reading_term
@@ -71,6 +71,7 @@ def lay_out_lessons(
     seed: int,
     total: int,
     mismatch: float = 0.0,
+    device: torch.device | None = None,
 ) -> KeptTrajectories:
     """Make the trajectories of a batch in which every query is the key of the pair that follows.
 
@@ -80,26 +81,28 @@ def lay_out_lessons(
         episodes: numbers of the trajectories among those of the phase, which seed their draws.
         total: B_all, the trajectories of the whole update.
         mismatch: share of the steps whose query is the key of any other pair of the memory.
+        device: where the trajectories, memories included, are; by default where the batch is.
 
     Returns:
-        The trajectories, on the CPU; their advantages are 1.
+        The trajectories; their advantages are 1.
     """
+    device = batch.key_tokens.device if device is None else device
     layout = layout.for_batch(batch)
     num_rows, num_pairs = batch.pair_numbers.shape
-    noise = episode_noise(seed, episodes, Purpose.WARM_START, (num_pairs + layout.num_steps,))
+    noise = episode_noise(seed, episodes, Purpose.WARM_START, (num_pairs + layout.num_steps,)).to(device)
     order = noise[:, :num_pairs].argsort(dim=1)[:, : layout.num_steps]
     asked = _mismatched(order, noise[:, num_pairs:], num_pairs, mismatch)
     memory = KeyValuePairs(
-        key_tokens=batch.key_tokens,
-        value_tokens=batch.value_tokens,
-        key_vectors=torch.zeros(num_rows, num_pairs, 1, 1),
-        pair_numbers=batch.pair_numbers,
+        key_tokens=batch.key_tokens.to(device),
+        value_tokens=batch.value_tokens.to(device),
+        key_vectors=torch.zeros(num_rows, num_pairs, 1, 1, device=device),
+        pair_numbers=batch.pair_numbers.to(device),
         is_padded=batch.is_padded,
     )
     filling = encoder.encode("\n")
-    blocks = [layout.prompt(batch, batch.key_tokens.device)]
+    blocks = [layout.prompt(batch, device)]
     for step, columns in enumerate(order.unbind(dim=1)):
-        pair: KeyValuePair = memory.gather(columns)
+        pair = memory.gather(columns)
         query = as_query(memory.gather(asked[:, step]).key_tokens, layout.tokens_per_query, filling)
         blocks += [query, layout.response(pair, is_last=step == layout.num_steps - 1)]
     steps = (num_rows, layout.num_steps)
@@ -109,11 +112,11 @@ def lay_out_lessons(
         value_starts=layout.value_starts,
         query_length=layout.tokens_per_query,
         value_length=layout.tokens_per_value,
-        rollout_logprobs=torch.zeros(*steps, layout.tokens_per_query),
+        rollout_logprobs=torch.zeros(*steps, layout.tokens_per_query, device=device),
         selected_index=order,
         memory=memory,
-        advantages=torch.ones(steps),
-        weights=torch.full((num_rows,), 1 / total),
+        advantages=torch.ones(steps, device=device),
+        weights=torch.full((num_rows,), 1 / total, device=device),
         articles=tuple(batch.articles),
     )
 
@@ -125,12 +128,6 @@ def _mismatched(order: Tensor, noise: Tensor, num_pairs: int, share: float) -> T
     # Below the share, the number is uniform again: it chooses one of the others, counted from the pair itself.
     shift = 1 + (noise / share * (num_pairs - 1)).long().clamp(max=num_pairs - 2)
     return torch.where(noise < share, (order + shift) % num_pairs, order)
-
-
-def on_device(lessons: KeptTrajectories, device: torch.device) -> KeptTrajectories:
-    """Move what a loss reads."""
-    names = ("token_ids", "rollout_logprobs", "selected_index", "advantages", "weights")
-    return replace(lessons, **{name: getattr(lessons, name).to(device) for name in names})
 
 
 def warm_start_terms(policy: PolicyModel, model: nn.Module, lessons: KeptTrajectories) -> WarmStartTerms:

@@ -46,6 +46,7 @@ class TestEntriesTable:
         five = numbered(5)
         assert (len(five), five.num_pairs, five[1].title, five[-1].title) == (5, 10, "T1", "T4")
         assert five[1:3] == table("T1", "T2")
+        assert five.skip(3) == table("T3", "T4")
         assert repr(five) == "EntriesTable('made up', 5 rows)"
         assert pickle.loads(pickle.dumps(five)) == five
         with pytest.raises(IndexError):

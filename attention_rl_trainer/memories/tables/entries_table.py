@@ -54,6 +54,10 @@ class EntriesTable(Sequence[Entries]):
         """Keys with their values, in all memories."""
         return sum(len(row.keys) for row in self.rows)
 
+    def skip(self, count: int) -> EntriesTable:
+        """Leave out the first rows, as a data set of `datasets` does."""
+        return self[count:]
+
     def split(self, split: str) -> EntriesTable:
         """Take all rows, ``"train"``, or a slice of them such as ``"train[:150]"`` or ``"train[10%:]"``.
 
