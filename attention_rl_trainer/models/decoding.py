@@ -22,11 +22,9 @@ from transformers import Cache
 
 from attention_rl_trainer.models.attention import VectorCapture
 from attention_rl_trainer.models.kv_cache import PreallocatedCache
+from attention_rl_trainer.models.rounding import are_equal_states
 
 PLACES = 256
-# Of the states' norm: how far the other attention kernel may be off, by rounding alone.
-_TOLERANCE = {torch.float32: 1e-4}
-_TOLERANCE_IF_NARROW = 0.03
 _TRIED_QUERY_TOKENS = 4
 
 
@@ -254,6 +252,4 @@ def replays_exactly(writer: Writer, make_cache: Callable[[int, int], Preallocate
         found = decoders[1].decode(fixed, states[1][:, -1], noise, read_last=True)
         if not torch.equal(expected.token_ids, found.token_ids):
             return False
-    expected_states, states_after = writer.forward(token_ids, plain).float(), writer.forward(token_ids, fixed).float()
-    tolerance = _TOLERANCE.get(states[0].dtype, _TOLERANCE_IF_NARROW)
-    return bool((states_after - expected_states).norm() <= tolerance * expected_states.norm())
+    return are_equal_states(writer.forward(token_ids, fixed), writer.forward(token_ids, plain))

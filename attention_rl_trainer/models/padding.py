@@ -16,11 +16,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from attention_rl_trainer.models.rounding import are_equal_states
 from attention_rl_trainer.types import PADDING, is_token
-
-# Of the states' norm.
-_TOLERANCE = {torch.float32: 1e-4}
-_TOLERANCE_IF_NARROW = 0.03
 
 
 class PaddedCache(DynamicCache):
@@ -113,13 +110,11 @@ def reads_padding_exactly(read: Callable[..., Tensor], token_ids: Tensor) -> boo
     padded[:, 1 : middle + 1], padded[:, middle + 2 : -1] = token_ids[:, :middle], token_ids[:, middle:]
     # A row without padding beside them, but for its end.
     padded[0, :num_tokens], padded[0, num_tokens:] = token_ids[0], PADDING
-    expected = read(token_ids).float()
+    expected = read(token_ids)
     cache = PaddedCache()
     first = read(padded[:, : middle + 1], cache)
     in_parts = torch.cat([first, read(padded[:, middle + 1 :], cache)], dim=1)
-    for states in (read(padded, padded=True), in_parts):
-        tolerance = _TOLERANCE.get(states.dtype, _TOLERANCE_IF_NARROW)
-        found = states[is_token(padded)].float().view(expected.shape)
-        if not bool((found - expected).norm() <= tolerance * expected.norm()):
-            return False
-    return True
+    whole = read(padded, padded=True)
+    return all(
+        are_equal_states(states[is_token(padded)].view(expected.shape), expected) for states in (whole, in_parts)
+    )

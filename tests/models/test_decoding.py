@@ -20,8 +20,6 @@ from attention_rl_trainer.models.kv_cache import PreallocatedCache, keeps_every_
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.models.readers import open_readers
 
-CACHES = partial(PreallocatedCache.of)
-
 
 @pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize("heads", ["layer", ["1.1", "0.2"]])
@@ -154,9 +152,9 @@ def test_a_place_too_far_is_found_out(
         begin(self, last_hidden, noise, length + 1)
 
     with policy.inference():
-        assert replays_exactly(policy, partial(CACHES, policy.causal_lm), ids_of(policy))
+        assert replays_exactly(policy, partial(PreallocatedCache.of, policy.causal_lm), ids_of(policy))
         monkeypatch.setattr(decoding._State, "begin", shifted)
-        assert not replays_exactly(policy, partial(CACHES, policy.causal_lm), ids_of(policy))
+        assert not replays_exactly(policy, partial(PreallocatedCache.of, policy.causal_lm), ids_of(policy))
 
 
 @pytest.mark.parametrize(("name", "is_exact"), [("qwen3", True), ("gemma", True), ("phi3", True), ("doge", False)])
@@ -167,7 +165,7 @@ def test_a_family_is_replayed_where_that_is_exact(
     assert keeps_every_token(model)
     policy = PolicyModel(adapted(model), torch.arange(3, 380))
     with policy.inference():
-        assert replays_exactly(policy, partial(CACHES, policy.causal_lm), ids_of(policy)) == is_exact
+        assert replays_exactly(policy, partial(PreallocatedCache.of, policy.causal_lm), ids_of(policy)) == is_exact
 
 
 def test_on_a_cpu_nothing_is_replayed(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
