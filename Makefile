@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: setup demo test test-slow test-newest test-oldest bench gpu lint build clean
+.PHONY: setup demo test test-slow test-distributed test-web test-newest test-oldest bench gpu lint build clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,17 @@ test: setup
 test-slow: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow $(ARGS)
 
+# Several processes for each test, so one test at a time.
+test-distributed: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m distributed $(ARGS)
+
+# Pages in a headless Chromium: Debian's packages, of one version with each other, installed where they are missing.
+test-web: setup
+	(command -v chromium && command -v chromedriver) > /dev/null || (apt-get update && DEBIAN_FRONTEND=noninteractive \
+		apt-get install --yes --quiet --no-install-recommends chromium chromium-driver fonts-dejavu-core)
+	$(INSTALL) selenium
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m web tests/web $(ARGS)
+
 # The default suite at either end of the versions that setup.cfg allows, each in an environment of its own: what is newest
 # today, and the lower bounds. torch alone stays pinned: any other build is gigabytes of CUDA.
 test-newest test-oldest: test-%:
@@ -46,7 +57,7 @@ test-newest test-oldest: test-%:
 
 # Nothing else may run beside it: two models on two threads each wait for one another.
 bench: setup
-	for name in selection update peer rollout growth; do \
+	for name in selection update peer rollout growth processes; do \
 		HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/$$name.py $(ARGS) || exit 1; \
 	done
 

@@ -11,9 +11,10 @@ import json
 import logging
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
@@ -31,15 +32,71 @@ from attention_rl_trainer.inherited import (
     pass_on_newer_options,
 )
 from attention_rl_trainer.memories.loading import ReadingOptions
+from attention_rl_trainer.memories.pairs import PairOptions
 from attention_rl_trainer.models.policy import PolicyOptions
-from attention_rl_trainer.options import Count, Positive, option
+from attention_rl_trainer.options import Count, Groups, Options, Positive, documented, option, takes_names
+from attention_rl_trainer.publishing.published import PublishingOptions
 from attention_rl_trainer.records.recorder import RecordOptions
 from attention_rl_trainer.rollout.environment import SelectionOptions
+from attention_rl_trainer.rollout.layout import LayoutOptions
+from attention_rl_trainer.rollout.reward import RewardOptions
 from attention_rl_trainer.rollout.sampler import RolloutOptions
 from attention_rl_trainer.update.filter import FilterOptions
+from attention_rl_trainer.update.losses import LossOptions
 from attention_rl_trainer.update.updater import UpdateOptions
+from attention_rl_trainer.update.warm_start import WarmStartOptions
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunOptions(Options):
+    """How long a run is, and when it is saved."""
+
+    num_episodes: Count = option(10000, "Trajectories in the whole run.", aliases=["--episodes"])
+    save_episodes: Count = option(100, "Save a checkpoint at the first step that reaches a multiple of this.")
+    num_processes: Count | None = option(
+        None, "Refuse to run in another number of processes than this. Default: in as many as are launched."
+    )
+    num_threads: Count | None = option(
+        None,
+        "CPU threads of each process. Default: the cores divided by the processes on the machine, unless "
+        "OMP_NUM_THREADS says otherwise.",
+    )
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "Keyword arguments for loading the base model when it is given by name, as JSON."
+    )
+
+
+OPTION_GROUPS: Final[Groups] = {
+    "data": (ReadingOptions,),
+    "memory": (PairOptions,),
+    "policy": (PolicyOptions,),
+    "selector": (SelectionOptions,),
+    "rollout": (RolloutOptions, LayoutOptions),
+    "reward": (RewardOptions,),
+    "filter": (FilterOptions,),
+    "loss": (LossOptions,),
+    "update": (UpdateOptions, WarmStartOptions),
+    "evaluation": (EvaluationOptions,),
+    "run": (RunOptions, RecordOptions, PublishingOptions),
+}
+"""The method's options by heading, in the order of the pipeline; what is in none of them is the Trainer's."""
+
+NAMES_OF_TRL: Final = {"dataset_text_field": "dataset_text_column"}
+"""Options of TRL's trainers that are here by another name."""
+
+NOT_OPTIONS: Final = {
+    "quantization_config": "the base model is loaded with it: load_in_4bit or load_in_8bit on the command line, "
+    "model_init_kwargs={'quantization_config': ...} in Python",
+    "reward_funcs": "a reward of your own is a function of a step, AttentionGuidedRLTrainer(reward_fn=...); see "
+    "examples/own_reward.py",
+    "temperature": "set query_temperature for the tokens of queries, selection_temperature for the choice of a pair",
+    "max_completion_length": "a query has tokens_per_query tokens; set that",
+    "num_generations": "a trajectory is judged by the history of all rewards, not in a group; generation_batch_size "
+    "says how many are rolled out at once",
+}
+"""Options of TRL's trainers that are none here, and what to set instead."""
 
 _SECRET = re.compile(r"token|password|secret|credential|api_?key", re.IGNORECASE)
 
@@ -64,9 +121,13 @@ def _masked(value: Any) -> Any:
     return without_credentials(value) if isinstance(value, str) else value
 
 
+@takes_names(NAMES_OF_TRL, NOT_OPTIONS)
+@documented(OPTION_GROUPS)
 @dataclass
 class AttentionGuidedRLConfig(
+    RunOptions,
     RecordOptions,
+    PublishingOptions,
     EvaluationOptions,
     UpdateOptions,
     FilterOptions,
@@ -81,19 +142,12 @@ class AttentionGuidedRLConfig(
 
     The number of optimizer steps follows from ``num_episodes``, and the moments of saving from ``save_episodes``; the
     Trainer's ``max_steps``, ``num_train_epochs``, ``save_steps`` and ``per_device_train_batch_size`` are refused beside
-    them. Each field's meaning is in its ``help``; what becomes of those inherited from `TrainingArguments` is in
-    docs/training_arguments.md.
+    them. What becomes of the options inherited from `TrainingArguments` is in docs/training_arguments.md; those of the
+    method follow.
 
     Raises:
         ValueError: an option is out of range, or two contradict each other; names the option, its value and the range.
     """
-
-    # Run
-    num_episodes: Count = option(10000, "Trajectories in the whole run.", aliases=["--episodes"])
-    save_episodes: Count = option(100, "Save a checkpoint at the first step that reaches a multiple of this.")
-    model_init_kwargs: dict[str, Any] | str | None = option(
-        None, "Keyword arguments for loading the base model when it is given by name, as JSON."
-    )
 
     # Defaults that differ from the Trainer's
     learning_rate: Positive = option(2e-4, "Learning rate.")
@@ -107,6 +161,7 @@ class AttentionGuidedRLConfig(
 
     def __post_init__(self) -> None:
         """Check every option and derive the Trainer's own."""
+        self._read_paths()
         self.check_options()
         check_inherited_options(self)
         self._resolve_optimizer()
@@ -119,8 +174,8 @@ class AttentionGuidedRLConfig(
         if self.warm_start_episodes % self.episodes_per_step != 0:
             raise ValueError(
                 f"warm_start_episodes must be a multiple of the trajectories of a step, {self.episodes_per_step} "
-                "(generation_batch_size · gradient_accumulation_steps), because a step is one or the other; got "
-                f"{self.warm_start_episodes}"
+                "(generation_batch_size · gradient_accumulation_steps · processes), because a step is one or the "
+                f"other; got {self.warm_start_episodes}"
             )
 
     @classmethod
@@ -136,8 +191,8 @@ class AttentionGuidedRLConfig(
 
     @property
     def episodes_per_step(self) -> int:
-        """Trajectories per Trainer step."""
-        return self.generation_batch_size * self.gradient_accumulation_steps
+        """Trajectories per Trainer step, of all processes."""
+        return self.generation_batch_size * self.gradient_accumulation_steps * int(self.world_size)
 
     def save_json(self, path: Path) -> None:
         """Write the options as `to_jsonable` gives them."""
@@ -173,6 +228,12 @@ class AttentionGuidedRLConfig(
         super().__init_subclass__(**kwargs)
         if "__repr__" not in cls.__dict__:
             cls.__repr__ = AttentionGuidedRLConfig.__str__  # type: ignore[assignment, method-assign]
+
+    def _read_paths(self) -> None:
+        """Take paths as text, as which the Trainer keeps them."""
+        for item in fields(self):
+            if isinstance(value := getattr(self, item.name), PathLike):
+                setattr(self, item.name, fspath(value))
 
     def _resolve_optimizer(self) -> None:
         if ("bnb" in self.optim or "8bit" in self.optim) and importlib.util.find_spec("bitsandbytes") is None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from dataclasses import dataclass, field, fields
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -84,12 +86,84 @@ class Options:
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
+Groups: TypeAlias = Mapping[str, tuple[type, ...]]
+"""Classes of options by the heading that they are shown under."""
 
 
 def take_options(kind: type[OptionsT], source: Options, **changes: Any) -> OptionsT:
     """Make a room's options from others that have them among theirs; what these lack has its default."""
     shared = {item.name for item in fields(kind)} & {item.name for item in fields(source)}
     return kind(**{name: getattr(source, name) for name in shared} | changes)
+
+
+def declaring_class(kind: type, name: str) -> type:
+    """Find the class that declares a field, not one that gives it another default."""
+    return next(base for base in reversed(kind.__mro__) if name in inspect.get_annotations(base))
+
+
+def options_by_heading(kind: type, groups: Groups) -> dict[str, list[Field[Any]]]:
+    """Sort the fields of a class by the headings of the classes that declare them; others are left out."""
+    by_class = {owner: heading for heading, owners in groups.items() for owner in owners}
+    sorted_fields: dict[str, list[Field[Any]]] = {heading: [] for heading in groups}
+    for item in fields(kind):
+        heading = by_class.get(declaring_class(kind, item.name))
+        if heading is not None and item.init:
+            sorted_fields[heading].append(item)
+    return sorted_fields
+
+
+def meaning_of(owners: Iterable[type]) -> str:
+    """Join what the classes of a group say of themselves in the first line of their docstrings."""
+    return " ".join((inspect.getdoc(owner) or "").partition("\n")[0] for owner in owners)
+
+
+def documented(groups: Groups) -> Callable[[type[T]], type[T]]:
+    """Add the options and their help texts to a class's docstring, by heading, as a list of terms and definitions."""
+
+    def document(kind: type[T]) -> type[T]:
+        paragraphs = [inspect.cleandoc(kind.__doc__ or "")]
+        for heading, items in options_by_heading(kind, groups).items():
+            paragraphs.append(f"**{heading.capitalize()}.** {meaning_of(groups[heading])}")
+            paragraphs += [f"{_term(item)}\n{_indented(item.metadata['help'])}" for item in items]
+        kind.__doc__ = "\n\n".join(paragraphs) + "\n"
+        return kind
+
+    return document
+
+
+def _term(item: Field[Any]) -> str:
+    return item.name if item.default is MISSING else f"{item.name} = {item.default!r}"
+
+
+def _indented(text: str) -> str:
+    return textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    ")
+
+
+def takes_names(aliases: Mapping[str, str], elsewhere: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
+    """Let a dataclass take options by names that users of another library know.
+
+    Args:
+        aliases: the option by its other name.
+        elsewhere: by a name that is no option here, what to do instead.
+    """
+
+    def wrap(kind: type[T]) -> type[T]:
+        construct = kind.__init__
+
+        @functools.wraps(construct)
+        def construct_by_any_name(self: Any, *args: Any, **kwargs: Any) -> None:
+            for name in kwargs.keys() & elsewhere.keys():
+                raise ValueError(f"{kind.__name__} has no option {name}: {elsewhere[name]}")
+            for name in kwargs.keys() & aliases.keys():
+                if aliases[name] in kwargs:
+                    raise ValueError(f"{name} is another name of {aliases[name]}; give one of them")
+                kwargs[aliases[name]] = kwargs.pop(name)
+            construct(self, *args, **kwargs)
+
+        kind.__init__ = construct_by_any_name  # type: ignore[method-assign]
+        return kind
+
+    return wrap
 
 
 @functools.cache

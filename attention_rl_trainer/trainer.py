@@ -6,22 +6,24 @@ What each of these computes is in the rooms below: `rollout`, `update`, `records
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import PredictionOutput
 
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.durability.discovery import Fact
+from attention_rl_trainer.durability.staging import staged_files
 from attention_rl_trainer.durability.states import Stateful
 from attention_rl_trainer.durability.trainer import DurableTrainer
 from attention_rl_trainer.errors import RunContext
@@ -32,17 +34,23 @@ from attention_rl_trainer.memories import Articles, ArticleStream, MemoryLoader,
 from attention_rl_trainer.memories.given import expect_data
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.models import PolicyModel, add_adapter, left_bare_on_failure, take_model, with_tokenizer
+from attention_rl_trainer.models.base import ModelName
 from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.models.trial import expect_trainable
 from attention_rl_trainer.planning import preflight
 from attention_rl_trainer.planning.arguments import expect_arguments
 from attention_rl_trainer.probing.calibrated import CalibratedSelector
+from attention_rl_trainer.processes import SharedBatches
+from attention_rl_trainer.publishing.card import CardFacts, refresh_evaluations, write_card
+from attention_rl_trainer.publishing.data import describe_data
+from attention_rl_trainer.publishing.published import CARD_NAME, published_files
+from attention_rl_trainer.publishing.reproduction import changed_options
 from attention_rl_trainer.records.console import EpisodeProgressCallback, without_trainers_bar
 from attention_rl_trainer.records.health import HealthLimits
 from attention_rl_trainer.records.identity import calibration_origin, identity_facts, kind_of
 from attention_rl_trainer.records.progress import CHECKPOINT_PARTS, Progress, expect_format, restore_run, save_run
 from attention_rl_trainer.records.recorder import Recorder
-from attention_rl_trainer.records.summary import REPORT_FOLDER
+from attention_rl_trainer.records.summary import REPORT_FOLDER, RunCounts
 from attention_rl_trainer.rollout import (
     Calibration,
     KVMemoryEnvironment,
@@ -52,6 +60,7 @@ from attention_rl_trainer.rollout import (
     Separators,
 )
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
+from attention_rl_trainer.types import Trajectory
 from attention_rl_trainer.update import KeptTrajectories, LossTerms, RewardFilter, TrajectoryFilter, Updater
 from attention_rl_trainer.update.agreement import RolloutAgreement
 from attention_rl_trainer.update.objective import compute_loss_terms
@@ -60,6 +69,8 @@ from attention_rl_trainer.update.warm_start import WarmStartTerms, lay_out_lesso
 Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 
 RUN_CONFIG_NAME = "attention_rl_config.json"
+BEFORE_TRAINING = "_before_training"
+"""After the name of an evaluation's folder where ``eval_on_start`` asked for it."""
 
 
 class AttentionGuidedRLTrainer(DurableTrainer):
@@ -121,8 +132,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self.encoder = PlainTextEncoder(tokenizer)
         self.separators = Separators.encode(self.encoder, args)
         self.layout = Layout.of(args, self.separators)
-        shares = {"process_index": args.process_index, "num_processes": args.world_size}
-        self.loader = MemoryLoader(args, self.encoder, args.seed, **shares, num_workers=args.dataloader_num_workers)
+        self.loader = MemoryLoader(args, self.encoder, args.seed, num_workers=args.dataloader_num_workers)
         self.environment = KVMemoryEnvironment(args) if environment is None else environment
         self.reward_fn = reward_fn
         self.filter = RewardFilter(args) if reward_filter is None else reward_filter
@@ -135,9 +145,14 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         preflight.expect_plain_accelerator(self.accelerator)
         # As the Trainer's option names its own.
         self._given_optimizer = None if optimizers[0] is None else type(optimizers[0]).__qualname__
+        own = {name: kind_of(part) for name, part in parts.items() if part is not None}
+        self._own_parts = own if self._given_optimizer is None else own | {"optimizers": self._given_optimizer}
+        self._card_metadata: dict[str, Any] = {}
         self.policy = PolicyModel.of(adapted, tokenizer, args)
         selecting = self.policy, self.environment, self.layout, self.loader, args, args
-        self.selector = CalibratedSelector(*selecting, calibration, show_progress=not args.disable_tqdm)
+        self.selector = CalibratedSelector(
+            *selecting, calibration, show_progress=not args.disable_tqdm, processes=self.processes
+        )
         sampled = self.policy, self.environment, self.separators
         self.sampler = TrajectorySampler(*sampled, args, args.seed, reward_fn=reward_fn)
         expect_trainable(self.policy, through_choice=args.selector_coef > 0)
@@ -157,9 +172,9 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         args = self.args
         self.filter.load_state_dict(self._first_filter_state)
         self.progress = Progress(args.num_episodes, args.warm_start_episodes)
-        limits = HealthLimits.of(args, args, args)
-        self.recorder = Recorder(self.output_dir, self.encoder, self.progress, limits, self.context)
-        self.updater = Updater(self.policy.model, args, self.context, self.recorder.add_update)
+        limits, processes = HealthLimits.of(args, args, args), self.processes
+        self.recorder = Recorder(self.output_dir, self.encoder, self.progress, limits, self.context, processes)
+        self.updater = Updater(self.policy.model, args, self.context, self.recorder.add_update, processes)
         self.agreement = RolloutAgreement(self.policy, args.training_batch_size)
         self._stream: ArticleStream | None = None
         self._identity: dict[str, Fact] | None = None
@@ -177,47 +192,71 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         """Roll out a batch, judge it, and accumulate the gradient of what was kept.
 
         Args:
-            inputs: ``{"memories": MemoryBatch}``.
+            inputs: ``{"memories": MemoryBatch}``, of all processes; each takes its share.
 
         Returns:
-            Its share of the update's loss, a mean over ``num_iterations``, detached; 0, without a gradient, if nothing
-            was kept.
+            Its share of the update's loss, a mean over ``num_iterations``, detached, of all processes; 0, without a
+            gradient, if nothing was kept.
 
         Raises:
             NonFiniteError: a number is not finite; names which, where, and the articles. Nothing of the step is kept.
         """
+        # What spreads the model over processes counts its backwards, of which each process has as many as it keeps.
+        model = model.module if isinstance(model, DistributedDataParallel) else model
         model.train()
         if self.progress.warm_start_left > 0:
             return self._warm_start_step(model, inputs["memories"])
         if self.progress.num_episodes == 0 and self.updater.num_updates > 0:
             # After a warm start: what the KL begins from.
             self.updater.previous_adapter.refresh()
-        batch = inputs["memories"].head(self.progress.episodes_left)
+        whole = inputs["memories"].head(self.progress.episodes_left)
+        rows = self.processes.share(len(whole))
+        batch, trajectories = whole if self.processes.count == 1 else whole.select_rows(rows), None
         differentiate = partial(self._differentiate, model)
         with self._all_or_nothing():
-            if len(batch) == 0:  # the last update has fewer rollout batches
+            if len(whole) == 0:  # the last update has fewer rollout batches
                 with self.context.phase("update", 0):
                     loss = self._take_further_steps(model, differentiate)
                 self.recorder.add_update_time()
-                return loss
+                return self._of_all(loss)
             with self.context.phase("rollout", len(batch)):
-                trajectories = self.sampler.sample(batch, self.progress.next_episodes(batch))
-            with self.context.phase("filter", len(batch), batch.articles):
-                verdict = self.filter.judge(trajectories.avg_reward)
+                if len(batch) > 0:
+                    trajectories = self.sampler.sample(batch, self.progress.next_episodes(rows))
+            with self.context.phase("filter", len(whole), whole.articles):
+                verdict = self.filter.judge(self._all_rewards(trajectories))
             with self.context.phase("update", int(verdict.keep.sum()), batch.articles):
-                self.agreement.expect(model, trajectories, verdict.keep, self.updater.num_updates)
-                num_trajectories = self.updater.num_trajectories
-                kept = KeptTrajectories.of(trajectories, verdict, self.args, num_trajectories, batch.articles)
-                loss = self.updater.accumulate(kept, differentiate)
+                loss = torch.zeros((), device=self.args.device)
+                if trajectories is not None:
+                    mine = replace(verdict, keep=self.processes.own(verdict.keep))
+                    self.agreement.expect(model, trajectories, mine.keep, self.updater.num_updates)
+                    num_trajectories = self.updater.num_trajectories
+                    kept = KeptTrajectories.of(trajectories, mine, self.args, num_trajectories, batch.articles)
+                    loss = self.updater.accumulate(kept, differentiate)
                 loss = loss + self._take_further_steps(model, differentiate)
-            self.progress.advance(batch)
+            self.progress.advance(whole)
             self.recorder.add(batch, trajectories, verdict)
             self.recorder.add_times(trajectories)
-        return loss
+        return self._of_all(loss)
+
+    def _all_rewards(self, trajectories: Trajectory | None) -> Tensor:
+        """The rewards of all processes' trajectories, in the order of their episodes."""
+        device = self.policy.device
+        mine = torch.empty(0) if trajectories is None else trajectories.avg_reward
+        if self.processes.count == 1:
+            return mine
+        return torch.cat(self.processes.gather(mine.cpu())).to(device)
+
+    def _of_all(self, loss: Tensor) -> Tensor:
+        """Add up the processes' shares of a loss, of which the Trainer takes the mean."""
+        if self.processes.count == 1:
+            return loss
+        return torch.stack(self.processes.gather(loss.cpu())).sum().to(loss.device)
 
     def _warm_start_step(self, model: nn.Module, memories: MemoryBatch) -> Tensor:
         """Accumulate the gradient of a batch of the warm start."""
-        batch, done = memories.head(self.progress.warm_start_left), self.progress.num_warm_start
+        whole, done = memories.head(self.progress.warm_start_left), self.progress.num_warm_start
+        rows = self.processes.share(len(whole))
+        batch = whole if self.processes.count == 1 else whole.select_rows(rows)
         learned: list[tuple[WarmStartTerms, int]] = []
 
         def differentiate(micro_batch: KeptTrajectories) -> tuple[Tensor, None]:
@@ -233,7 +272,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             return terms.loss, None
 
         with self._all_or_nothing(), self.context.phase("update", len(batch), batch.articles):
-            numbers = range(done, done + len(batch))
+            numbers = range(done + rows.start, done + rows.stop)
             lessons = lay_out_lessons(
                 batch,
                 self.layout,
@@ -247,11 +286,12 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             # The updater's is a mean over num_iterations, of which there is one here.
             loss = self.updater.accumulate(lessons, differentiate)
             loss = loss * self.args.num_iterations
-            self.progress.advance(batch)
-            for terms, num_trajectories in learned:
-                self.recorder.add_warm_start(terms, num_trajectories)
+            if self.accelerator.sync_gradients:
+                self.updater.join()
+            self.progress.advance(whole)
+            self.recorder.add_warm_start(learned)
         self.recorder.add_update_time()
-        return loss
+        return self._of_all(loss)
 
     def _all_or_nothing(self) -> AbstractContextManager[None]:
         left = self.progress.warm_start_left or self.progress.episodes_left
@@ -262,6 +302,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         assert self.optimizer is not None
+        self.updater.join()
         parameters, largest = list(model.parameters()), self.args.max_grad_norm or math.inf
         clip = partial(self.accelerator.clip_grad_norm_, parameters, largest)
         return self.updater.take_further_steps(differentiate, self.optimizer, clip)
@@ -316,7 +357,11 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset of articles; give one to the trainer")
         self._stream = self.loader.training_stream(self.train_dataset, self.progress.open_stream())
-        return self.loader.batches(self._stream, self.args.generation_batch_size)
+        batches = self.loader.batches(self._stream, self.args.generation_batch_size * self.processes.count)
+        if self.processes.count == 1:
+            return batches
+        # The Trainer does no more than iterate over it.
+        return cast("DataLoader[Any]", SharedBatches(batches, self.processes))
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Return 0: a batch of memories is not a model input whose operations the Trainer could count."""
@@ -349,8 +394,9 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         has_other_heads = self.calibrate()
         if self.args.gradient_checkpointing or has_other_heads:  # it was off when the trainer was made
             expect_trainable(self.policy, through_choice=self.args.selector_coef > 0)
-        preflight.print_facts(self._run_facts())
-        preflight.warn_of_shortage(self.args, self.policy, self.separators)
+        if self.processes.is_main:
+            preflight.print_facts(self._run_facts())
+            preflight.warn_of_shortage(self.args, self.policy, self.separators)
         if self.args.eval_strategy != "no" or self.args.eval_on_start:
             expect_evaluable(self.loader, self.eval_dataset, self.args)
 
@@ -401,7 +447,8 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         """Roll out ``eval_episodes`` trajectories on held-out articles, without training on them.
 
         Two evaluations differ by the policy alone. With ``eval_tables`` the worth of orders and of queries is written
-        to ``output_dir/evaluation/<metric_key_prefix>`` as Markdown and JSON, with intervals.
+        to ``output_dir/evaluation/<metric_key_prefix>`` as Markdown and JSON, with intervals; that of ``eval_on_start``
+        to a folder whose name ends in ``_before_training``.
 
         Args:
             eval_dataset: articles, or several sets by name; by default those given to the trainer.
@@ -425,11 +472,17 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self.calibrate()
         stream = self.loader.evaluation_stream(articles, num_epochs=args.eval_epochs)
         batches = self.loader.batches(stream, min(args.generation_batch_size, args.eval_episodes))
-        folder = self.output_dir / "evaluation" / folder_name(metric_key_prefix)
+        is_before = self.is_in_train and self.state.global_step == 0
+        name = folder_name(metric_key_prefix) + (BEFORE_TRAINING if is_before else "")
+        folder = self.output_dir / "evaluation" / name
         with self.context.phase("evaluation", args.generation_batch_size):
             memories = (inputs["memories"] for inputs in batches)
             questions = AskedQuestions.of(articles) if args.eval_tables else None
-            results = evaluate(self.sampler, memories, self.encoder, args, folder, questions)
+            # Each process computes the same; one writes.
+            written_to = folder if self.processes.is_main else None
+            results = evaluate(self.sampler, memories, self.encoder, args, written_to, questions)
+        if self.processes.is_main:
+            refresh_evaluations(self.output_dir)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
@@ -454,12 +507,86 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             optim = self._given_optimizer or str(getattr(args.optim, "value", args.optim))
             warm_start = {name: getattr(args, name) for name in ("warm_start_episodes", "warm_start_mismatch")}
             self._identity = super().run_identity() | facts | warm_start | {"seed": args.seed, "optim": optim}
-        return self._identity | {"selector": self.selector.digest}
+        # Each process has random numbers of its own for dropout; nothing else depends on their number.
+        dropout = {"processes": self.processes.count} if self._draws_dropout else {}
+        return self._identity | {"selector": self.selector.digest} | dropout
+
+    @property
+    def _draws_dropout(self) -> bool:
+        rates = [getattr(item, "lora_dropout", 0) for item in self.policy.model.peft_config.values()]
+        return not self.args.disable_dropout and any(rates)
 
     def save_extras(self, folder: Path) -> None:
         """Write the options beside a saved adapter, as JSON, and the selector's calibration."""
         self.args.save_json(folder / RUN_CONFIG_NAME)
         self.selector.save(folder)
+
+    def save_card(self, folder: Path, *, with_picture: bool) -> None:
+        """Write the card of what the adapter is; the learning curve is drawn where reports are."""
+        config = self.policy.model.peft_config[self.policy.model.active_adapter].to_dict()
+        facts = CardFacts(
+            name=(self.hub_model_id or self.args.hub_model_id or self.output_dir.absolute().name).rpartition("/")[2],
+            repo_id=self.hub_model_id or self.args.hub_model_id,
+            tags=self._tag_names,
+            base=ModelName(config.get("base_model_name_or_path") or "", config.get("revision")),
+            dtype=str(self.policy.causal_lm.dtype).removeprefix("torch."),
+            adapter=config,
+            num_parameters=sum(p.numel() for p in self.policy.model.parameters() if p.requires_grad),
+            data=describe_data(self.train_dataset),
+            options=changed_options(self.args),
+            own_parts=self._own_parts,
+            calibration=self.selector.describe(),
+            counts=RunCounts(self.progress.num_episodes, self.updater.num_updates),
+            planned_episodes=self.args.num_episodes,
+            metadata=self._card_metadata,
+        )
+        write_card(folder, self.output_dir, facts, with_picture=with_picture and self.args.report_at_end)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the card into the run's folder; what is given is in its head, and in that of later ones.
+
+        Args:
+            tags: beside those of the trainer.
+            dataset: data sets of the Hub.
+            finetuned_from: the base model, by its name on the Hub.
+
+        Raises:
+            ValueError: something is given that the head of this card does not hold.
+        """
+        refused = {"tasks": tasks, "dataset_tags": dataset_tags, "dataset_args": dataset_args}
+        if given := [name for name, value in refused.items() if value is not None]:
+            raise ValueError(
+                "the card takes language, license, tags, model_name, finetuned_from and dataset; leave out "
+                f"{', '.join(given)}, or write it into {CARD_NAME} yourself"
+            )
+        head = {
+            "language": language,
+            "license": license,
+            "tags": None if tags is None else [*self._tag_names, *([tags] if isinstance(tags, str) else tags)],
+            "model_name": model_name,
+            "base_model": finetuned_from,
+            "datasets": [dataset] if isinstance(dataset, str) else dataset,
+        }
+        self._card_metadata |= {name: value for name, value in head.items() if value is not None}
+        if self.processes.is_main:
+            with staged_files(self.output_dir) as staging:
+                self.save_card(staging, with_picture=True)
+
+    @property
+    def published_files(self) -> Sequence[str]:
+        """Adapter, options, calibration, tokenizer, card and figures; the ledger and the report where it is asked."""
+        return published_files(self.args)
 
     def save_run_state(self, folder: Path) -> None:
         """Write the states of the run's parts, and the previous adapter."""

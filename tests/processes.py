@@ -109,7 +109,7 @@ def train(job: Job) -> None:
     """Train, and save the adapter; what was logged up to the end goes to ``<folder>/logged.json``."""
     trainer = build_trainer(job)
     if job.die_at >= 0 or job.events_file is not None:
-        _watch_writes(job)
+        watch_writes(job)
     trainer.train(resume_from_checkpoint=job.resume)
     trainer.save_model()
     (job.folder / "logged.json").write_text(json.dumps(trainer.state.log_history))
@@ -146,7 +146,7 @@ def _tear_newest(folder: Path) -> None:
         os.truncate(newest, newest.stat().st_size // 2)
 
 
-def _watch_writes(job: Job) -> None:
+def watch_writes(job: Job) -> None:
     folder = str(job.run)
     count = 0
 

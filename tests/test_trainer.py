@@ -820,16 +820,6 @@ def test_rows_without_the_text_column_are_refused(tmp_path: Path, tokenizer: Pre
         )
 
 
-def test_several_processes_are_refused() -> None:
-    from attention_rl_trainer.planning.preflight import expect_one_process
-
-    with pytest.raises(ValueError, match=r"4 processes.*--num_processes 1"):
-        expect_one_process(4, 1)
-    with pytest.raises(ValueError, match=r"2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
-        expect_one_process(1, 2)
-    expect_one_process(1, 0)
-
-
 def test_the_parts_of_upstream_that_are_leant_on() -> None:
     """Fails when transformers moves what the trainer overrides or reads."""
     import inspect

@@ -36,8 +36,7 @@ class DurabilityCallback(TrainerCallback):
         self.saved_step = state.global_step
         # A resumed Trainer would keep the intervals of the checkpoint.
         state.compute_steps(args, state.max_steps)  # type: ignore[no-untyped-call]  # not annotated there
-        if state.is_world_process_zero:
-            self._trainer.begin()
+        self._trainer.begin()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

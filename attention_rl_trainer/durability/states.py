@@ -119,7 +119,7 @@ def capture_random_states(device: torch.device) -> dict[str, Any]:
     algorithm, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     states = {
         "python": random.getstate(),
-        "numpy": (str(algorithm), torch.from_numpy(np.asarray(keys).copy()), position, has_gauss, gauss),
+        "numpy": (str(algorithm), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
     if device.type != "cpu":
@@ -131,7 +131,7 @@ def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
     """Go back to what `capture_random_states` read; a device that was not there then keeps its generator as it is."""
     random.setstate(states["python"])
     algorithm, keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state((algorithm, keys.numpy(), position, has_gauss, gauss))
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(states["torch"])
     if device.type != "cpu" and "accelerator" in states:
         torch.get_device_module(device).set_rng_state(states["accelerator"])

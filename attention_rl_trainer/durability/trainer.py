@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,11 +30,12 @@ from attention_rl_trainer.durability.callback import DurabilityCallback, LastCal
 from attention_rl_trainer.durability.discovery import CheckpointError, Fact, expect_same_identity, save_identity
 from attention_rl_trainer.durability.guard import Interruption, run_lock
 from attention_rl_trainer.durability.optimizers import OPTIMIZER_NAME, load_optimizer, save_optimizer
-from attention_rl_trainer.durability.pushes import start_pushes
+from attention_rl_trainer.durability.pushes import Destination, HubPushError, start_pushes
 from attention_rl_trainer.durability.resume import ResumePoint, trainer_state
 from attention_rl_trainer.durability.staging import clear_leftovers, rotate_checkpoints, staged_files, staged_folder
 from attention_rl_trainer.durability.states import capture_random_states, load_tree, restore_random_states, save_tree
-from attention_rl_trainer.durability.weights import load_adapter, save_adapter
+from attention_rl_trainer.durability.weights import adapter_digest, load_adapter, save_adapter
+from attention_rl_trainer.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ _PARTS = (SAFETENSORS_WEIGHTS_NAME, OPTIMIZER_NAME, RANDOM_STATES_NAME, RUN_STAT
 class DurableTrainer(Trainer):
     """A Trainer of an adapter that loses nothing when it is killed, interrupted, or out of disk space.
 
+    Of several processes the first one writes and the others wait for it; all read.
+
     Subclasses extend `save_run_state`, `load_run_state` and `run_identity`.
     """
 
@@ -57,6 +61,7 @@ class DurableTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.processes = Processes(self.args.process_index, self.args.world_size)
         self._interruption = Interruption()
         self._loss_before: tuple[Tensor, float, int] | None = None
         self._random_states_before: dict[str, Any] | None = None
@@ -82,8 +87,13 @@ class DurableTrainer(Trainer):
             KeyboardInterrupt: SIGINT came, and a checkpoint was written.
             SystemExit: SIGTERM came, and a checkpoint was written; the code is 143.
         """
-        with run_lock(self.output_dir):
-            clear_leftovers(self.output_dir)
+        with ExitStack() as held:
+
+            def take_folder() -> None:
+                held.enter_context(run_lock(self.output_dir))
+                clear_leftovers(self.output_dir)
+
+            self.processes.on_main(take_folder)
             with self._interruption:
                 yield
             self._interruption.raise_received()
@@ -108,20 +118,21 @@ class DurableTrainer(Trainer):
             SystemExit: SIGTERM came, and a checkpoint was written; the code is 143.
         """
         with self.run_guarded():
-            start = ResumePoint.find(resume_from_checkpoint, self.output_dir, self.run_trace)
+            found = resume_from_checkpoint, self.output_dir, self.run_trace
+            start = self.processes.on_main(lambda: ResumePoint.find(*found))
             self.start_afresh()
             if start.checkpoint is not None:
                 self.expect_own_checkpoint(start.checkpoint)
             steps = self.steps_left(start.checkpoint)
             if start.checkpoint is not None and steps == 0:
                 return self._stay_finished(start, start.checkpoint)
-            start.warn_of_changed_options(self.run_trace, self.run_options(), self.free_options)
+            if self.processes.is_main:
+                start.warn_of_changed_options(self.run_trace, self.run_options(), self.free_options)
             self._start = start
             with self.running(start.global_step + steps):
                 self._loss_before, self._random_states_before = None, None
                 output = super().train(None if start.checkpoint is None else str(start.checkpoint))
-            if self.is_world_process_zero():
-                self.end_run()
+            self.processes.on_main(self.end_run)
             return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
 
     def _begin_writing(self) -> None:
@@ -129,14 +140,18 @@ class DurableTrainer(Trainer):
         start, self._start = self._start, None
         if start is None:
             return
-        start.set_aside_others(self.records)
-        start.adopted(self.records)
-        if self.is_world_process_zero():
+
+        def begin() -> None:
+            start.set_aside_others(self.records)
+            start.adopted(self.records)
             self.begin_records(is_resumed=start.checkpoint is not None)
+
+        self.processes.on_main(begin)
 
     def _stay_finished(self, start: ResumePoint, checkpoint: Path) -> TrainOutput:
         """Load what a finished run has learned, and run nothing."""
-        logger.warning("%s is the end of its run; nothing is run", checkpoint)
+        if self.processes.is_main:
+            logger.warning("%s is the end of its run; nothing is run", checkpoint)
         self._load_from_checkpoint(str(checkpoint))
         self.load_run_state(checkpoint)
         self.state = trainer_state(checkpoint)
@@ -146,8 +161,8 @@ class DurableTrainer(Trainer):
             loss = (since_last_log.item() + total) / max(start.global_step, 1)
         if start.is_own:
             # A run that was killed after its last checkpoint did not come to these.
-            self.rotate()
-            self.end_run(is_repeated=True)
+            self.processes.on_main(self.rotate)
+            self.processes.on_main(lambda: self.end_run(is_repeated=True))
         return TrainOutput(start.global_step, loss, {})
 
     # What a subclass says of its runs.
@@ -178,20 +193,21 @@ class DurableTrainer(Trainer):
             self.args.max_steps = -1
 
     def begin_run(self) -> None:
-        """On the main process, before the first step; an earlier run may be in the folder still."""
+        """On all processes, before the first step; an earlier run may be in the folder still."""
 
     def begin_records(self, *, is_resumed: bool) -> None:
         """On the main process, when the folder is the run's own, in its first step."""
 
     def begin(self) -> None:
-        """Begin a run on the main process.
+        """Begin a run.
 
         Where an earlier run is in the folder, nothing is written until the first step lacks nothing but its end: a
         start that fails, for want of usable articles or for numbers that are not finite, leaves the earlier run as it
         was.
         """
         self.begin_run()
-        if self._start is not None and self._start.is_first_run(self.records, self.run_trace):
+        start = self._start
+        if start is not None and self.processes.on_main(lambda: start.is_first_run(self.records, self.run_trace)):
             self._begin_writing()
 
     def before_optimizer_step(self) -> None:
@@ -238,12 +254,15 @@ class DurableTrainer(Trainer):
 
     def run_identity(self) -> dict[str, Fact]:
         """Return what must be the same in a run that resumes."""
-        return {"world_size": self.args.world_size}
+        return {}
 
     def interrupt_if_asked(self, control: TrainerControl, *, save: bool) -> None:
         """Have the Trainer stop if a signal came, with ``save`` after another checkpoint."""
         self.mute_closed_outputs()
-        if self._interruption.received is not None:
+        # A signal may reach one process alone, or one of them a step later.
+        received = [number for number in self.processes.gather(self._interruption.received) if number is not None]
+        if received:
+            self._interruption.received = received[0]
             control.should_save = control.should_save or save
             control.should_training_stop = True
 
@@ -288,21 +307,27 @@ class DurableTrainer(Trainer):
     def save_extras(self, folder: Path) -> None:
         """Write what belongs beside a saved model; nothing, unless a subclass says more."""
 
+    def save_card(self, folder: Path, *, with_picture: bool) -> None:
+        """Write the model card in the place of PEFT's; ``with_picture`` where it is not a checkpoint's."""
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # ``state_dict`` is only given by strategies that need several processes.
+        if not self.processes.is_main:
+            return
+        # ``state_dict`` is only given by strategies that share the model over processes.
         folder = Path(output_dir or self.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with staged_files(folder) as staging:
-            self._write_model(staging)
+            self._write_model(staging, with_picture=True)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
-    def _write_model(self, folder: Path) -> None:
+    def _write_model(self, folder: Path, *, with_picture: bool = False) -> None:
         # Without training_args.bin: a pickle of the options, with the Hub token in plain bytes.
         save_adapter(folder, self._adapted)
         tokenizer: Any = self.processing_class
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         self.save_extras(folder)
+        self.save_card(folder, with_picture=with_picture)
 
     @property
     def _adapted(self) -> PeftModel:
@@ -317,12 +342,21 @@ class DurableTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
+        shares = self.processes.gather((adapter_digest(self._adapted), capture_random_states(self.args.device)))
+        if len({digest for digest, _ in shares}) > 1:
+            raise RuntimeError(
+                f"the processes hold different adapters after step {self.state.global_step}; nothing was saved. Does a "
+                "callback or a part of your own draw random numbers, or change weights, in some of them only?"
+            )
+        self.processes.on_main(lambda: self._write_checkpoint([states for _, states in shares]))
+
+    def _write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
         target = self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with staged_folder(target) as folder:
             self._write_model(folder)
             if not self.args.save_only_model:
                 save_optimizer(folder, *self._optimizer_and_scheduler)
-                save_tree(folder / RANDOM_STATES_NAME, capture_random_states(self.args.device))
+                save_tree(folder / RANDOM_STATES_NAME, random_states)
                 self.save_run_state(folder)
             self._export_callbacks()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
@@ -341,6 +375,87 @@ class DurableTrainer(Trainer):
         states: Any = {name: found[0] if len(found) == 1 else found for name, found in by_name.items()}
         self.state.stateful_callbacks = states
 
+    # ---- The Hub ----
+
+    @property
+    def published_files(self) -> Sequence[str]:
+        """Names and patterns of what is pushed of the run's folder, and nothing else of it."""
+        return (ADAPTER_CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+
+    def _destination(
+        self, token: str | None = None, revision: str | None = None, private: bool | None = None
+    ) -> Destination:
+        return Destination(
+            repo_id=self.hub_model_id or self.args.hub_model_id or self.output_dir.absolute().name,
+            folder=self.output_dir,
+            files=self.published_files,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            private=self.args.hub_private_repo if private is None else private,
+        )
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository that is pushed to, unless it is there.
+
+        Raises:
+            HubPushError: the Hub cannot be reached, or refuses; says why, and the command that pushes later.
+        """
+        # The Trainer's constructor calls this before there are `processes`.
+        if self.is_world_process_zero():
+            # The Trainer annotates ``None`` alone.
+            made: Any = self._destination(token, private=private).create().repo_id
+            self.hub_model_id = made
+            self.push_in_progress = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write adapter, tokenizer, options and card; with ``push_to_hub`` push them, which a warning says if it fails.
+
+        Raises:
+            StagingError: the system refused a write.
+        """
+        super().save_model(output_dir, _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
+            try:
+                self.push_to_hub(commit_message="Model save")
+            except HubPushError as error:
+                logger.warning("%s", error)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model, and upload what `published_files` names.
+
+        Args:
+            blocking: whether it is waited for; else what fails is said in a warning.
+            kwargs: of `create_model_card`.
+
+        Returns:
+            The commit, or its future; ``None`` where another process pushes.
+
+        Raises:
+            StagingError: the system refused a write.
+            HubPushError: the Hub cannot be reached, or refuses; the model is saved, and the command that pushes it
+                later is said.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # What a push reads must not change under it.
+        self._finish_current_push()
+        self.save_model(_internal_call=True)
+        if kwargs:
+            self.create_model_card(**kwargs)
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        message, destination = commit_message or "End of training", self._destination(token, revision, private)
+        return destination.push(message) if blocking else destination.begin_push(message)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
@@ -351,9 +466,8 @@ class DurableTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
-        assert self.hub_model_id is not None
         message = f"Training in progress, step {self.state.global_step}"
-        uploads = start_pushes(self.args, self.hub_model_id, self.output_dir, Path(checkpoint_folder), message)
+        uploads: Any = start_pushes(self._destination(), self.args, Path(checkpoint_folder), message)
         if busy:
             progress.jobs.extend(uploads)
         else:
@@ -378,4 +492,6 @@ class DurableTrainer(Trainer):
         # The Trainer calls this before it makes the loader's iterator, which draws a seed for workers; the whole run
         # drew that at its start. So they wait for the first step.
         if checkpoint is not None:
-            self._random_states_before = load_tree(Path(checkpoint) / RANDOM_STATES_NAME)
+            states = load_tree(Path(checkpoint) / RANDOM_STATES_NAME)
+            # A run of more processes than before has none of its own for the new ones.
+            self._random_states_before = states[min(self.processes.index, len(states) - 1)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -19,7 +21,8 @@ def save_adapter(folder: Path, model: PeftModel) -> None:
 
     PEFT keeps names of modules in sets, which come out differently in each process.
     """
-    model.save_pretrained(str(folder))
+    # Or PEFT looks for the base model's configuration at every save, on the Hub where it is no folder.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     path = folder / ADAPTER_CONFIG_NAME
     if not path.is_file():
         return
@@ -27,6 +30,15 @@ def save_adapter(folder: Path, model: PeftModel) -> None:
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     config |= {name: sorted(config[name]) for name, value in options.items() if isinstance(value, set)}
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def adapter_digest(model: PeftModel) -> str:
+    """Hash the trainable weights: the same for two adapters whose every bit is."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_adapter(folder: Path, model: PeftModel) -> None:
@@ -40,7 +52,7 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     weights = load_file(path)
-    expected = get_peft_model_state_dict(model)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     differing = sorted(
         name
         for name in weights.keys() | expected.keys()

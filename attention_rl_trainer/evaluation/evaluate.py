@@ -79,13 +79,13 @@ def evaluate(
     batches: Iterable[MemoryBatch],
     encoder: PlainTextEncoder,
     options: EvaluationOptions,
-    folder: Path,
+    folder: Path | None,
     questions: AskedQuestions | None = None,
 ) -> dict[str, float]:
-    """Evaluate a policy, and with ``eval_tables`` write the tables into a folder, which is made if it is missing.
+    """Evaluate a policy, and with ``eval_tables`` write the tables into a folder, where one is given.
 
-    Where the memories are those of a game, ``questions`` measure what was asked. The random numbers are not those of
-    training, and the same at every call.
+    The folder is made if it is missing. Where the memories are those of a game, ``questions`` measure what was asked.
+    The random numbers are not those of training, and the same at every call.
 
     Returns:
         Rewards, their parts and the tables' main figures, by name.
@@ -99,7 +99,8 @@ def evaluate(
     builder = TableBuilder(sampler, encoder, num_order_episodes=options.eval_order_episodes, questions=questions)
     results = evaluate_policy(sampler, batches, options.eval_episodes, builder.add)
     tables = builder.build()
-    tables.write(folder)
+    if folder is not None:
+        tables.write(folder)
     # What both know, such as how many queries differ, is the same but for rounding.
     return tables.metrics() | results
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import torch
@@ -39,6 +40,7 @@ from attention_rl_trainer.types import Trajectory
 LEARNED = "learned"
 # Nats per token: below it is rounding, as where all orders of a memory are the same, or it has one pair.
 _SMALLEST_GAP = 1e-5
+_NUM_EXAMPLES = 4
 NAMES, CONTROL_NAMES, DISTINCT, BOUND = "names_its_pair", "control_names_its_pair", "distinct_queries", "query_bound"
 # What the policy's query is compared with, and the row of the table that it is.
 _COMPARED = {EMPTY: EMPTY, CONTROL: CONTROL, FORM: OTHER_KEY}
@@ -78,6 +80,8 @@ class EvaluationTables:
     """Of a game: what the questions of each player tell about the object, nats a trajectory."""
     asked_share: dict[str, Estimate] = field(default_factory=dict)
     """Share of the gap between random questions and the greedy player's that each player closes."""
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    """Of the first trajectories the title, and each step's query, key and value, as text."""
 
     def metrics(self) -> dict[str, float]:
         """Name the figures that tell whether a policy has learned anything."""
@@ -218,16 +222,31 @@ class TableBuilder:
         self._heard_articles: list[str] = []
         """Of the trajectories of which it was measured what the selector hears."""
         self._chosen_ease: list[float] = []
+        self._examples: list[dict[str, Any]] = []
 
     def add(self, batch: MemoryBatch, trajectory: Trajectory) -> None:
         """Measure trajectories that the sampler rolled out; those on a first article wait for a second one."""
         self._waiting.append((batch, trajectory))
+        self._add_examples(batch, trajectory)
         if not self._control.has_others([article for item, _ in self._waiting for article in item.articles]):
             return
         controls = torch.split(self._take_controls(), [len(item) for item, _ in self._waiting])
         for (item, rolled_out), control in zip(self._waiting, controls, strict=True):
             self._measure(item, rolled_out, control)
         self._waiting = []
+
+    def _add_examples(self, batch: MemoryBatch, trajectory: Trajectory) -> None:
+        decode = self._encoder.decode
+        for row in range(min(len(batch), _NUM_EXAMPLES - len(self._examples))):
+            steps = [
+                {
+                    "query": decode(step.query_tokens[row].cpu()),
+                    "key": decode(step.selected_pair.key_tokens[row].cpu()),
+                    "value": decode(step.selected_pair.value_tokens[row].cpu()),
+                }
+                for step in trajectory.steps
+            ]
+            self._examples.append({"title": batch.articles[row].title, "steps": steps})
 
     def _take_controls(self) -> Tensor:
         articles = [article for batch, _ in self._waiting for article in batch.articles]
@@ -333,6 +352,7 @@ class TableBuilder:
             },
             asked=_estimates(self._asked, articles),
             asked_share=self._asked_share(articles),
+            examples=self._examples,
         )
 
     def _asked_share(self, articles: Sequence[str]) -> dict[str, Estimate]:

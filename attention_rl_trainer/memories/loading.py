@@ -256,7 +256,6 @@ class MemoryLoader:
 
     Args:
         seed: seed of the order and of the subset draws.
-        num_processes: processes that share the articles; this one is number ``process_index``.
         num_workers: 1 for a process that reads ahead, else 0.
     """
 
@@ -266,15 +265,11 @@ class MemoryLoader:
         encoder: PlainTextEncoder,
         seed: int,
         *,
-        process_index: int = 0,
-        num_processes: int = 1,
         num_workers: int = 0,
     ) -> None:
         self._options = options
         self._encoder = encoder
         self._seed = seed
-        self._process_index = process_index
-        self._num_processes = num_processes
         self._num_workers = num_workers
 
     def training_stream(self, articles: Articles, position: StreamPosition) -> ArticleStream:
@@ -302,13 +297,12 @@ class MemoryLoader:
         return self._stream(articles, StreamPosition(), shuffle=False, num_epochs=num_epochs)
 
     def first_memories(self, articles: Articles, count: int) -> MemoryBatch:
-        """Read the first memories of training, whatever the process and wherever a run stands.
+        """Read the first memories of training, wherever a run stands.
 
         Raises:
             ValueError: none can be used.
         """
-        alone = MemoryLoader(self._options, self._encoder, self._seed)
-        rows = alone.rows(alone.training_stream(articles, StreamPosition()))
+        rows = self.rows(self.training_stream(articles, StreamPosition()))
         return collate_memories(list(itertools.islice(rows, count)), self._options.tokens_per_key)
 
     def _stream(
@@ -322,8 +316,6 @@ class MemoryLoader:
             shuffle=shuffle,
             shuffle_buffer_size=self._options.shuffle_buffer_size,
             position=position,
-            process_index=self._process_index,
-            num_processes=self._num_processes,
             num_epochs=num_epochs,
         )
 

@@ -99,8 +99,7 @@ class ArticleStream:
 
     A source with a length is read in a permutation of its rows, and entering it anywhere costs nothing. A streamed
     source is shuffled through a buffer, and entered by reading it again up to the position. Both orders depend on
-    ``(seed, epoch)`` alone. Of several processes, process p takes the rows whose index in the order is p modulo their
-    number; each resumes from the position after its own last article. Iterating anew starts again at ``position``.
+    ``(seed, epoch)`` alone. Iterating anew starts again at ``position``.
 
     Args:
         source: name under which the articles are known.
@@ -110,7 +109,7 @@ class ArticleStream:
         num_epochs: stop after the epoch of this number (counted from the very first); None never stops.
 
     Attributes:
-        skipped: how many rows were passed over by this process since the stream was made, by reason: the reason the
+        skipped: how many rows were passed over since the stream was made, by reason: the reason the
             source gives, "not_a_string" (also None, a number or bytes), "empty" (also white space alone), or
             "broken_row" for a row of a table that is not valid UTF-8. The first of the latter is logged.
 
@@ -129,14 +128,8 @@ class ArticleStream:
         shuffle: bool = True,
         shuffle_buffer_size: int = 1000,
         position: StreamPosition = _BEGINNING,
-        process_index: int = 0,
-        num_processes: int = 1,
         num_epochs: int | None = None,
     ) -> None:
-        if not 0 <= process_index < num_processes:
-            raise ValueError(
-                f"process_index must be in 0..num_processes - 1, got {process_index} of {num_processes} processes."
-            )
         for name, value in (("shuffle_buffer_size", shuffle_buffer_size), ("num_epochs", num_epochs)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -151,15 +144,13 @@ class ArticleStream:
         self._seed = seed
         self._shuffle = shuffle
         self._shuffle_buffer_size = shuffle_buffer_size
-        self._process_index = process_index
-        self._num_processes = num_processes
         self._num_epochs = num_epochs
 
     def __iter__(self) -> Iterator[PositionedArticle]:
-        """Yield the articles of this process from ``position`` on.
+        """Yield the articles from ``position`` on.
 
         Raises:
-            ValueError: a whole epoch gives this process no article, or a row is not one or lacks the column of the
+            ValueError: a whole epoch gives no article, or a row is not one or lacks the column of the
                 text, or a streamed source that is not read by `load_articles` from local files is damaged.
         """
         start = self.position.index
@@ -182,12 +173,11 @@ class ArticleStream:
                 yield PositionedArticle(article, StreamPosition(epoch, index), StreamPosition(epoch, index + 1), row)
 
     def _ordered_rows(self, epoch: int, start: int) -> Iterator[tuple[int, int, Row | Article | Entries]]:
-        """Yield (index in the order, row, content) of this process's share from an index on."""
-        first = start + (self._process_index - start) % self._num_processes
+        """Yield (index in the order, row, content) from an index on."""
         if isinstance(self._dataset, datasets.IterableDataset):
             contents: Iterable[Row] = self._streamed_rows(self._dataset, epoch)
             try:
-                for index, content in itertools.islice(enumerate(contents), first, None, self._num_processes):
+                for index, content in itertools.islice(enumerate(contents), start, None):
                     yield index, index, content
             except READING_ERRORS as error:
                 raise ValueError(
@@ -196,7 +186,7 @@ class ArticleStream:
                 ) from error
         else:
             order = self._order(epoch)
-            for index in range(first, len(order), self._num_processes):
+            for index in range(start, len(order)):
                 row = int(order[index])
                 yield index, row, self._row(row)
 
@@ -246,10 +236,9 @@ class ArticleStream:
 
     def _no_article(self, epoch: int, skipped: Counter[str]) -> ValueError:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-        share = f" for process {self._process_index} of {self._num_processes}" if self._num_processes > 1 else ""
         return ValueError(
-            f"Epoch {epoch} of {self._source!r} holds no article{share}; rows passed over: "
-            f"{counts or 'none, there is no row for it'}. Give a source with at least one article per process."
+            f"Epoch {epoch} of {self._source!r} holds no article; rows passed over: "
+            f"{counts or 'none, there is no row for it'}. Give a source with at least one article."
         )
 
 

@@ -27,6 +27,7 @@ from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 from attention_rl_trainer.models.causal_lm import base_language_model, input_embeddings, is_loaded_in_4_bits
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.planning.footprint import memory_warning, plan_memory
+from attention_rl_trainer.planning.launch import describe_threads, expect_processes, set_threads
 from attention_rl_trainer.planning.sizes import ModelShape, RunShape, WeightBits, context_length_of
 from attention_rl_trainer.rollout.environment import DifferentiableEnvironment, MemoryEnvironment
 from attention_rl_trainer.rollout.layout import Layout, Separators
@@ -37,12 +38,14 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 
 
 def expect_usable_machine(args: AttentionGuidedRLConfig) -> None:
-    """Refuse several processes, a device without float64, mixed precision, and a folder that cannot be written.
+    """Refuse what cannot run here as it was launched, and a folder that cannot be written; set the threads.
 
     Raises:
         ValueError: names which, and the way out.
     """
-    expect_one_process(args.world_size, args.n_gpu)
+    expect_processes(args.num_processes, args.world_size)
+    expect_one_device(args.n_gpu)
+    set_threads(args.num_threads)
     expect_double_precision(args.device)
     # As the Trainer reads it from the launcher; it would ask accelerate for it, which wants packages for some.
     expect_no_mixed_precision(args.mixed_precision)
@@ -63,21 +66,16 @@ def expect_fitting(
         expect_fitting_orders(layout, model, config)
 
 
-def expect_one_process(world_size: int, num_gpus: int) -> None:
-    """Refuse several processes, which would each filter their own trajectories, and GPUs that would share a forward.
+def expect_one_device(num_gpus: int) -> None:
+    """Refuse GPUs that would share every forward of one process, as DataParallel does.
 
     Raises:
-        ValueError: there is more than one of either.
+        ValueError: there is more than one.
     """
-    if world_size > 1:
-        raise ValueError(
-            f"training runs in {world_size} processes, but the reward history and the filter are kept by one; "
-            "launch with CUDA_VISIBLE_DEVICES=0 accelerate launch --num_processes 1"
-        )
     if num_gpus > 1:
         raise ValueError(
-            f"the process sees {num_gpus} GPUs and would split every forward over them; "
-            "launch with CUDA_VISIBLE_DEVICES=0"
+            f"the process sees {num_gpus} GPUs and would split every forward over them; launch a process for each with "
+            f"accelerate launch --multi_gpu --num_processes {num_gpus}, or one with CUDA_VISIBLE_DEVICES=0"
         )
 
 
@@ -189,8 +187,8 @@ def expect_plain_accelerator(accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"accelerate shares the model over processes ({kind.value}), but the rollout needs it whole; launch with "
-            "accelerate launch --num_processes 1, without the options of a plugin"
+            f"accelerate shares the model over processes ({kind.value}), but the rollout needs it whole in each; "
+            "launch without the options of that plugin (examples/accelerate_configs/multi_gpu.yaml)"
         )
     expect_no_mixed_precision(accelerator.mixed_precision)
     backend = accelerator.state.dynamo_plugin.backend
@@ -268,7 +266,8 @@ def run_facts(
         "architecture": f"{type(base).__name__}, {base.config.get_text_config().num_hidden_layers} layers",
         "attention": str(policy.attention),
         "precision": f"weights {_dtype_names([base.dtype])}, adapter {_dtype_names([p.dtype for p in trainable])}",
-        "device": f"{device} ({_device_name(device)}), {config.world_size} process(es)",
+        "device": f"{device} ({_device_name(device)})",
+        "processes": f"{config.world_size}, each of {describe_threads()}",
         "memory free": "unknown" if free is None else f"{free:.1f} GiB",
         "parameters": f"{sum(parameter.numel() for parameter in trainable):,} trainable of {total:,}",
         "optimizer": f"{getattr(config.optim, 'value', config.optim)}, learning rate {config.learning_rate:g}",
@@ -302,7 +301,7 @@ def _model_name(model: PreTrainedModel) -> str:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return platform.processor() or platform.machine()
 
 
 def print_facts(facts: Mapping[str, str | int | float | bool | None], console: Console | None = None) -> None:

@@ -13,6 +13,7 @@ from attention_rl_trainer.memories.stream import Articles
 from attention_rl_trainer.models.heads import HeadNumber
 from attention_rl_trainer.models.policy import PolicyModel, PolicyOptions
 from attention_rl_trainer.probing.calibrate import Probe, selection_facts
+from attention_rl_trainer.processes import ALONE, Processes
 from attention_rl_trainer.rollout.calibration import Calibration, Origin
 from attention_rl_trainer.rollout.environment import CalibratedEnvironment, MemoryEnvironment, SelectionOptions
 from attention_rl_trainer.rollout.layout import Layout
@@ -45,6 +46,7 @@ class CalibratedSelector:
         selection: how they are compared; ``calibration_memories`` of the training articles are fitted to.
         given: a calibration, or the folder of one.
         show_progress: whether a bar is shown on standard error.
+        processes: of which the first one fits, for all.
 
     Raises:
         ValueError: something is to be fitted that the environment does not take, or the given folder has none.
@@ -61,7 +63,9 @@ class CalibratedSelector:
         given: Calibration | str | Path | None = None,
         *,
         show_progress: bool = True,
+        processes: Processes = ALONE,
     ) -> None:
+        self._processes = processes
         self._policy = policy
         self._environment = environment
         self._layout = layout
@@ -115,10 +119,13 @@ class CalibratedSelector:
                 "but there is neither a train_dataset to fit it to nor a calibration; give the folder of the adapter "
                 "that was trained with it as calibration"
             )
+        self._take(self._processes.on_main(lambda: self._fit(articles, origin())))
+        return True
+
+    def _fit(self, articles: Articles, origin: Origin) -> Calibration:
         probe = Probe(self._policy, self._layout, self._heads, self._selection, show_progress=self._show_progress)
         memories = self._loader.first_memories(articles, self._selection.calibration_memories)
-        self._take(probe.fit(memories, origin()).calibration)
-        return True
+        return probe.fit(memories, origin).calibration
 
     def restore(self, folder: Path) -> None:
         """Take the calibration that a checkpoint holds, where one is used and none was given.

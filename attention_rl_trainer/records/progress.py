@@ -24,7 +24,7 @@ STATE_NAME = "attention_rl_state.json"
 PREVIOUS_ADAPTER_NAME = "previous_adapter.safetensors"
 CHECKPOINT_PARTS = (STATE_NAME, PREVIOUS_ADAPTER_NAME)
 """The adapter before the last update."""
-_FORMAT = 6
+_FORMAT = 7
 
 
 class Progress:
@@ -64,9 +64,9 @@ class Progress:
         """Those of the warm start and of the episodes done."""
         return self.num_warm_start + self.num_episodes
 
-    def next_episodes(self, batch: MemoryBatch) -> range:
-        """Number the episodes of the next batch that is rolled out."""
-        return range(self.num_episodes, self.num_episodes + len(batch))
+    def next_episodes(self, rows: range) -> range:
+        """Number the episodes of rows of the next batch that is rolled out."""
+        return range(self.num_episodes + rows.start, self.num_episodes + rows.stop)
 
     def read(self, checkpoint: Path) -> None:
         """Go to where a checkpoint's run stood."""

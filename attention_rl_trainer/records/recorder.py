@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from attention_rl_trainer.durability.discovery import Fact
 from attention_rl_trainer.errors import RunContext, peak_memory_gib
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 from attention_rl_trainer.options import CountOrZero, Options, option
+from attention_rl_trainer.processes import ALONE, Processes
 from attention_rl_trainer.records.health import HealthLimits, HealthMonitor
 from attention_rl_trainer.records.ledger import Ledger, LedgerRow, VerdictName
 from attention_rl_trainer.records.metrics import MetricsBuffer, trajectory_metrics
@@ -35,8 +39,19 @@ class RecordOptions(Options):
     report_at_end: bool = option(True, "Write plots and a summary into output_dir/report when training ends.")
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What a process has to say of its trajectories of a rollout batch."""
+
+    rows: list[LedgerRow]
+    metrics: dict[str, float]
+    rewards: Tensor
+
+
 class Recorder:
     """Keeps what each step gives until it is written: rows to the ledger once the update is sure, metrics to the log.
+
+    What it keeps is of all processes, and the same in each; the first one writes.
 
     Args:
         folder: the run's output_dir.
@@ -44,10 +59,17 @@ class Recorder:
         progress: the trainer's; it counts a batch before the batch is added here.
         limits: what the health monitor warns of.
         context: the present step, the device, and how long each phase took.
+        processes: those of the run.
     """
 
     def __init__(
-        self, folder: Path, encoder: PlainTextEncoder, progress: Progress, limits: HealthLimits, context: RunContext
+        self,
+        folder: Path,
+        encoder: PlainTextEncoder,
+        progress: Progress,
+        limits: HealthLimits,
+        context: RunContext,
+        processes: Processes = ALONE,
     ) -> None:
         self.ledger = Ledger(folder)
         self.latest_row: LedgerRow | None = None
@@ -57,21 +79,35 @@ class Recorder:
         self._encoder = encoder
         self._progress = progress
         self._context = context
+        self._processes = processes
         self._metrics = MetricsBuffer()
         self._health = HealthMonitor(limits)
         self._pending: list[LedgerRow] = []
 
     # ---- A step ----
 
-    def add(self, batch: MemoryBatch, trajectories: Trajectory, verdict: Verdict) -> None:
-        """Note a rollout batch that was judged and counted; its rows wait for `commit`."""
-        rows = ledger_rows(trajectories, batch, self._encoder, verdict, self._context.step)
+    def add(self, batch: MemoryBatch, trajectories: Trajectory | None, verdict: Verdict) -> None:
+        """Note a rollout batch that was judged and counted; its rows wait for `commit`.
+
+        Args:
+            batch: this process's memories.
+            trajectories: this process's; ``None`` where it has none.
+            verdict: on those of all processes.
+        """
+        share = _Share([], {}, torch.empty(0))
+        if trajectories is not None:
+            mine = replace(verdict, keep=self._processes.own(verdict.keep))
+            rows = ledger_rows(trajectories, batch, self._encoder, mine, self._context.step)
+            share = _Share(rows, trajectory_metrics(trajectories), trajectories.avg_reward.cpu())
+        shares = self._processes.gather(share)
+        rows = [row for part in shares for row in part.rows]
         self._pending += rows
         self.latest_row = max(rows, key=lambda row: row.reward)
         num_kept = int(verdict.keep.sum())
-        self._metrics.add(trajectory_metrics(trajectories), weight=len(rows))
+        for part in shares:
+            self._metrics.add(part.metrics, weight=len(part.rows))
         self._metrics.add({"kept_fraction": num_kept / len(rows)}, weight=len(rows))
-        self._metrics.add_rewards(trajectories.avg_reward)
+        self._metrics.add_rewards(torch.cat([part.rewards for part in shares]))
         self._metrics.add(
             {
                 "history_mean": verdict.history_after.mean,
@@ -90,29 +126,45 @@ class Recorder:
         if sums.kl is not None:
             self._metrics.add({"kl": sums.kl / sums.num_query_tokens}, weight=sums.num_query_tokens)
 
-    def add_warm_start(self, terms: WarmStartTerms, num_trajectories: int) -> None:
-        """Collect how well the queries and values of a warm start are predicted."""
-        logprobs = {"warm_start_query": terms.query_logprob, "warm_start_value": terms.value_logprob}
-        self._metrics.add(
-            {f"{name}_logprob": value.item() for name, value in logprobs.items()}, weight=num_trajectories
-        )
+    def add_warm_start(self, learned: Sequence[tuple[WarmStartTerms, int]]) -> None:
+        """Collect how well the queries and values of a warm start are predicted.
 
-    def add_times(self, trajectories: Trajectory) -> None:
-        """Collect how long the phases of a rollout batch took, and the peak memory."""
-        seconds = self._context.seconds
-        rate = trajectories.forward_tokens / seconds["rollout"]
-        self._metrics.add({"tokens_per_second": rate}, weight=seconds["rollout"])
-        self._metrics.add({"rollout_seconds": seconds["rollout"], "update_seconds": seconds["filter"]})
+        Args:
+            learned: the terms of each micro-batch of this process, and its number of trajectories.
+        """
+        parts = [
+            (
+                {
+                    "warm_start_query_logprob": terms.query_logprob.item(),
+                    "warm_start_value_logprob": terms.value_logprob.item(),
+                },
+                number,
+            )
+            for terms, number in learned
+        ]
+        for share in self._processes.gather(parts):
+            for logprobs, number in share:
+                self._metrics.add(logprobs, weight=number)
+
+    def add_times(self, trajectories: Trajectory | None) -> None:
+        """Collect how long the phases of a rollout batch took in the slowest process, and the largest peak memory."""
+        seconds, num_tokens = self._context.seconds, 0 if trajectories is None else trajectories.forward_tokens
+        shares = self._processes.gather((seconds["rollout"], seconds["filter"], num_tokens))
+        rollout, judging = (max(share[place] for share in shares) for place in (0, 1))
+        self._metrics.add({"tokens_per_second": sum(share[2] for share in shares) / rollout}, weight=rollout)
+        self._metrics.add({"rollout_seconds": rollout, "update_seconds": judging})
         self.add_update_time()
 
     def add_update_time(self) -> None:
         """Collect how long the update took, and the peak memory, where there may have been no rollout."""
-        peak = peak_memory_gib(self._context.device)
-        self._metrics.add({"update_seconds": self._context.seconds["update"], "peak_memory_gib": peak})
+        shares = self._processes.gather((self._context.seconds["update"], peak_memory_gib(self._context.device)))
+        update, peak = (max(share[place] for share in shares) for place in (0, 1))
+        self._metrics.add({"update_seconds": update, "peak_memory_gib": peak})
 
     def commit(self) -> None:
         """Write the rows of an update to the ledger: nothing stands in the way of its last optimizer step."""
-        self.ledger.append(self._pending)
+        if self._processes.is_main:
+            self.ledger.append(self._pending)
         self._pending = []
 
     def log(self, logs: Mapping[str, float], num_updates: int) -> dict[str, float]:
@@ -120,6 +172,8 @@ class Recorder:
         self._metrics.add({"updates": num_updates})
         joined = {**logs, **self._metrics.drain()}
         for warning in self._health.observe(joined):
+            if not self._processes.is_main:
+                continue
             # The Trainer logs a step after it has counted it.
             logger.warning("Step %d: %s", self._context.step - 1, warning)
         return joined

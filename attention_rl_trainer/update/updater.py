@@ -1,13 +1,16 @@
 """Kept trajectories into optimizer steps, all of an update or none (design §9).
 
 An update takes the trajectories of one rollout batch, or of ``gradient_accumulation_steps`` of them. Its gradient is
-accumulated batch by batch; the optimizer steps that ``num_iterations`` > 1 adds come before the Trainer's own. If any
-of it fails, weights, optimizer and the states of all parts of the run are as they were before its first batch.
+accumulated batch by batch, by each process for its own trajectories, and added up over processes before a step; the
+optimizer steps that ``num_iterations`` > 1 adds come before the Trainer's own. If any of it fails, weights, optimizer
+and the states of all parts of the run are as they were before its first batch.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +23,7 @@ from torch import Tensor
 from attention_rl_trainer.durability.states import Stateful
 from attention_rl_trainer.errors import RunContext
 from attention_rl_trainer.options import Count, option
+from attention_rl_trainer.processes import ALONE, Processes
 from attention_rl_trainer.types import ArticleReference
 from attention_rl_trainer.update.kept import KeptTrajectories
 from attention_rl_trainer.update.losses import LossOptions
@@ -41,10 +45,10 @@ class UpdateOptions(LossOptions, WarmStartOptions):
 @dataclass(eq=False)
 class _OpenUpdate:
     num_trajectories: int
-    """Of all its rollout batches, kept or not."""
+    """Of all its rollout batches and processes, kept or not."""
     states_before: dict[str, Any]
     sums: LossSums
-    """Of all batches and optimizer steps so far."""
+    """Of all batches and optimizer steps of this process so far."""
     kept: list[KeptTrajectories] = field(default_factory=list)
     """Of each batch so far; batches of which nothing was kept are left out."""
     weights_before: OptimizerRestorePoint | None = None
@@ -60,8 +64,9 @@ class Updater:
 
     Args:
         model: its parameters with ``requires_grad`` are trained.
-        record: called at the end of each update with its loss and the parts of it: loss and policy loss are means over
-            its optimizer steps, the KL and its query tokens sums over them.
+        record: called at the end of each update with its loss and the parts of it, over all processes: loss and policy
+            loss are means over its optimizer steps, the KL and its query tokens sums over them.
+        processes: among which the trajectories of an update are shared.
 
     Attributes:
         num_updates: optimizer steps that moved weights.
@@ -74,6 +79,7 @@ class Updater:
         options: UpdateOptions,
         context: RunContext,
         record: Callable[[LossSums], None],
+        processes: Processes = ALONE,
     ) -> None:
         self.num_updates = 0
         self.previous_adapter = AdapterSnapshot(model)
@@ -81,6 +87,7 @@ class Updater:
         self._options = options
         self._context = context
         self._record = record
+        self._processes = processes
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._accumulator = GradientAccumulator(self._trainable, MicroBatchSize(options.training_batch_size), context)
         self._update: _OpenUpdate | None = None
@@ -91,7 +98,7 @@ class Updater:
 
         Args:
             parts: all those of the run whose state an update changes, this one included.
-            num_trajectories: B_all, of all rollout batches of the update.
+            num_trajectories: B_all, of all rollout batches and processes of the update.
         """
         if self._update is None:
             states = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
@@ -120,7 +127,7 @@ class Updater:
         return self._open.num_trajectories
 
     def accumulate(self, kept: KeptTrajectories, differentiate: Differentiate) -> Tensor:
-        """Add the gradient of a rollout batch's kept trajectories, of which there may be none.
+        """Add the gradient of a rollout batch's kept trajectories of this process, of which there may be none.
 
         Returns:
             Their share of the update's loss, which is a mean over its optimizer steps; a scalar, detached.
@@ -137,6 +144,10 @@ class Updater:
         self._open.sums += sums
         return sums.loss / self._options.num_iterations
 
+    def join(self) -> None:
+        """Add up the gradients of all processes, after the last rollout batch of an update."""
+        self._processes.sum_gradients(self._trainable.values())
+
     def take_further_steps(
         self, differentiate: Differentiate, optimizer: torch.optim.Optimizer, clip: Callable[[], None]
     ) -> Tensor:
@@ -147,7 +158,7 @@ class Updater:
         """
         update = self._open
         loss = torch.zeros((), device=self._context.device)
-        if not update.kept or self._options.num_iterations == 1:
+        if not self._accumulator.has_gradient or self._options.num_iterations == 1:
             return loss
         changing = [*self._trainable.values(), *self.previous_adapter.state_dict().values()]
         update.weights_before = OptimizerRestorePoint(changing, optimizer)
@@ -158,6 +169,7 @@ class Updater:
             optimizer.step()
             self._model.zero_grad()
             loss += self._accumulate(update.kept, differentiate, iteration)
+            self.join()
         return loss
 
     @contextmanager
@@ -169,8 +181,12 @@ class Updater:
             yield
             # Only now: nothing takes it back.
             self._refresh_previous_adapter()
-            self._record(self._mean_over_steps(update.sums))
+            self._record(self._mean_over_steps(self._over_processes(update.sums)))
         self._update = None
+
+    def _over_processes(self, sums: LossSums) -> LossSums:
+        on_cpu = replace(sums, loss=sums.loss.cpu())
+        return functools.reduce(operator.add, self._processes.gather(on_cpu))
 
     def _mean_over_steps(self, sums: LossSums) -> LossSums:
         steps = self._options.num_iterations

@@ -136,7 +136,7 @@ def test_a_checkpoint_of_an_older_version_is_refused_as_such(finished: Path, tmp
     (checkpoint / IDENTITY_NAME).write_text(json.dumps(facts))
     write_manifest_anew(checkpoint)
     with pytest.raises(
-        CheckpointError, match=r"has format 3, but this version .* reads format 6; resume with the version"
+        CheckpointError, match=r"has format 3, but this version .* reads format 7; resume with the version"
     ):
         build_trainer(job).train(resume_from_checkpoint=True)
 

@@ -168,12 +168,12 @@ class TestOtherRuns:
             with pytest.raises(CheckpointError, match=r"belongs to another run.*\n *articles\.sample: .*\Z"):
                 trainer.train(resume_from_checkpoint=True)
 
-    def test_another_world_size_is_listed(self, finished: Path, tmp_path: Path) -> None:
+    def test_another_number_of_processes_is_listed_where_dropout_is_drawn(self, finished: Path, tmp_path: Path) -> None:
         checkpoint = copy_of(finished, tmp_path).run / "checkpoint-6"
         facts = json.loads((checkpoint / "run_identity.json").read_text())
-        (checkpoint / "run_identity.json").write_text(json.dumps(facts | {"world_size": 2}))
+        (checkpoint / "run_identity.json").write_text(json.dumps(facts | {"processes": 2}))
         write_manifest_anew(checkpoint)
-        with pytest.raises(CheckpointError, match="world_size: 2 there, 1 here"):
+        with pytest.raises(CheckpointError, match="processes: 2 there, 1 here"):
             build_trainer(Job(tmp_path, OPTIONS)).train(resume_from_checkpoint=True)
 
     @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 from processes import Job, build_trainer
 from transformers import TrainerCallback
 
+from attention_rl_trainer.durability import pushes
 from attention_rl_trainer.durability.manifest import find_damage
 
 
@@ -25,6 +26,16 @@ class Plant(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         (self.folder / "training_args.bin").write_bytes(b"hf_configsecret")
+
+
+PUBLISHED = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "attention_rl_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 @dataclass
@@ -52,9 +63,9 @@ class TestPushes:
         """The network is all that is left out."""
         uploads: list[Upload] = []
 
-        def upload(self: HfApi, *, folder_path: Path, ignore_patterns: list[str] | None, **options: Any) -> Any:
+        def upload(self: HfApi, *, folder_path: Path, allow_patterns: list[str] | None, **options: Any) -> Any:
             names = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
-            sent = set(filter_repo_objects(names, ignore_patterns=ignore_patterns))
+            sent = set(filter_repo_objects(names, allow_patterns=allow_patterns))
             place = options.get("path_in_repo")
             uploads.append(Upload(sent, place, None if place is None else find_damage(Path(folder_path))))
             done: Future[None] = Future()
@@ -62,6 +73,7 @@ class TestPushes:
             return done
 
         monkeypatch.setattr(HfApi, "upload_folder", upload)
+        monkeypatch.setattr(pushes, "hub_obstacle", lambda: None)
         trainer = build_trainer(Job(tmp_path, OPTIONS | {"hub_strategy": strategy, "hub_token": "hf_configsecret"}))
         trainer.args.push_to_hub = True
         trainer.hub_model_id = "someone/adapter"
@@ -75,8 +87,12 @@ class TestPushes:
         assert [upload.place for upload in uploads] == [*places, None]
         for sent in uploads:
             assert sent.damage in (None, [])
-            assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= sent.files
             assert not [name for name in sent.files if name.startswith(("_", "checkpoint-")) or name.endswith(".bin")]
+            if sent.place is None:
+                assert sent.files == PUBLISHED
+            else:
+                # What a run needs to resume is what was asked for.
+                assert PUBLISHED | {"optimizer.safetensors", "previous_adapter.safetensors"} <= sent.files
         for content in content_of(tmp_path / "run").values():
             assert b"hf_configsecret" not in content
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from attention_rl_trainer.memories.loading import MemoryDataset, MemoryLoader, ReadingOptions
+from attention_rl_trainer.memories.loading import MemoryLoader, ReadingOptions
 from attention_rl_trainer.memories.pairs import MemoryBatch, MemoryRow, Window
 from attention_rl_trainer.memories.stream import ArticleStream, Entries
 from attention_rl_trainer.memories.tables import EntriesTable
@@ -45,10 +45,9 @@ class Reader:
     """A loader of made-up options, and what it reads."""
 
     def __init__(self, encoder: PlainTextEncoder, seed: int = 3, **changes: Any) -> None:
-        shares = {name: changes.pop(name) for name in ("process_index", "num_processes") if name in changes}
         self.encoder, self.seed = encoder, seed
         self.options = ReadingOptions(**SIZES | changes)
-        self.loader = MemoryLoader(self.options, encoder, seed, **shares)
+        self.loader = MemoryLoader(self.options, encoder, seed)
 
     def stream(self, source: Any, position: StreamPosition | None = None) -> ArticleStream:
         return self.loader.training_stream(source, position or StreamPosition())
@@ -237,20 +236,6 @@ class TestOrder:
             return [encoder.decode(key) for batch in batches for row in batch.key_tokens for key in row]
 
         assert texts(4) == texts(6) == texts(1)
-
-    def test_two_processes_share_without_overlap(self, encoder: PlainTextEncoder) -> None:
-        def memories(**shares: int) -> dict[tuple[int, str], Any]:
-            reader = Reader(encoder, **shares)
-            rows = MemoryDataset(reader.stream(things(7)), encoder, reader.options, reader.seed)
-            first = itertools.takewhile(lambda row: row.article.epoch < 2, rows)
-            return {
-                (row.article.epoch, row.article.title): (row.pair_numbers.tolist(), row.example.tolist())
-                for row in first
-            }
-
-        shares = [memories(process_index=process, num_processes=2) for process in range(2)]
-        assert not shares[0].keys() & shares[1].keys()
-        assert shares[0] | shares[1] == memories()
 
     def test_overfitting_reads_the_first_usable_ones_with_one_memory_each(self, encoder: PlainTextEncoder) -> None:
         source = [entries("few", [" v"]), *things(5)]

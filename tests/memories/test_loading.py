@@ -407,22 +407,6 @@ def test_a_worker_gives_the_same_batches_from_a_process_group_of_its_own(
     assert groups[1] != groups[0]
 
 
-def test_processes_share_the_articles_and_draw_what_one_would(
-    texts: list[str], tokenizer: PreTrainedTokenizerFast
-) -> None:
-    encoder, rows = PlainTextEncoder(tokenizer), rows_of(texts[:7])
-
-    def memories(process_index: int, num_processes: int) -> dict[tuple[int, int], list[int]]:
-        loader = MemoryLoader(reading(), encoder, seed=3, process_index=process_index, num_processes=num_processes)
-        stream = loader.training_stream(rows, StreamPosition())
-        items = itertools.takewhile(lambda item: item.article.epoch < 2, MemoryDataset(stream, encoder, reading(), 3))
-        return {(item.article.epoch, item.article.article_index): item.pair_numbers.tolist() for item in items}
-
-    shares = [memories(process, 2) for process in range(2)]
-    assert not shares[0].keys() & shares[1].keys()
-    assert shares[0] | shares[1] == memories(0, 1)
-
-
 def test_a_source_of_the_users_own_is_read_by_number_and_named_after_its_class(
     texts: list[str], tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -100,40 +100,6 @@ def test_the_row_of_an_article_is_the_same_in_every_epoch(kind: str) -> None:
         assert item.article.title == ROWS[item.row]["title"]
 
 
-@every_kind
-@pytest.mark.parametrize("num_processes", [2, 7])
-def test_the_shares_of_processes_are_disjoint_and_complete(make: Callable[[], object], num_processes: int) -> None:
-    whole = {item.position: item for item in stream_of(make(), num_epochs=2)}
-    shares = [
-        list(stream_of(make(), num_epochs=2, process_index=process, num_processes=num_processes))
-        for process in range(num_processes)
-    ]
-    assert sum(map(len, shares)) == len(whole)
-    assert {item.position: item for share in shares for item in share} == whole
-
-
-@every_kind
-def test_a_process_resumes_its_own_share(make: Callable[[], object]) -> None:
-    options = {"num_epochs": 2, "process_index": 1, "num_processes": 4}
-    whole = list(stream_of(make(), **options))
-    assert whole[3].position.index % 4 == 1
-    for taken in (1, 5, 8, 9):
-        assert list(stream_of(make(), position=whole[taken - 1].next_position, **options)) == whole[taken:]
-
-
-def test_all_processes_may_resume_from_one_common_position() -> None:
-    whole = stream_of(ROWS, num_epochs=1)
-    expected = [item.position for item in whole][12:]
-    resumed = [
-        item.position
-        for process in range(4)
-        for item in stream_of(
-            ROWS, num_epochs=1, process_index=process, num_processes=4, position=StreamPosition(0, 12)
-        )
-    ]
-    assert sorted(resumed, key=lambda position: position.index) == expected
-
-
 def test_rows_that_are_not_articles_are_passed_over_and_counted() -> None:
     rows = [
         {"title": "A", "text": "a", "skip_reason": ""},
@@ -174,10 +140,9 @@ def test_an_epoch_without_an_article_is_an_error_with_the_counts(streaming: bool
         next(iter(stream))
 
 
-@pytest.mark.parametrize("rows", [[], [{"text": "a"}]])
-def test_a_process_without_a_row_is_an_error(rows: list[dict[str, str]]) -> None:
-    stream = stream_of(rows, process_index=1, num_processes=2)
-    message = "no article for process 1 of 2; rows passed over: none, there is no row for it. Give a source with at"
+def test_a_source_without_a_row_is_an_error() -> None:
+    stream = stream_of([])
+    message = "no article; rows passed over: none, there is no row for it. Give a source with at"
     with pytest.raises(ValueError, match=message):
         next(iter(stream))
 
@@ -196,8 +161,6 @@ def test_a_row_without_the_text_column_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"process_index": 2, "num_processes": 2}, "process_index must be in 0..num_processes - 1, got 2 of 2"),
-        ({"process_index": -1}, "process_index must be in"),
         ({"shuffle_buffer_size": 0}, "shuffle_buffer_size must be at least 1, got 0"),
         ({"num_epochs": 0}, "num_epochs must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),

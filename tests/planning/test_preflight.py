@@ -26,7 +26,7 @@ from attention_rl_trainer.planning.preflight import (
     expect_fitting_vocabulary,
     expect_log_prob,
     expect_no_mixed_precision,
-    expect_one_process,
+    expect_one_device,
     expect_plain_accelerator,
     expect_usable_machine,
     expect_writable,
@@ -84,16 +84,11 @@ class TestExpectWritable:
         assert not any("lora" in name for name, _ in model.named_parameters())
 
 
-class TestExpectOneProcess:
-    def test_several_processes_are_refused_and_one_is_not(self) -> None:
-        expect_one_process(1, 1)
-        with pytest.raises(ValueError, match=r"^training runs in 3 processes, .*launch --num_processes 1$"):
-            expect_one_process(3, 1)
-
-    def test_several_gpus_are_refused_and_none_is_not(self) -> None:
-        expect_one_process(1, 0)
-        with pytest.raises(ValueError, match=r"^the process sees 2 GPUs .*CUDA_VISIBLE_DEVICES=0$"):
-            expect_one_process(1, 2)
+def test_several_gpus_of_one_process_are_refused_and_none_is_not() -> None:
+    expect_one_device(0)
+    expect_one_device(1)
+    with pytest.raises(ValueError, match=r"^the process sees 2 GPUs .*--num_processes 2, or one with CUDA_VIS.*=0$"):
+        expect_one_device(2)
 
 
 class TestContext:
@@ -256,7 +251,7 @@ class TestFacts:
         assert facts["attention"] == f"layer 1: 4 query heads, {groups} key-value groups of 8"
         assert facts["precision"] == "weights float32, adapter float32"
         assert str(facts["device"]).startswith("cpu (")
-        assert str(facts["device"]).endswith(f"{torch.get_num_threads()} threads), 1 process(es)")
+        assert str(facts["processes"]).startswith(f"1, each of {torch.get_num_threads()} thread")
         assert re.fullmatch(r"\d+\.\d GiB|unknown", str(facts["memory free"]))
 
     def test_say_what_is_trained(self, trainer: AttentionGuidedRLTrainer) -> None:
