@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from attention_rl_trainer.models.heads import ChosenHeads, HeadNumber
     from attention_rl_trainer.models.key_vectors import extract_embeddings
     from attention_rl_trainer.models.projections import UnsupportedArchitectureError
+    from attention_rl_trainer.ordering.adapter import OrderSettings
+    from attention_rl_trainer.ordering.orderer import AttentionGuidedOrderer
+    from attention_rl_trainer.ordering.result import ReadingOrder, ReadingStep
+    from attention_rl_trainer.ordering.trust import OrderTrust
     from attention_rl_trainer.planning.footprint import memory_warning, plan_memory
     from attention_rl_trainer.planning.sizes import ModelShape, RunShape
     from attention_rl_trainer.planning.timing import plan_time
@@ -67,6 +71,7 @@ _MODULES = {
     "ArticleStream": "memories.stream",
     "Entries": "memories.stream",
     "EntriesTable": "memories.tables.entries_table",
+    "AttentionGuidedOrderer": "ordering.orderer",
     "AttentionGuidedRLConfig": "config",
     "AttentionGuidedRLTrainer": "trainer",
     "AttentionLayer": "models.attention",
@@ -85,6 +90,10 @@ _MODULES = {
     "MemoryEnvironment": "rollout.environment",
     "ModelShape": "planning.sizes",
     "NonFiniteError": "errors",
+    "OrderSettings": "ordering.adapter",
+    "OrderTrust": "ordering.trust",
+    "ReadingOrder": "ordering.result",
+    "ReadingStep": "ordering.result",
     "RewardFilter": "update.filter",
     "RewardFunction": "rollout.reward",
     "RewardStatistics": "update.filter",
@@ -123,6 +132,7 @@ __all__ = [
     "Article",
     "ArticleSource",
     "ArticleStream",
+    "AttentionGuidedOrderer",
     "AttentionGuidedRLConfig",
     "AttentionGuidedRLTrainer",
     "AttentionLayer",
@@ -143,6 +153,10 @@ __all__ = [
     "MemoryEnvironment",
     "ModelShape",
     "NonFiniteError",
+    "OrderSettings",
+    "OrderTrust",
+    "ReadingOrder",
+    "ReadingStep",
     "RewardFilter",
     "RewardFunction",
     "RewardStatistics",

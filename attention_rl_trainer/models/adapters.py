@@ -1,8 +1,13 @@
-"""The adapter that is trained: put on a base model, disabled for the reference, or used by a part of a batch (§6)."""
+"""The adapter that is trained: put on a base model, disabled for the reference, or used by a part of a batch (§6).
+
+Its configuration is written with what its base model is on any machine, by which it is found again.
+"""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -16,16 +21,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attention_rl_trainer.models.attention import find_attention_projections
+from attention_rl_trainer.models.base import ModelName, name_anywhere
 from attention_rl_trainer.models.given import (
+    ADAPTER_NAME,
     adapter_layers,
     expect_adapter_config,
     expect_no_adapter,
     expect_whole_adapter,
+    own_parameters,
 )
 
 ConstructorT = TypeVar("ConstructorT", bound=Callable[..., None])
 
 _SAMPLED_VALUES = 64
+WEIGHTS = "weights:"
+"""How a revision begins that is a digest of weights."""
+_EXACT = (torch.float32, torch.bfloat16)
 # Of B in B · A · x, with the usual A: moves a layer's output by about a third of its input's size.
 _SCALE_OF_OTHER_WEIGHTS = 0.1
 
@@ -59,6 +70,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
         if peft_config is not None:
             raise ValueError("the model has an adapter already; give a base model with peft_config, or no peft_config")
         expect_whole_adapter(model)
+        _write_portably(model)
         return model
     expect_no_adapter(model)
     if peft_config is None:
@@ -89,6 +101,7 @@ def _with_new_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftMo
             "measured against the untouched base model. Load it again, and use another kind, or another initialization"
         )
     expect_whole_adapter(adapted)
+    _write_portably(adapted)
     return adapted
 
 
@@ -130,11 +143,47 @@ def sampled_weights(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple
     """
     samples = {}
     for name, parameter in parameters:
-        flat = parameter.detach().reshape(-1)
-        values = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)].cpu().contiguous().view(torch.uint8)
+        values = _sample(parameter).view(torch.uint8)
         own_name = name.removeprefix("base_model.model.").replace("base_layer.", "")
         samples[own_name] = list(parameter.shape), str(parameter.dtype), values.numpy().tobytes().hex()
     return samples
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLED_VALUES)].cpu().contiguous()
+
+
+# ---- The base model of an adapter, on any machine ----
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> ModelName:
+    """Say which base model this is; where its name means nothing elsewhere, by `weights_digest` as its revision."""
+    base = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    named = name_anywhere(base)
+    return named if named.is_portable else ModelName(named.name, weights_digest(base))
+
+
+def weights_digest(model: PreTrainedModel) -> str | None:
+    """Tell a base model's weights from others by samples of them, an adapter's left out.
+
+    Alike in float32 and bfloat16; ``None`` in other precisions.
+    """
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    foreign = {id(parameter) for layer in layers for parameter in own_parameters(layer)}
+    parameters = {name: p for name, p in model.named_parameters() if id(p) not in foreign}
+    if any(parameter.dtype not in _EXACT for parameter in parameters.values()):
+        return None
+    samples = sampled_weights((name, _sample(p).to(torch.bfloat16)) for name, p in parameters.items())
+    shapes = {name.replace("base_layer.", ""): list(p.shape) for name, p in parameters.items()}
+    content = json.dumps([shapes, samples], sort_keys=True).encode("ascii")
+    return WEIGHTS + hashlib.sha256(content).hexdigest()[:16]
+
+
+def _write_portably(model: PeftModel) -> None:
+    """Have the adapter's configuration written with `base_of` its model."""
+    base, config = base_of(model), model.peft_config[ADAPTER_NAME]
+    config.base_model_name_or_path, config.revision = base.name or None, base.revision
 
 
 class AdapterLayers:

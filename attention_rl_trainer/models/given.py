@@ -237,7 +237,7 @@ def expect_whole_adapter(model: PeftModel) -> None:
     _expect_real_weights(model)
     modules = ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     # An adapter that was deleted leaves its layers behind, empty.
-    layers = {name: module for name, module in modules if _own_parameters(module)}
+    layers = {name: module for name, module in modules if own_parameters(module)}
     problem = _why_not_whole(model, layers)
     if problem is not None:
         raise ValueError(f"the adapter cannot be trained: {problem}")
@@ -270,7 +270,7 @@ def _layers_of_its_own(model: PeftModel, layers: Iterable[str]) -> list[str]:
 
 
 def _why_not_trained_as_saved(model: PeftModel, layers: dict[str, BaseTunerLayer]) -> str | None:
-    own = {id(parameter) for layer in layers.values() for parameter in _own_parameters(layer)}
+    own = {id(parameter) for layer in layers.values() for parameter in own_parameters(layer)}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if others := [name for name, parameter in trainable.items() if id(parameter) not in own]:
         return (
@@ -297,7 +297,8 @@ def _why_not_trained_as_saved(model: PeftModel, layers: dict[str, BaseTunerLayer
     return None
 
 
-def _own_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:
+def own_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:
+    """List the parameters that an adapter has put into a layer."""
     below = {id(parameter) for parameter in layer.get_base_layer().parameters()}
     return [parameter for parameter in cast(nn.Module, layer).parameters() if id(parameter) not in below]
 

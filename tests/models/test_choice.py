@@ -67,7 +67,7 @@ def test_a_named_model_passes_through() -> None:
 
 
 def test_auto_without_a_hub_is_the_embedded_model(wheel: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger=choice_module.__name__):
+    with caplog.at_level(logging.DEBUG, logger=choice_module.__name__):
         choice = choose_base_model("auto", CPU)
     assert Path(choice.name_or_path).parent == cache
     assert "the Hub cannot be reached" in choice.reason
@@ -174,7 +174,8 @@ def test_a_named_model_comes_with_its_tokenizer(
     llama_folder: Path, tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = {"dtype": "bfloat16", "attn_implementation": "eager"}
-    model, tokenizer = load_named_model(str(llama_folder), CPU, options)
+    with caplog.at_level(logging.INFO, logger=choice_module.__name__):
+        model, tokenizer = load_named_model(str(llama_folder), CPU, options)
     assert model.dtype == torch.bfloat16
     assert "because it was asked for" in caplog.text
     assert tokenizer("the moon").input_ids == tiny_tokenizer("the moon").input_ids
