@@ -1,4 +1,7 @@
-"""Trajectories into tables on the terminal, and logged metrics into a progress bar in episodes (design §10)."""
+"""Trajectories and evaluations into tables, and logged metrics into progress in episodes (design §10).
+
+On a terminal and in a notebook progress is a bar; elsewhere, as in a log, a line now and then.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,16 @@ from collections.abc import Callable, Iterable, Mapping
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import ProgressCallback
 
 from attention_rl_trainer.records.ledger import LedgerRow
 from attention_rl_trainer.records.summary import escape_control_characters
 
+_FIRST_FIGURES = ("reward", "query_gain", "model_gain", "order_gain")
+_NUM_LINES = 50
+"""In the log of a whole run."""
 _POSTFIX = {"reward": "reward {:+.4f}", "kept_fraction": "kept {:.0%}", "query_gain": "query gain {:+.4f}"}
 
 
@@ -44,12 +50,30 @@ def trajectory_table(row: LedgerRow, max_characters: int = 60) -> Table:
     return table
 
 
-class EpisodeProgressCallback(TrainerCallback):
-    """A progress bar that counts episodes, with an occasional table of one trajectory above it.
+def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
+    """Lay out the figures of an evaluation, as `AttentionGuidedRLTrainer.evaluate` returns them.
 
-    A step of the Trainer is a whole batch of episodes. Reward, kept fraction and query gain are beside the bar. Nothing
-    is drawn outside the local main process. It replaces the Trainer's own bar, which counts steps: remove
-    `transformers.trainer_callback.ProgressCallback` when this one is added. `disable_tqdm=True` hides the bar and
+    The reward and its parts come first; the epoch, which the Trainer adds to every log, is left out, since a run counts
+    episodes.
+    """
+    values = {name.removeprefix("eval_"): value for name, value in metrics.items() if name != "epoch"}
+    episodes = values.pop("episodes", None)
+    counted = "" if episodes is None else f", {episodes:.0f} trajectories"
+    table = Table(title=Text(f"{title}{counted}", style="bold"), title_justify="left")
+    table.add_column("figure, as in docs/metrics.md", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    for name in sorted(values, key=lambda name: name not in _FIRST_FIGURES):
+        table.add_row(Text(name), f"{values[name]:.4f}")
+    return table
+
+
+class EpisodeProgressCallback(TrainerCallback):
+    """Progress that counts episodes, with an occasional table of one trajectory above it.
+
+    A step of the Trainer is a whole batch of episodes. Reward, kept fraction and query gain are beside the bar; where
+    the console is neither a terminal nor a notebook, there is a line at every fiftieth of the run instead. Nothing is
+    drawn outside the local main process. It replaces the Trainer's own bar, which counts steps: remove
+    `transformers.trainer_callback.ProgressCallback` when this one is added. `disable_tqdm=True` hides bar and lines and
     leaves the tables.
 
     Args:
@@ -86,6 +110,11 @@ class EpisodeProgressCallback(TrainerCallback):
         self.latest_trajectory = latest_trajectory
         self.console = Console(stderr=True) if console is None else console
         self._bar: tqdm | None = None
+        self._is_shown = False
+        """Whether anything is shown in this process."""
+        self._lines_every: int | None = None
+        """Episodes between two lines, where lines are shown."""
+        self._last_line = 0
         self._tables_due = 0
 
     def on_train_begin(
@@ -96,15 +125,20 @@ class EpisodeProgressCallback(TrainerCallback):
         if not state.is_local_process_zero:
             return
         done = self._episodes_done()
+        self._is_shown = True
         self._tables_due = self._tables_by(done)
-        self._bar = tqdm(
-            total=self.num_episodes,
-            initial=done,
-            unit="episode",
-            dynamic_ncols=True,
-            disable=args.disable_tqdm,
-            file=self.console.file,
-        )
+        has_bar = self.console.is_terminal or self.console.is_jupyter
+        self._last_line = done
+        self._lines_every = None if has_bar or args.disable_tqdm else max(1, self.num_episodes // _NUM_LINES)
+        if has_bar:
+            self._bar = tqdm(
+                total=self.num_episodes,
+                initial=done,
+                unit="episode",
+                dynamic_ncols=True,
+                disable=args.disable_tqdm,
+                file=self.console.file,
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -121,13 +155,15 @@ class EpisodeProgressCallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Show the logged metrics beside the bar, and a trajectory above it when one is due."""
-        if self._bar is None or logs is None or "episodes" not in logs:
+        if not self._is_shown or logs is None or "episodes" not in logs:
             return
-        parts = [form.format(logs[name]) for name, form in _POSTFIX.items() if name in logs]
-        self._bar.set_postfix_str(", ".join(parts), refresh=False)
+        figures = ", ".join(form.format(logs[name]) for name, form in _POSTFIX.items() if name in logs)
         done = self.num_before + int(logs["episodes"])
-        self._advance(done)
-        self._bar.refresh()
+        if self._bar is not None:
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._advance(done)
+            self._bar.refresh()
+        self._print_line_if_due(done, figures)
         self._print_if_due(done)
 
     def on_train_end(
@@ -135,6 +171,7 @@ class EpisodeProgressCallback(TrainerCallback):
     ) -> None:
         """Close the bar."""
         self._close()
+        self._is_shown = False
 
     def show_trajectory(self, row: LedgerRow) -> None:
         """Print a trajectory's steps above the bar."""
@@ -147,6 +184,14 @@ class EpisodeProgressCallback(TrainerCallback):
     def _advance(self, episodes: int) -> None:
         if self._bar is not None:
             self._bar.update(episodes - self._bar.n)
+
+    def _print_line_if_due(self, episodes: int, figures: str) -> None:
+        every = self._lines_every
+        if every is None or (episodes // every <= self._last_line // every and episodes < self.num_episodes):
+            return
+        self._last_line = episodes
+        line = f"episode {episodes}/{self.num_episodes}"
+        self.console.print(Text(f"{line}: {figures}" if figures else line), soft_wrap=True)
 
     def _tables_by(self, episodes: int) -> int:
         return 0 if self.table_episodes is None else episodes // self.table_episodes
@@ -189,5 +234,8 @@ def _shown(text: str, max_characters: int) -> str:
 
 
 def without_trainers_bar(callbacks: Iterable[TrainerCallback]) -> list[TrainerCallback]:
-    """Leave out the Trainer's own bar, by exact type: a user's subclass stays, as does the printer without a bar."""
-    return [item for item in callbacks if type(item) is not DEFAULT_PROGRESS_CALLBACK]
+    """Leave out the Trainer's own bar, by exact type.
+
+    A user's subclass stays, as do the printer without a bar and the table of a notebook.
+    """
+    return [item for item in callbacks if type(item) is not ProgressCallback]

@@ -32,6 +32,26 @@ _NOTHING_LOGGED = "no training step was logged"
 _SELECTION_TITLE = "Which pair each query chose (outlined); grey: already read"
 
 
+class GainRow(Protocol):
+    """What `plot_gains` reads of a trajectory; `LedgerRow` has it."""
+
+    @property
+    def episode(self) -> int:
+        """Number of the trajectory in the run."""
+
+    @property
+    def step(self) -> int:
+        """Trainer step that rolled it out."""
+
+    @property
+    def query_gain(self) -> float:
+        """Mean over its steps, nats per value token."""
+
+    @property
+    def model_gain(self) -> float:
+        """Mean over its steps, nats per value token."""
+
+
 class SelectionRow(Protocol):
     """What `plot_selection` reads of a trajectory with T steps over M pairs; `LedgerRow` has it."""
 
@@ -81,14 +101,21 @@ def plot_rewards(log_history: Sequence[Mapping[str, float]], path: Path) -> Path
     return _save(figure, path)
 
 
-def plot_gains(log_history: Sequence[Mapping[str, float]], path: Path) -> Path:
-    """Plot the query gain and the model gain, the two parts of the reward, with a trailing mean."""
-    steps = _training_steps(log_history)
+def plot_gains(rows: Sequence[GainRow], path: Path) -> Path:
+    """Plot the query gain and the model gain, the two parts of the reward, with their 95% intervals.
+
+    A point is the trailing mean over a tenth of the steps, of all their trajectories, taken as independent. It is
+    hollow where the interval around it holds 0.
+    """
     figure = _new_figure(8.0, 5.6)
     upper, lower = figure.subplots(2, 1, sharex=True, sharey=True)
-    _draw_gain(upper, *finite_points(steps, "query_gain"), colour=_BLUE)
+    batches = _batches(rows)
+    queries = [[row.query_gain for row in batch] for _, batch in batches]
+    models = [[row.model_gain for row in batch] for _, batch in batches]
+    episodes = np.array([done for done, _ in batches], dtype=np.float64)
+    _draw_gain(upper, episodes, queries, colour=_BLUE)
     _frame(upper, "Query gain: better queries, judged by the frozen base model", "nats per token")
-    _draw_gain(lower, *finite_points(steps, "model_gain"), colour=_VERMILION)
+    _draw_gain(lower, episodes, models, colour=_VERMILION)
     _frame(lower, "Model gain: a better reader of the same context", "nats per token")
     _label_episodes(lower)
     return _save(figure, path)
@@ -181,7 +208,10 @@ def finite_points(steps: Sequence[Mapping[str, float]], name: str) -> tuple[Seri
 
 def _draw_line(axes: Axes, episodes: Series, values: Series, *, colour: str, label: str, style: str = "-") -> None:
     marker = "o" if len(values) <= _MARKERS_UP_TO else None
-    axes.plot(episodes, values, style, color=colour, label=label, linewidth=1.5, marker=marker, markersize=3.5)
+    # A quantity that is 0 is on the axis, where half of its marker would be cut off.
+    axes.plot(
+        episodes, values, style, color=colour, label=label, linewidth=1.5, marker=marker, markersize=3.5, clip_on=False
+    )
 
 
 def _draw_trend(axes: Axes, episodes: Series, values: Series, *, colour: str, missing: str = _NOTHING_LOGGED) -> None:
@@ -199,9 +229,60 @@ def _draw_trend(axes: Axes, episodes: Series, values: Series, *, colour: str, mi
     _legend(axes)
 
 
-def _draw_gain(axes: Axes, episodes: Series, values: Series, *, colour: str) -> None:
+def _batches(rows: Sequence[GainRow]) -> list[tuple[int, list[GainRow]]]:
+    """Group trajectories by the step that rolled them out, each with the episodes done by its end."""
+    steps: dict[int, list[GainRow]] = {}
+    for row in sorted(rows, key=lambda row: row.episode):
+        steps.setdefault(row.step, []).append(row)
+    return [(batch[-1].episode + 1, batch) for batch in steps.values()]
+
+
+def _draw_gain(axes: Axes, episodes: Series, batches: Sequence[Sequence[float]], *, colour: str) -> None:
     axes.axhline(0.0, color=_GREY, linewidth=0.9)
-    _draw_trend(axes, episodes, values, colour=colour)
+    if not len(episodes):
+        _say(axes, "the ledger holds no trajectory")
+        return
+    window = -(-len(batches) // 10)
+    mean, half_width = trailing_interval(batches, window)
+    axes.fill_between(
+        episodes, mean - half_width, mean + half_width, color=colour, alpha=0.18, linewidth=0, label="95% interval"
+    )
+    axes.plot(episodes, mean, color=colour, linewidth=1.5)
+    # A few points, so that filled ones and hollow ones differ to the eye.
+    shown = np.unique(np.linspace(0, len(mean) - 1, _MARKERS_UP_TO).round().astype(int))
+    holds_zero = ~(np.abs(mean) > half_width)
+    of = "of a step" if window == 1 else f"of {window} steps"
+    for label, chosen, face in ((f"mean {of}", ~holds_zero, colour), ("the interval holds 0", holds_zero, "white")):
+        points = shown[chosen[shown]]
+        axes.plot(episodes[points], mean[points], "o", color=colour, markerfacecolor=face, markersize=5, label=label)
+    _legend(axes)
+
+
+def trailing_interval(batches: Sequence[Sequence[float]], window: int) -> tuple[Series, Series]:
+    """Average the values of each batch and of those before it, up to `window` batches, with a 95% interval.
+
+    Returns:
+        Means, and half widths of Student's intervals around them: NaN for a single value.
+    """
+    from scipy import stats
+
+    # About their mean, so that squares do not cancel.
+    centre = float(np.mean(np.concatenate([np.asarray(batch, dtype=np.float64) for batch in batches])))
+    shifted = [np.asarray(batch, dtype=np.float64) - centre for batch in batches]
+    stop = np.arange(1, len(batches) + 1)
+    start = np.maximum(stop - window, 0)
+
+    def windowed(numbers: Sequence[float]) -> Series:
+        sums = np.concatenate([np.zeros(1), np.cumsum(np.array(numbers, dtype=np.float64))])
+        return np.asarray(sums[stop] - sums[start], dtype=np.float64)
+
+    count = windowed([len(batch) for batch in shifted])
+    mean = windowed([float(batch.sum()) for batch in shifted]) / count
+    squares = windowed([float((batch**2).sum()) for batch in shifted])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        variance = np.maximum(squares - count * mean**2, 0.0) / (count - 1)
+        half_width = stats.t.ppf(0.975, count - 1) * np.sqrt(variance / count)
+    return centre + mean, np.asarray(half_width, dtype=np.float64)
 
 
 def _draw_reward(axes: Axes, steps: Sequence[Mapping[str, float]]) -> None:
@@ -237,12 +318,12 @@ def trailing_mean(values: Series, window: int) -> Series:
 
 
 def _start_at_zero(axes: Axes) -> None:
-    """Show a quantity that cannot be negative from 0, with room above a series that is 0 throughout."""
-    axes.set_ylim(0.0, max(axes.get_ylim()[1], 0.01))
+    """Show a quantity that cannot be negative from 0; one that is 0 throughout, up to 1."""
+    drawn = [value for line in axes.get_lines() for value in np.asarray(line.get_ydata(), dtype=np.float64)]
+    axes.set_ylim(0.0, 1.08 * max(drawn, default=0.0) or 1.0)
 
 
 def _label_episodes(axes: Axes) -> None:
-    axes.set_xlim(left=0.0)
     axes.set_xlabel("episodes")
 
 

@@ -23,6 +23,7 @@ REPORT_FOLDER = "report"
 SUMMARY_NAME = "summary.md"
 
 _NOT_LOGGED = "not logged"
+_SETTINGS = "## Settings\n\n| | |\n| --- | --- |"
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def summarize_run(
     if not ordered:
         parts += [_nothing_sentence(counts), ""]
         return "\n".join([*parts, *_settings_section(run)])
-    changes = _measure_changes(ordered)
-    parts += [" ".join(_verdict_section(ordered, changes, counts)), ""]
+    changes = measure_changes(ordered)
+    parts += [" ".join(verdict_sentences(ordered, changes, counts)), ""]
     if changes:
         parts += [*_changes_section(ordered, changes), ""]
     parts += [*_run_section(ordered, log_history, counts), ""]
@@ -79,7 +80,7 @@ def write_report(
     Args:
         output_dir: folder of the run, which holds its ledger.
         log_history: metrics as logged, one mapping per log.
-        run: see `summarize_run`, also for ``counts``.
+        run: see `summarize_run`, also for ``counts``; by default the settings of the summary that is there.
         with_plots: whether to draw, which needs matplotlib.
 
     Returns:
@@ -92,19 +93,21 @@ def write_report(
     """
     rows = read_ledger(output_dir / LEDGER_NAME)
     folder = output_dir / REPORT_FOLDER
-    text = summarize_run(rows, log_history, run or {}, counts=counts)
+    settings = read_settings(folder / SUMMARY_NAME) if run is None else run
+    text = summarize_run(rows, log_history, settings, counts=counts)
     with staged_files(folder) as staging:
-        plots = _draw(rows, log_history, staging) if with_plots else []
+        plots = draw_plots(rows, log_history, staging) if with_plots else []
         if plots:
             text = "\n".join([text, "## Plots\n", *(f"![{plot.stem}]({plot.name})\n" for plot in plots)])
         (staging / SUMMARY_NAME).write_text(text, encoding="utf-8")
     return [folder / name for name in (SUMMARY_NAME, *(plot.name for plot in plots))]
 
 
-def _draw(rows: Sequence[LedgerRow], log_history: Sequence[Mapping[str, float]], folder: Path) -> list[Path]:
+def draw_plots(rows: Sequence[LedgerRow], log_history: Sequence[Mapping[str, float]], folder: Path) -> list[Path]:
+    """Draw the plots of a report into a folder that is there; raises an `ImportError` without matplotlib."""
     return [
         plot_rewards(log_history, folder / "rewards.png"),
-        plot_gains(log_history, folder / "gains.png"),
+        plot_gains(rows, folder / "gains.png"),
         plot_kl(log_history, folder / "kl.png"),
         plot_selection(rows, folder / "selection.png"),
     ]
@@ -120,8 +123,8 @@ def escape_control_characters(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in spaced)
 
 
-def _measure_changes(ordered: Sequence[LedgerRow]) -> dict[str, Change]:
-    """Compare thirds for each reward term; empty where the run is too short."""
+def measure_changes(ordered: Sequence[LedgerRow]) -> dict[str, Change]:
+    """Compare thirds of the episodes, in their order, for each reward term; empty where the run is too short."""
     series = {
         "reward": [row.reward for row in ordered],
         "query gain": [row.query_gain for row in ordered],
@@ -141,7 +144,16 @@ def _nothing_sentence(counts: RunCounts | None) -> str:
     return "The ledger holds no trajectories: nothing was rolled out, so there is nothing to compare."
 
 
-def _verdict_section(rows: Sequence[LedgerRow], changes: Mapping[str, Change], counts: RunCounts | None) -> list[str]:
+def verdict_sentences(
+    rows: Sequence[LedgerRow], changes: Mapping[str, Change], counts: RunCounts | None = None
+) -> list[str]:
+    """Say in Markdown what changed, a sentence each.
+
+    Args:
+        rows: the run's ledger, at least one row.
+        changes: of it, from `measure_changes`.
+        counts: see `summarize_run`.
+    """
     sentences = []
     has_kept = any(row.verdict == "kept" for row in rows)
     if not (has_kept if counts is None else counts.num_updates):
@@ -336,7 +348,22 @@ def _settings_section(run: Mapping[str, Fact]) -> list[str]:
     if not run:
         return []
     rows = [f"| {_table_cell(name)} | {_table_cell(str(value))} |" for name, value in run.items()]
-    return ["## Settings", "", "| | |", "| --- | --- |", *rows, ""]
+    return [_SETTINGS, *rows, ""]
+
+
+def read_settings(summary: Path) -> dict[str, str]:
+    """Read the settings that a summary lists, as they were given; empty where there is no summary or it lists none."""
+    if not summary.is_file():
+        return {}
+    _, heading, section = summary.read_text(encoding="utf-8").rpartition(f"\n{_SETTINGS}\n")
+    if not heading:
+        return {}
+    rows = re.findall(r"^\| ((?:\\.|[^\\|\n])+) \| ((?:\\.|[^\\|\n])*) \|$", section, re.MULTILINE)
+    return {_from_cell(name): _from_cell(value) for name, value in rows}
+
+
+def _from_cell(text: str) -> str:
+    return re.sub(r"\\(.)", r"\1", text)
 
 
 def _table_cell(text: str) -> str:

@@ -1,15 +1,28 @@
-"""The trajectory table and the progress bar in episodes, on a terminal that is a string."""
+"""The tables, and progress in episodes: a bar on a terminal that is a string, lines in a log that is one."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from rich.console import Console
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from attention_rl_trainer.records.console import EpisodeProgressCallback, trajectory_table
+from attention_rl_trainer.records.console import (
+    EpisodeProgressCallback,
+    metrics_table,
+    trajectory_table,
+    without_trainers_bar,
+)
 from attention_rl_trainer.records.ledger import LedgerRow
 
 
@@ -85,15 +98,39 @@ class TestTrajectoryTable:
             trajectory_table(make_row(), max_characters=0)
 
 
-class Run:
-    """Drives a callback as the Trainer does, with a string for a terminal."""
+class TestMetricsTable:
+    METRICS: ClassVar = {"eval_query_over_empty": 0.12345, "eval_episodes": 64.0, "eval_reward": -0.5, "epoch": 0.0}
 
-    def __init__(self, tmp_path: Path, *, disable_tqdm: bool = False, is_main: bool = True) -> None:
+    def render(self) -> list[str]:
+        console = Console(file=io.StringIO(), width=80)
+        console.print(metrics_table(self.METRICS, "Evaluation on a[1].jsonl, split test"))
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().splitlines()
+
+    def test_the_reward_comes_first_and_each_value_has_four_digits(self) -> None:
+        words = [line.split("│")[1:3] for line in self.render() if line.startswith("│")]
+        assert [(name.strip(), value.strip()) for name, value in words] == [
+            ("reward", "-0.5000"),
+            ("query_over_empty", "0.1235"),
+        ]
+
+    def test_the_title_says_what_and_how_many_and_nothing_says_an_epoch(self) -> None:
+        shown = " ".join(" ".join(self.render()).split())
+        assert "Evaluation on a[1].jsonl, split test, 64 trajectories" in shown
+        assert "epoch" not in shown
+
+
+class Run:
+    """Drives a callback as the Trainer does, with a string for a terminal, or for the file of a log."""
+
+    def __init__(
+        self, tmp_path: Path, *, disable_tqdm: bool = False, is_main: bool = True, is_terminal: bool = True
+    ) -> None:
         self.args = TrainingArguments(output_dir=str(tmp_path), disable_tqdm=disable_tqdm, report_to=[], use_cpu=True)
         self.state = TrainerState(is_local_process_zero=is_main)
         self.control = TrainerControl()
         self.output = io.StringIO()
-        self.console = Console(file=self.output, width=120)
+        self.console = Console(file=self.output, width=120, force_terminal=is_terminal, color_system=None)
 
     def begin(self, callback: EpisodeProgressCallback, global_step: int = 0) -> None:
         self.state.global_step = global_step
@@ -230,6 +267,47 @@ class TestEpisodeProgress:
         run.step(callback, {"episodes": 9})
         run.end(callback)
         assert "chosen key" in run.output.getvalue()
+
+    def test_a_log_has_a_line_at_every_fiftieth_of_the_run_and_at_its_end(self, tmp_path: Path) -> None:
+        run = Run(tmp_path, is_terminal=False)
+        callback = EpisodeProgressCallback(
+            1000, run.done, console=run.console, table_episodes=500, latest_trajectory=make_row
+        )
+        run.begin(callback)
+        for episodes in range(8, 1001, 8):
+            run.step(callback, {"episodes": episodes, "reward": 0.5})
+        run.end(callback)
+        lines = [line for line in run.output.getvalue().splitlines() if line.startswith("episode ")]
+        assert lines[0] == "episode 24/1000: reward +0.5000"
+        assert lines[-1] == "episode 1000/1000: reward +0.5000"
+        assert len(lines) == 50
+        assert run.output.getvalue().count("chosen key") == 2
+        assert "\r" not in run.output.getvalue()
+
+    def test_a_short_run_has_a_line_for_each_step(self, tmp_path: Path) -> None:
+        run = Run(tmp_path, is_terminal=False)
+        callback = EpisodeProgressCallback(24, run.done, console=run.console)
+        run.begin(callback, global_step=1)
+        run.step(callback, {"episodes": 16})
+        run.step(callback, None)
+        run.step(callback, {"episodes": 24})
+        run.end(callback)
+        assert run.output.getvalue() == "episode 16/24\nepisode 24/24\n"
+
+    def test_a_disabled_bar_leaves_no_lines_either(self, tmp_path: Path) -> None:
+        run = Run(tmp_path, disable_tqdm=True, is_terminal=False)
+        callback = EpisodeProgressCallback(8, run.done, console=run.console)
+        run.begin(callback)
+        run.step(callback, {"episodes": 8})
+        run.end(callback)
+        assert run.output.getvalue() == ""
+
+    def test_only_the_trainers_bar_is_left_out(self) -> None:
+        class OwnBar(ProgressCallback):
+            """A user's."""
+
+        kept = [OwnBar(), PrinterCallback(), TrainerCallback()]
+        assert without_trainers_bar([ProgressCallback(), *kept]) == kept
 
     def test_a_table_is_written_above_the_bar(self, run: Run) -> None:
         callback = EpisodeProgressCallback(20, run.done, console=run.console)

@@ -6,10 +6,14 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from made_up_run import PNG_SIGNATURE, make_record, make_row, make_run
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
 
 from attention_rl_trainer.records.ledger import LedgerRow
 from attention_rl_trainer.records.plots import (
@@ -21,11 +25,27 @@ from attention_rl_trainer.records.plots import (
     plot_rewards,
     plot_selection,
     selection_scale,
+    trailing_interval,
     trailing_mean,
     unread_pairs,
 )
 
 Plot = Callable[[Sequence[Mapping[str, float]], Path], Path]
+AxesOf = Callable[[Callable[..., Path], Sequence[Any], Path], list[Axes]]
+
+
+@pytest.fixture
+def axes_of(monkeypatch: pytest.MonkeyPatch) -> AxesOf:
+    """Draw, and return what was drawn on."""
+
+    def draw(plot: Callable[..., Path], numbers: Sequence[Any], path: Path) -> list[Axes]:
+        figures: list[Figure] = []
+        monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+        plot(numbers, path)
+        (figure,) = figures
+        return figure.axes
+
+    return draw
 
 
 class TestPlots:
@@ -37,13 +57,41 @@ class TestPlots:
         log_history[3]["reward"] += 0.1
         assert plot_rewards(log_history, tmp_path / "c.png").read_bytes() != first
 
-    @pytest.mark.parametrize("plot", [plot_rewards, plot_gains, plot_kl])
+    @pytest.mark.parametrize("plot", [plot_rewards, plot_kl])
     @pytest.mark.parametrize("num_steps", [0, 1, 12])
     @pytest.mark.parametrize("verdict", ["kept", "warmup"])
     def test_any_length_is_drawn(self, tmp_path: Path, plot: Plot, num_steps: int, verdict: str) -> None:
         path = tmp_path / "plot.png"
         assert plot(make_run(num_steps=num_steps, verdict=verdict)[1], path) == path
         assert path.read_bytes().startswith(PNG_SIGNATURE)
+
+    @pytest.mark.parametrize(("num_steps", "batch"), [(0, 4), (1, 1), (1, 4), (30, 1), (12, 4)])
+    def test_gains_of_any_length_are_drawn(self, tmp_path: Path, num_steps: int, batch: int) -> None:
+        path = tmp_path / "plot.png"
+        assert plot_gains(make_run(num_steps=num_steps, batch=batch)[0], path) == path
+        assert path.read_bytes().startswith(PNG_SIGNATURE)
+
+    def test_axes_fit_the_data(self, tmp_path: Path, axes_of: AxesOf) -> None:
+        rows, log_history = make_run(num_steps=12, query_rise=0.1)
+        log_history = [entry | {"kl": 1e-4} for entry in log_history if entry["step"] > 8]
+        (axes,) = axes_of(plot_kl, log_history, tmp_path / "kl.png")
+        # From the ninth step on, 36 episodes to 48.
+        assert 34 < axes.get_xlim()[0] <= 36
+        assert axes.get_ylim() == pytest.approx((0.0, 1.08e-4))
+        (axes, _) = axes_of(plot_gains, [row for row in rows if row.step > 8], tmp_path / "gains.png")
+        assert 34 < axes.get_xlim()[0] <= 36
+
+    def test_gains_that_may_be_nothing_are_hollow(self, tmp_path: Path, axes_of: AxesOf) -> None:
+        queries, models = axes_of(plot_gains, make_run(query_rise=0.5)[0], tmp_path / "gains.png")
+        hollow, solid = ({line.get_label(): line for line in axes.get_lines()} for axes in (models, queries))
+        assert len(hollow["the interval holds 0"].get_xdata()) > 20
+        assert len(solid["the interval holds 0"].get_xdata()) < 5
+        assert len(solid["mean of 3 steps"].get_xdata()) > 25
+        assert hollow["the interval holds 0"].get_markerfacecolor() == "white"
+
+    def test_a_quantity_that_is_0_has_an_axis(self, tmp_path: Path, axes_of: AxesOf) -> None:
+        (axes,) = axes_of(plot_kl, [{"episodes": 4.0, "reward": 0.0, "kl": 0.0}], tmp_path / "kl.png")
+        assert axes.get_ylim() == (0.0, 1.0)
 
     def test_entries_that_are_not_training_steps_are_left_out(self, tmp_path: Path) -> None:
         _, log_history = make_run(num_steps=1)
@@ -66,6 +114,20 @@ class TestPlots:
         values = np.random.default_rng(0).normal(size=23)
         expected = [np.mean(values[max(0, i - 4) : i + 1]) for i in range(23)]
         assert np.allclose(trailing_mean(values, 5), expected)
+
+    def test_trailing_interval_against_a_loop(self) -> None:
+        generator = np.random.default_rng(0)
+        # A level far from 0, where sums of squares would cancel.
+        batches = [1e6 + generator.normal(size=size) for size in (1, 4, 2, 5, 3, 4)]
+        mean, half_width = trailing_interval(batches, 3)
+        for step in range(6):
+            together = np.concatenate(batches[max(0, step - 2) : step + 1])
+            assert mean[step] == pytest.approx(together.mean(), abs=1e-8)
+            if len(together) > 1:
+                expected = stats.t.interval(0.95, len(together) - 1, together.mean(), stats.sem(together))
+                assert (mean[step] - half_width[step], mean[step] + half_width[step]) == pytest.approx(expected)
+            else:
+                assert math.isnan(half_width[step])
 
     def test_first_and_last_batch_are_chosen(self) -> None:
         rows = [make_row(episode, step=1 + episode // 3) for episode in (8, 7, 6, 5, 4, 3, 2, 1, 0)]

@@ -7,12 +7,20 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from made_up_run import PNG_SIGNATURE, make_record, make_row, make_run, write_ledger
 
 from attention_rl_trainer.records.ledger import LedgerRow
-from attention_rl_trainer.records.summary import escape_control_characters, summarize_run, write_report
+from attention_rl_trainer.records.summary import (
+    escape_control_characters,
+    read_settings,
+    summarize_run,
+    write_report,
+)
 
 
 class TestSummary:
@@ -151,6 +159,28 @@ class TestWriteReport:
         write_ledger(tmp_path / "trajectories.jsonl", rows)
         before = [path.read_bytes() for path in write_report(tmp_path, log_history)]
         assert [path.read_bytes() for path in write_report(tmp_path, log_history)] == before
+
+    def test_a_later_report_keeps_the_settings(self, tmp_path: Path) -> None:
+        rows, log_history = make_run(num_steps=2)
+        write_ledger(tmp_path / "trajectories.jsonl", rows)
+        settings = {"---": "---", "model": "a | b \\ <c>", "seed": 5, "articles": "one\ntwo", "nothing": None}
+        before = write_report(tmp_path, log_history, settings, with_plots=False)[0].read_text(encoding="utf-8")
+        assert write_report(tmp_path, log_history, with_plots=False)[0].read_text(encoding="utf-8") == before
+        found = read_settings(tmp_path / "report" / "summary.md")
+        assert found == {"---": "---", "model": "a | b \\ <c>", "seed": "5", "articles": "one\\ntwo", "nothing": "None"}
+
+    def test_without_settings_there_are_none(self, tmp_path: Path) -> None:
+        assert read_settings(tmp_path / "summary.md") == {}
+        (tmp_path / "summary.md").write_text(summarize_run(*make_run(), {}), encoding="utf-8")
+        assert read_settings(tmp_path / "summary.md") == {}
+
+    @given(st.dictionaries(st.text(min_size=1), st.text(), max_size=5))
+    def test_any_settings_come_back_as_they_are_shown(self, settings: dict[str, str]) -> None:
+        shown = {escape_control_characters(name): escape_control_characters(text) for name, text in settings.items()}
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "summary.md"
+            path.write_text(summarize_run([make_row(title="## Settings")], [], settings), encoding="utf-8")
+            assert read_settings(path) == shown
 
     def test_a_run_without_a_ledger_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="no ledger here"):
