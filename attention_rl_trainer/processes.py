@@ -52,6 +52,14 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
+    def join_rows(self, values: Tensor) -> Tensor:
+        """Return the rows of all processes, of which one may have none, in their order."""
+        return values if self.count == 1 else torch.cat(self.gather(values.cpu())).to(values.device)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum over the processes."""
+        return value if self.count == 1 else torch.stack(self.gather(value.cpu())).sum().to(value.device)
+
     def on_main(self, action: Callable[[], T]) -> T:
         """Return to all processes what the first one's action returns.
 

@@ -60,7 +60,6 @@ from attention_rl_trainer.rollout import (
     Separators,
 )
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
-from attention_rl_trainer.types import Trajectory
 from attention_rl_trainer.update import KeptTrajectories, LossTerms, RewardFilter, TrajectoryFilter, Updater
 from attention_rl_trainer.update.agreement import RolloutAgreement
 from attention_rl_trainer.update.objective import compute_loss_terms
@@ -211,19 +210,20 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             self.updater.previous_adapter.refresh()
         whole = inputs["memories"].head(self.progress.episodes_left)
         rows = self.processes.share(len(whole))
-        batch, trajectories = whole if self.processes.count == 1 else whole.select_rows(rows), None
+        batch, trajectories = whole.select_rows(rows), None
         differentiate = partial(self._differentiate, model)
         with self._all_or_nothing():
             if len(whole) == 0:  # the last update has fewer rollout batches
                 with self.context.phase("update", 0):
                     loss = self._take_further_steps(model, differentiate)
                 self.recorder.add_update_time()
-                return self._of_all(loss)
+                return self.processes.sum(loss)
             with self.context.phase("rollout", len(batch)):
                 if len(batch) > 0:
                     trajectories = self.sampler.sample(batch, self.progress.next_episodes(rows))
             with self.context.phase("filter", len(whole), whole.articles):
-                verdict = self.filter.judge(self._all_rewards(trajectories))
+                rewards = torch.empty(0) if trajectories is None else trajectories.avg_reward
+                verdict = self.filter.judge(self.processes.join_rows(rewards))
             with self.context.phase("update", int(verdict.keep.sum()), batch.articles):
                 loss = torch.zeros((), device=self.args.device)
                 if trajectories is not None:
@@ -236,27 +236,13 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             self.progress.advance(whole)
             self.recorder.add(batch, trajectories, verdict)
             self.recorder.add_times(trajectories)
-        return self._of_all(loss)
-
-    def _all_rewards(self, trajectories: Trajectory | None) -> Tensor:
-        """The rewards of all processes' trajectories, in the order of their episodes."""
-        device = self.policy.device
-        mine = torch.empty(0) if trajectories is None else trajectories.avg_reward
-        if self.processes.count == 1:
-            return mine
-        return torch.cat(self.processes.gather(mine.cpu())).to(device)
-
-    def _of_all(self, loss: Tensor) -> Tensor:
-        """Add up the processes' shares of a loss, of which the Trainer takes the mean."""
-        if self.processes.count == 1:
-            return loss
-        return torch.stack(self.processes.gather(loss.cpu())).sum().to(loss.device)
+        return self.processes.sum(loss)
 
     def _warm_start_step(self, model: nn.Module, memories: MemoryBatch) -> Tensor:
         """Accumulate the gradient of a batch of the warm start."""
         whole, done = memories.head(self.progress.warm_start_left), self.progress.num_warm_start
         rows = self.processes.share(len(whole))
-        batch = whole if self.processes.count == 1 else whole.select_rows(rows)
+        batch = whole.select_rows(rows)
         learned: list[tuple[WarmStartTerms, int]] = []
 
         def differentiate(micro_batch: KeptTrajectories) -> tuple[Tensor, None]:
@@ -291,7 +277,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             self.progress.advance(whole)
             self.recorder.add_warm_start(learned)
         self.recorder.add_update_time()
-        return self._of_all(loss)
+        return self.processes.sum(loss)
 
     def _all_or_nothing(self) -> AbstractContextManager[None]:
         left = self.progress.warm_start_left or self.progress.episodes_left

@@ -159,6 +159,9 @@ class TrajectoryStep:
     """What the earlier pairs brought to the base model, nats per token, ``[B]``; ``None`` where it is not computed."""
     selection_information: Tensor | None = None
     """How much of the choice depends on the query, nats, ``[B]``; ``None`` where it is not measured."""
+    value_token_gains: Tensor | None = None
+    """Of each token of the value, log p_θ(token | policy's query) - log p_base(token | counterfactual query), nats,
+    ``[B, V]``; 0 for padding, ``None`` where it is not kept."""
     context_text: Sequence[str] = ()
     query_text: Sequence[str] = ()
 

@@ -23,7 +23,7 @@ from attention_rl_trainer.pages.intervals import (
     pictures_of_evaluation,
 )
 from attention_rl_trainer.pages.picks import choose_episodes, find_meetings
-from attention_rl_trainer.pages.run import Run, TokenGains
+from attention_rl_trainer.pages.run import Run
 from attention_rl_trainer.records.ledger import LedgerRow
 from attention_rl_trainer.records.summary import measure_changes, verdict_sentences
 from attention_rl_trainer.records.thirds import MIN_EPISODES_PER_THIRD, Change, Mean
@@ -103,7 +103,7 @@ def view_of(run: Run, trajectory_bytes: int) -> dict[str, Any]:
     """Prepare what a page says and draws of a run."""
     changes = measure_changes(run.rows)
     meetings = find_meetings(run.rows)
-    shown = {row.episode: trajectory_record(row, run.token_gains.get(row.episode)) for row in run.rows}
+    shown = {row.episode: trajectory_record(row) for row in run.rows}
     sizes = [len(json.dumps(record)) for record in shown.values()]
     chosen = choose_episodes(run.rows, sizes, meetings, trajectory_bytes)
     drawn = {
@@ -128,7 +128,7 @@ def view_of(run: Run, trajectory_bytes: int) -> dict[str, Any]:
     }
 
 
-def trajectory_record(row: LedgerRow, token_gains: TokenGains | None) -> dict[str, object]:
+def trajectory_record(row: LedgerRow) -> dict[str, object]:
     """Write a trajectory down for the page's scripts, texts shortened and numbers rounded."""
     record: dict[str, object] = {
         "episode": row.episode,
@@ -150,8 +150,8 @@ def trajectory_record(row: LedgerRow, token_gains: TokenGains | None) -> dict[st
         "keys": [shortened(text) for text in row.keys],
         "values": [shortened(text) for text in row.values],
     }
-    if token_gains is not None:
-        record["tokens"] = [[[shortened(text), rounded(gain)] for text, gain in step] for step in token_gains]
+    if row.token_gains is not None:
+        record["tokens"] = [[[shortened(text), rounded(gain)] for text, gain in step] for step in row.token_gains]
     return record
 
 

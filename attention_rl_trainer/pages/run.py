@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,8 +23,6 @@ EVALUATION_NAME = "evaluation.json"
 
 Figures: TypeAlias = dict[str, dict[str, object]]
 """Estimates by the table that they are in and by name, as an evaluation writes them."""
-TokenGains: TypeAlias = list[list[tuple[str, float]]]
-"""Of each step, the value's tokens as texts, each with its gain over the counterfactual, nats."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,6 @@ class Run:
     name: str
     rows: list[LedgerRow]
     """The ledger, by episode."""
-    token_gains: dict[int, TokenGains]
-    """By episode, where the ledger has them."""
     log_history: list[dict[str, float]]
     """Metrics as logged, those that are finite numbers; of the newest checkpoint whose log can be read."""
     options: dict[str, object]
@@ -74,13 +70,12 @@ def read_run(folder: Path) -> Run:
             "output_dir of a run"
         )
     notes: list[str] = []
-    rows, token_gains = _read_rows(ledger, notes)
+    rows = _read_rows(ledger, notes)
     options = _read_object(folder / OPTIONS_NAME, notes)
     written = datetime.fromtimestamp(ledger.stat().st_mtime, UTC) if ledger.is_file() else None
     return Run(
         name=folder.resolve().name,
         rows=rows,
-        token_gains=token_gains,
         log_history=_read_log(folder, rows, notes),
         options=options,
         settings=read_settings(folder / REPORT_FOLDER / SUMMARY_NAME),
@@ -90,20 +85,18 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _read_rows(path: Path, notes: list[str]) -> tuple[list[LedgerRow], dict[int, TokenGains]]:
+def _read_rows(path: Path, notes: list[str]) -> list[LedgerRow]:
     if not path.is_file():
         notes.append(f"There is no {LEDGER_NAME}: nothing was rolled out yet.")
-        return [], {}
+        return []
     rows: dict[int, LedgerRow] = {}
-    gains: dict[int, TokenGains] = {}
     damaged: list[int] = []
     repeated = number = 0
     line = b""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                record = _object_of(json.loads(line))
-                row = LedgerRow.from_json(record)
+                row = LedgerRow.from_json(_object_of(json.loads(line)))
             except (ValueError, OverflowError, RecursionError):
                 damaged.append(number)
                 continue
@@ -111,9 +104,6 @@ def _read_rows(path: Path, notes: list[str]) -> tuple[list[LedgerRow], dict[int,
                 repeated += 1
                 continue
             rows[row.episode] = row
-            found = _token_gains(record, len(row.order))
-            if found is not None:
-                gains[row.episode] = found
     if damaged == [number] and not line.endswith(b"\n"):
         notes.append(
             f"The last line of {LEDGER_NAME} is unfinished and left out, as a run leaves it that is under way or was "
@@ -128,28 +118,13 @@ def _read_rows(path: Path, notes: list[str]) -> tuple[list[LedgerRow], dict[int,
     missing = ordered[-1].episode + 1 - len(ordered) if ordered else 0
     if missing:
         notes.append(f"{missing} of the {ordered[-1].episode + 1} episodes are not in {LEDGER_NAME}.")
-    return ordered, gains
+    return ordered
 
 
 def _object_of(decoded: object) -> dict[str, object]:
     if not isinstance(decoded, dict):
         raise ValueError(f"expected a JSON object, got {type(decoded).__name__}")
     return decoded
-
-
-def _token_gains(record: Mapping[str, object], num_steps: int) -> TokenGains | None:
-    """Read what a ledger may have beside its fields: ``value_tokens`` and ``token_gains``, T lists each."""
-    tokens, gains = record.get("value_tokens"), record.get("token_gains")
-    if not isinstance(tokens, list) or not isinstance(gains, list) or not len(tokens) == len(gains) == num_steps:
-        return None
-    steps: TokenGains = []
-    for texts, numbers in zip(tokens, gains, strict=True):
-        if not isinstance(texts, list) or not isinstance(numbers, list) or len(texts) != len(numbers):
-            return None
-        if not all(isinstance(text, str) for text in texts) or not all(is_finite(number) for number in numbers):
-            return None
-        steps.append(list(zip(texts, map(float, numbers), strict=True)))
-    return steps
 
 
 def is_finite(value: object) -> bool:

@@ -143,8 +143,11 @@ class EpisodeProgressCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Move the bar by the episodes of the step."""
-        self._advance(self._episodes_done())
+        """Move the bar by the episodes of the step; what comes before the first one logs no episodes."""
+        done = self._episodes_done()
+        self._advance(done)
+        if done <= self.num_before:
+            self._print_line_if_due(done, "warm start")
 
     def on_log(
         self,
@@ -187,7 +190,8 @@ class EpisodeProgressCallback(TrainerCallback):
 
     def _print_line_if_due(self, episodes: int, figures: str) -> None:
         every = self._lines_every
-        if every is None or (episodes // every <= self._last_line // every and episodes < self.num_episodes):
+        is_due = every is not None and episodes // every > self._last_line // every
+        if not is_due and (every is None or episodes < self.num_episodes):
             return
         self._last_line = episodes
         line = f"episode {episodes}/{self.num_episodes}"

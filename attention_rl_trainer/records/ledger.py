@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias
 
 LEDGER_NAME = "trajectories.jsonl"
 
@@ -22,6 +22,7 @@ LEDGER_NAME = "trajectories.jsonl"
 _LARGEST_PROBABILITY = 1.0 + 1e-4
 
 VerdictName = Literal["kept", "below_threshold", "warmup"]
+TokenGains: TypeAlias = tuple[tuple[tuple[str, float], ...], ...]
 
 _STEP_FIELDS = (
     "step_rewards",
@@ -79,6 +80,8 @@ class LedgerRow:
     """T texts; so are the chosen keys and values."""
     keys: tuple[str, ...]
     values: tuple[str, ...]
+    token_gains: TokenGains | None = None
+    """T lists of the value's tokens, as text, each with its share of the reward, nats; None where not kept."""
 
     def __post_init__(self) -> None:
         """Check that the lists fit each other.
@@ -90,6 +93,8 @@ class LedgerRow:
         num_steps = len(self.order)
         for name in _STEP_FIELDS:
             _check_length(name, getattr(self, name), num_steps, "one for each step of 'order'")
+        if self.token_gains is not None:
+            _check_length("token_gains", self.token_gains, num_steps, "one for each step of 'order'")
         if self.order_gains is not None:
             _check_length("order_gains", self.order_gains, num_steps, "one for each step of 'order'")
         if len(set(self.pair_numbers)) != len(self.pair_numbers):
@@ -111,7 +116,8 @@ class LedgerRow:
         Raises:
             LedgerError: a key is missing, or a value has the wrong type, length or range.
         """
-        missing = sorted({field.name for field in dataclasses.fields(cls)} - set(record))
+        needed = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+        missing = sorted(needed - set(record))
         if missing:
             raise LedgerError(f"missing keys: {', '.join(missing)}")
         return cls(
@@ -139,6 +145,7 @@ class LedgerRow:
             queries=_texts(record["queries"], "queries"),
             keys=_texts(record["keys"], "keys"),
             values=_texts(record["values"], "values"),
+            token_gains=_token_gains(record.get("token_gains")),
         )
 
     def to_json(self) -> dict[str, object]:
@@ -201,6 +208,18 @@ def _number(value: object, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise LedgerError(f"{key!r} must be a finite number, got {value!r}")
     return float(value)
+
+
+def _token_gains(value: object) -> TokenGains | None:
+    if value is None:
+        return None
+    steps = []
+    for step in _list(value, "token_gains"):
+        pairs = [_list(pair, "token_gains") for pair in _list(step, "token_gains")]
+        if any(len(pair) != 2 for pair in pairs):
+            raise LedgerError(f"'token_gains' must hold a text and a number for each token, got {step!r}")
+        steps.append(tuple((_text(text, "token_gains"), _number(gain, "token_gains")) for text, gain in pairs))
+    return tuple(steps)
 
 
 def _optional_number(value: object, key: str) -> float | None:

@@ -23,7 +23,7 @@ from attention_rl_trainer.records.ledger import Ledger, LedgerRow, VerdictName
 from attention_rl_trainer.records.metrics import MetricsBuffer, trajectory_metrics
 from attention_rl_trainer.records.progress import Progress
 from attention_rl_trainer.records.summary import REPORT_FOLDER, SUMMARY_NAME, RunCounts, write_report
-from attention_rl_trainer.types import Trajectory
+from attention_rl_trainer.types import PADDING, Trajectory
 from attention_rl_trainer.update.filter import Verdict
 from attention_rl_trainer.update.micro_batches import LossSums
 from attention_rl_trainer.update.warm_start import WarmStartTerms
@@ -276,7 +276,7 @@ def ledger_rows(
     rows = []
     for row, article in enumerate(batch.articles):
         texts = {name: [encoder.decode(step_tokens[row]) for step_tokens in steps] for name, steps in tokens.items()}
-        record = {
+        record: dict[str, object] = {
             "episode": episodes[row],
             "step": step,
             "epoch": article.epoch,
@@ -290,6 +290,20 @@ def ledger_rows(
             "history_std": verdict.history.std if verdict.history.count else None,
             "threshold": verdict.threshold,
             "verdict": names[row],
+            "token_gains": _token_gains(trajectory, row, encoder),
         }
         rows.append(LedgerRow.from_json(record | texts | {name: values[row] for name, values in columns.items()}))
     return rows
+
+
+def _token_gains(trajectory: Trajectory, row: int, encoder: PlainTextEncoder) -> list[list[tuple[str, float]]] | None:
+    """Each step's value by its tokens, with what each gained; ``None`` where it was not measured."""
+    steps = []
+    for step in trajectory.steps:
+        if step.value_token_gains is None:
+            return None
+        tokens, gains = (values[row].tolist() for values in (step.selected_pair.value_tokens, step.value_token_gains))
+        # Four digits: the gains are there to be looked at.
+        pairs = [(token, round(gain, 4)) for token, gain in zip(tokens, gains, strict=True) if token != PADDING]
+        steps.append([(encoder.decode([token]), gain) for token, gain in pairs])
+    return steps

@@ -138,8 +138,11 @@ class TrajectorySampler:
 
     def score(self, hidden: Tensor, start: int, value_tokens: Tensor) -> Tensor:
         """Mean log-probability of a value whose first token is at ``start``, ``[B]``."""
-        states = predicting(hidden, start, value_tokens.shape[1])
-        return value_logprob(self.policy.token_logprobs(states, value_tokens), value_tokens)
+        return value_logprob(self.score_tokens(hidden, start, value_tokens), value_tokens)
+
+    def score_tokens(self, hidden: Tensor, start: int, value_tokens: Tensor) -> Tensor:
+        """Log-probability of each token of a value whose first one is at ``start``, ``[B, V]``; 0 for padding."""
+        return self.policy.token_logprobs(predicting(hidden, start, value_tokens.shape[1]), value_tokens)
 
 
 class _Run:
@@ -177,8 +180,10 @@ class _Run:
         block = layout.response(selection.pairs, is_last=number == layout.num_steps - 1)
         scored, offset = layout.scored_tokens, layout.value_offset
         policy_hidden, counterfactual_hidden = self.readers.read_response(block, scored)
-        policy_logprob = sampler.score(policy_hidden, offset, value)
-        counterfactual_logprob = sampler.score(counterfactual_hidden, offset, value)
+        policy_by_token = sampler.score_tokens(policy_hidden, offset, value)
+        counterfactual_by_token = sampler.score_tokens(counterfactual_hidden, offset, value)
+        policy_logprob = value_logprob(policy_by_token, value)
+        counterfactual_logprob = value_logprob(counterfactual_by_token, value)
         base_hidden = self.readers.follow(torch.cat([query.token_ids, block], dim=1))
         base_logprob = sampler.score(base_hidden, layout.tokens_per_query + offset, value)
         order_gain = self._order_gain(
@@ -203,6 +208,7 @@ class _Run:
             counterfactual_value_logprob=counterfactual_logprob,
             order_gain=order_gain,
             selection_information=selection.information,
+            value_token_gains=policy_by_token - counterfactual_by_token,
         )
         if sampler.reward_fn is not None:
             step = judge_step(sampler.reward_fn, step)

@@ -53,7 +53,7 @@ class Elements(HTMLParser):
 
 
 def run_of(rows: list[Any], **changes: Any) -> Run:
-    given = {"name": "run", "rows": rows, "token_gains": {}, "log_history": [], "options": {}, "settings": {}}
+    given = {"name": "run", "rows": rows, "log_history": [], "options": {}, "settings": {}}
     return Run(**{**given, "evaluations": {}, "written": None} | changes)
 
 
@@ -96,9 +96,8 @@ class TestContent:
         assert "First third and last third" not in page.texts
 
     def test_token_gains_are_in_the_data(self) -> None:
-        rows = [make_row()]
-        gains = {0: [[(" of", 0.5)], [(" on", -0.25)], [(" are", 0.0)]]}
-        drawn = view_of(run_of(rows, token_gains=gains), 10_000)["drawn"]
+        gains = [[[" of", 0.5]], [[" on", -0.25]], [[" are", 0.0]]]
+        drawn = view_of(run_of([make_row(token_gains=gains)]), 10_000)["drawn"]
         assert drawn["trajectories"][0]["tokens"] == [[[" of", 0.5]], [[" on", -0.25]], [[" are", 0.0]]]
 
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from made_up_run import make_record
 from run_folder import make_rows, write_run
 
 from attention_rl_trainer.pages.run import OPTIONS_NAME, read_run
@@ -110,28 +109,3 @@ class TestDamage:
     def test_another_folder_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"is not the folder of a run: it holds neither trajectories\.jsonl nor"):
             read_run(tmp_path)
-
-
-class TestTokenGains:
-    def read(self, folder: Path, **fields: object) -> dict[int, list[list[tuple[str, float]]]]:
-        (folder / "trajectories.jsonl").write_text(json.dumps(make_record(0, **fields)) + "\n")
-        return read_run(folder).token_gains
-
-    def test_are_read_where_the_ledger_has_them(self, tmp_path: Path) -> None:
-        tokens, gains = [[" of", " canals"], [" on"], [" are"]], [[0.5, -0.25], [0.0], [1]]
-        found = self.read(tmp_path, value_tokens=tokens, token_gains=gains)
-        assert found == {0: [[(" of", 0.5), (" canals", -0.25)], [(" on", 0.0)], [(" are", 1.0)]]}
-
-    @pytest.mark.parametrize(
-        ("tokens", "gains"),
-        [
-            ([["a"], ["b"]], [[0.0], [0.0]]),
-            ([["a"], ["b"], ["c"]], [[0.0], [0.0], [0.0, 1.0]]),
-            ([["a"], ["b"], [3]], [[0.0], [0.0], [0.0]]),
-            ([["a"], ["b"], ["c"]], [[0.0], [0.0], [None]]),
-            ("abc", "abc"),
-        ],
-        ids=["too few steps", "too many gains", "not a text", "not a number", "texts"],
-    )
-    def test_others_are_passed_over(self, tmp_path: Path, tokens: object, gains: object) -> None:
-        assert self.read(tmp_path, value_tokens=tokens, token_gains=gains) == {}

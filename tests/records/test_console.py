@@ -294,6 +294,17 @@ class TestEpisodeProgress:
         run.end(callback)
         assert run.output.getvalue() == "episode 16/24\nepisode 24/24\n"
 
+    def test_a_log_has_lines_of_what_comes_before_the_first_episode(self, tmp_path: Path) -> None:
+        run = Run(tmp_path, is_terminal=False)
+        callback = EpisodeProgressCallback(24, run.done, console=run.console, num_before=16)
+        run.begin(callback)
+        run.step(callback, {"warm_start_loss": 1.0})
+        run.step(callback, None)
+        run.step(callback, {"episodes": 8, "reward": 0.5})
+        run.end(callback)
+        lines = ["episode 8/24: warm start", "episode 16/24: warm start", "episode 24/24: reward +0.5000"]
+        assert run.output.getvalue().splitlines() == lines
+
     def test_a_disabled_bar_leaves_no_lines_either(self, tmp_path: Path) -> None:
         run = Run(tmp_path, disable_tqdm=True, is_terminal=False)
         callback = EpisodeProgressCallback(8, run.done, console=run.console)

@@ -56,6 +56,22 @@ class TestRows:
         with pytest.raises(LedgerError, match="line 1"):
             read_ledger(path)
 
+    def test_token_gains_are_read_where_there_are_any(self) -> None:
+        gains = [[[" of", 0.5], [" canals", -0.25]], [[" on", 0]], []]
+        row = LedgerRow.from_json(make_record(token_gains=gains))
+        assert row.token_gains == (((" of", 0.5), (" canals", -0.25)), ((" on", 0.0),), ())
+        assert LedgerRow.from_json(json.loads(json.dumps(row.to_json()))) == row
+        assert LedgerRow.from_json(make_record()).token_gains is None
+
+    @pytest.mark.parametrize(
+        "gains",
+        ["abc", [[["a", 0.0]]] * 2, [["a"]] * 3, [[["a", 0.0, 1.0]]] * 3, [[[3, 0.0]]] * 3, [[["a", None]]] * 3],
+        ids=["a text", "too few steps", "no pairs", "triples", "not a text", "not a number"],
+    )
+    def test_token_gains_of_another_form_are_refused(self, gains: object) -> None:
+        with pytest.raises(LedgerError, match="'token_gains' must"):
+            LedgerRow.from_json(make_record(token_gains=gains))
+
     def test_keys_that_are_not_fields_are_ignored(self) -> None:
         assert LedgerRow.from_json(make_record(added_later=1)) == LedgerRow.from_json(make_record())
 

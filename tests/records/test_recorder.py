@@ -64,6 +64,15 @@ class TestLedgerRows:
         rows = ledger_rows(rounded, batch, encoder, verdict, step=1)
         assert [row.chosen_probabilities[0] for row in rows] == [1.0] * 4
 
+    def test_the_gains_of_a_values_tokens_make_its_reward(self, rows: list[LedgerRow], trajectory: Trajectory) -> None:
+        for number, row in enumerate(rows):
+            assert row.token_gains is not None
+            for step, tokens in enumerate(row.token_gains):
+                assert len(tokens) == trajectory.steps[step].selected_pair.value_tokens.shape[1]
+                assert "".join(text for text, _ in tokens) == row.values[step]
+                mean = sum(gain for _, gain in tokens) / len(tokens)
+                assert mean == pytest.approx(row.step_rewards[step], abs=1e-4)
+
     def test_gains_sum_to_the_reward(self, rows: list[LedgerRow], trajectory: Trajectory) -> None:
         for number, row in enumerate(rows):
             for reward, query_gain, model_gain in zip(row.step_rewards, row.query_gains, row.model_gains, strict=True):
