@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "train_wiki.py"
 CONFIGS = ROOT / "examples" / "accelerate_configs"
 SHORT = [
-    *("--config", "demo", "--dtype", "float32", "--optim", "adamw_torch", "--learning_rate", "1e-4"),
+    *("--config", "demo_wiki", "--dtype", "float32", "--optim", "adamw_torch", "--learning_rate", "1e-4"),
     *("--num_episodes", "12", "--save_episodes", "4", "--warmup_episodes", "1", "--filter_threshold", "0"),
     *("--calibration_memories", "4", "--save_total_limit", "10", "--num_threads", "1", "--disable_tqdm", "true"),
 ]
