@@ -19,7 +19,7 @@ the options file says what is read.
 
 import sys
 
-from attention_rl_trainer.commands.train import main
+from attention_rl_trainer.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

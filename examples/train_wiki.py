@@ -18,7 +18,7 @@ there without the repository too; `own_*.py` beside this file show how to exchan
 
 import sys
 
-from attention_rl_trainer.commands.train import main
+from attention_rl_trainer.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

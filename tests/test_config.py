@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import json
 import logging
 import math
@@ -14,20 +16,17 @@ from typing import Any, TypeAlias
 
 import pytest
 from tiny import tiny_config
-from trl import TrlParser
 
 import attention_rl_trainer
-from attention_rl_trainer.commands.train import AdapterConfig, DataArguments
-from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.commands.parsing import CommandParser
+from attention_rl_trainer.commands.train import AdapterConfig, DataArguments, parser
+from attention_rl_trainer.config import NOT_OPTIONS, OPTION_GROUPS, AttentionGuidedRLConfig
+from attention_rl_trainer.inherited import VERDICTS
 
 CONFIGS = Path(attention_rl_trainer.__file__).parent / "configs"
 
 Parsed: TypeAlias = tuple[DataArguments, AttentionGuidedRLConfig, AdapterConfig]
 Parse: TypeAlias = Callable[..., Parsed]
-
-
-def make_parser() -> TrlParser:
-    return TrlParser((DataArguments, AttentionGuidedRLConfig, AdapterConfig))
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def parse(tmp_path: Path) -> Parse:
     def run(yaml: str = "", *flags: str) -> Parsed:
         path = tmp_path / "config.yaml"
         path.write_text(f"output_dir: {tmp_path / 'run'}\nuse_cpu: true\n{yaml}\n")
-        return make_parser().parse_args_and_config(["--config", str(path), *flags])
+        return parser().parse(["--config", str(path), *flags])
 
     return run
 
@@ -390,12 +389,16 @@ class TestYamlAndCommandLine:
         assert parse("filter_threshold: 2.0", *flags)[1].filter_threshold == value
 
     def test_an_unknown_key_is_named(self, parse: Parse) -> None:
-        with pytest.raises(ValueError, match=r"Unknown arguments from config file: \['--tokens_per_question', '5'\]"):
-            parse("tokens_per_question: 5")
+        with pytest.raises(
+            ValueError, match=r"config\.yaml: there is no option tokens_per_quary; did you mean tokens_per"
+        ):
+            parse("tokens_per_quary: 5")
 
     def test_an_unknown_flag_is_named(self, parse: Parse) -> None:
-        with pytest.raises(ValueError, match="--tokens_per_question"):
-            parse("", "--tokens_per_question", "5")
+        with pytest.raises(
+            ValueError, match=r"^there is no option --tokens_per_quary; did you mean --tokens_per_query\?"
+        ):
+            parse("", "--tokens_per_quary", "5")
 
     def test_a_yaml_value_out_of_range_is_named(self, parse: Parse) -> None:
         with pytest.raises(ValueError, match=r"^tokens_per_value must be an integer, got 2\.5$"):
@@ -434,24 +437,127 @@ class TestShippedConfigs:
 
     @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
     def test_parses(self, path: Path, tmp_path: Path) -> None:
-        parser = make_parser()
-        data, args, _ = parser.parse_args_and_config(
-            ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"]
-        )
+        data, args, _ = parser().parse(["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"])
         assert data.dataset_name
         assert args.steps_per_trajectory >= 1
 
 
-class TestHelp:
-    def test_every_option_is_explained(self) -> None:
-        text = " ".join(make_parser().format_help().split())
-        for option in dataclasses.fields(AttentionGuidedRLConfig):
-            if not option.init:
-                continue
-            explanation = option.metadata.get("help")
-            assert f"--{option.name}" in text
-            assert explanation, f"{option.name} has no help text"
+class TestNamesOfTrl:
+    @pytest.mark.parametrize("name", ["dataset_text_field", "dataset-text-field"])
+    def test_the_text_column_has_two_names(self, parse: Parse, name: str) -> None:
+        assert parse("", f"--{name}", "body")[1].dataset_text_column == "body"
+        assert parse(f"{name}: body")[1].dataset_text_column == "body"
 
-    @pytest.mark.parametrize("flag", ["--batch-size", "--episodes", "--dataset", "--resume"])
-    def test_seeds_flags_are_listed(self, flag: str) -> None:
-        assert re.search(rf"{flag}\b", make_parser().format_help())
+    def test_so_it_has_in_python(self, tmp_path: Path) -> None:
+        assert tiny_config(tmp_path, dataset_text_field="body").dataset_text_column == "body"
+        with pytest.raises(ValueError, match=r"^dataset_text_field is another name of dataset_text_column; give one"):
+            tiny_config(tmp_path, dataset_text_field="body", dataset_text_column="text")
+
+    def test_a_file_with_both_names_is_refused(self, parse: Parse) -> None:
+        with pytest.raises(
+            ValueError, match=r"dataset_text_field is another name of dataset_text_column, which is there"
+        ):
+            parse("dataset_text_column: text\ndataset_text_field: body")
+
+    def test_the_split_to_test_on(self, parse: Parse) -> None:
+        assert parse("", "--dataset_test_split", "test")[0].dataset_eval_split == "test"
+        assert parse("dataset_test_split: test")[0].dataset_eval_split == "test"
+
+    def test_short_names_are_taken_from_a_file_too(self, parse: Parse) -> None:
+        data, args, _ = parse("batch-size: 4\nepisodes: 9\ndataset: there")
+        assert (args.generation_batch_size, args.num_episodes, data.dataset_name) == (4, 9, "there")
+
+    @pytest.mark.parametrize("name", ["quantization_config", "reward_funcs", "temperature", "num_generations"])
+    def test_what_is_no_option_says_what_is(self, parse: Parse, tmp_path: Path, name: str) -> None:
+        said = re.escape(NOT_OPTIONS[name])
+        with pytest.raises(ValueError, match=f"^AttentionGuidedRLConfig has no option {name}: {said}$"):
+            tiny_config(tmp_path, **{name: 1})
+        with pytest.raises(ValueError, match=f"^there is no option --{name}: {said}$"):
+            parse("", f"--{name}", "1")
+        with pytest.raises(ValueError, match=f"config.yaml: there is no option {name}: {said}$"):
+            parse(f"{name}: 1")
+
+    @pytest.mark.parametrize(
+        ("flags", "instead"),
+        [
+            (["--per_device_train_batch_size", "4"], "Set generation_batch_size alone"),
+            (["--max_steps", "7"], "Set num_episodes alone"),
+            (["--bf16"], "model_init_kwargs={'dtype': 'bfloat16'}"),
+        ],
+    )
+    def test_an_option_that_does_not_act_is_not_in_the_help_but_says_what_to_set(
+        self, parse: Parse, flags: list[str], instead: str
+    ) -> None:
+        assert f"{flags[0]} " not in parser().format_help()
+        with pytest.raises(ValueError, match=re.escape(instead)):
+            parse("", *flags)
+
+    def test_any_other_name_is_an_error_as_ever(self, tmp_path: Path) -> None:
+        with pytest.raises(TypeError, match="unexpected keyword argument 'tokens_per_quary'"):
+            tiny_config(tmp_path, tokens_per_quary=4)
+
+    def test_a_path_is_as_good_as_text(self, tmp_path: Path) -> None:
+        config = tiny_config(tmp_path, output_dir=tmp_path / "run", resume_from_checkpoint=tmp_path)
+        assert (config.output_dir, config.resume_from_checkpoint) == (str(tmp_path / "run"), str(tmp_path))
+
+
+def without_blanks(text: str) -> str:
+    """Without what wrapping adds, hyphens of wrapped words included."""
+    return re.sub(r"[\s-]", "", text)
+
+
+def method_options() -> dict[str, str]:
+    """The heading of each option of the method."""
+    inherited = VERDICTS.keys() | {"activation_checkpointing", "activation_checkpointing_kwargs"}
+    headings = {owner: heading for heading, owners in OPTION_GROUPS.items() for owner in owners}
+    return {
+        item.name: headings[next(kind for kind in AttentionGuidedRLConfig.__mro__ if item.name in vars(kind))]
+        for item in dataclasses.fields(AttentionGuidedRLConfig)
+        if item.init and item.name not in inherited
+    }
+
+
+@pytest.mark.parametrize("command", ["train", "calibrate", "plan"])
+class TestHelp:
+    def help_of(self, command: str) -> str:
+        made: CommandParser = importlib.import_module(f"attention_rl_trainer.commands.{command}").parser()
+        return made.format_help()
+
+    def test_every_option_is_explained_under_its_heading_before_those_of_the_trainer(self, command: str) -> None:
+        text = self.help_of(command)
+        fields = AttentionGuidedRLConfig.__dataclass_fields__
+        sections = dict(re.findall(r"^(\w+)[^\n]*:\n((?: .*\n|\n(?= ))+)", text, flags=re.MULTILINE))
+        for name, heading in method_options().items():
+            assert f"--{name}" in sections[heading], name
+            assert without_blanks(fields[name].metadata["help"]) in without_blanks(sections[heading]), name
+        order = [heading for heading in sections if heading in {*OPTION_GROUPS, "Trainer"}]
+        assert order == [*OPTION_GROUPS, "Trainer"]
+        assert list(sections)[-1] == "Trainer"
+
+    def test_of_the_trainers_options_those_that_act_are_listed(self, command: str) -> None:
+        trainers = self.help_of(command).partition("\nTrainer ")[2]
+        for item in dataclasses.fields(AttentionGuidedRLConfig):
+            if item.init and item.name in VERDICTS:
+                assert (f"  --{item.name} " in trainers) is (VERDICTS[item.name].kind == "honoured"), item.name
+
+    def test_the_files_that_come_with_the_package_are_named(self, command: str) -> None:
+        assert "--config NAME|FILE" in self.help_of(command)
+        assert "recommended" in self.help_of(command)
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--episodes", "--dataset", "--resume"])
+def test_seeds_flags_are_listed(flag: str) -> None:
+    assert re.search(rf"{flag}\b", parser().format_help())
+
+
+def test_help_in_python_explains_every_option_of_the_method() -> None:
+    text = AttentionGuidedRLConfig.__doc__ or ""
+    assert len(method_options()) > 40
+    for name in method_options():
+        option = AttentionGuidedRLConfig.__dataclass_fields__[name]
+        assert f"\n{name} = {option.default!r}\n    " in text
+        assert without_blanks(option.metadata["help"]) in without_blanks(text), name
+
+
+def test_a_signature_still_shows_the_options() -> None:
+    assert "num_kv_pairs" in inspect.signature(AttentionGuidedRLConfig).parameters

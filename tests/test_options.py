@@ -8,7 +8,7 @@ import math
 import pkgutil
 import re
 from collections import defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 from trl import TrlParser
 
 import attention_rl_trainer
-from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.config import OPTION_GROUPS, AttentionGuidedRLConfig
 from attention_rl_trainer.options import (
     Above,
     AtLeast,
@@ -27,8 +27,12 @@ from attention_rl_trainer.options import (
     Options,
     Positive,
     Share,
+    declaring_class,
+    documented,
     option,
+    options_by_heading,
     take_options,
+    takes_names,
 )
 from attention_rl_trainer.planning.sizes import RunShape
 
@@ -160,6 +164,8 @@ def test_a_range_says_itself() -> None:
 
 @dataclass
 class Room(Options):
+    """What a room has."""
+
     size: Count = option(1, "How many.")
 
 
@@ -231,6 +237,72 @@ class TestTakeOptions:
     def test_an_unknown_change_is_an_error(self) -> None:
         with pytest.raises(TypeError, match="width"):
             take_options(Room, House(), width=1)
+
+
+GROUPS = {"size": (Room, Bound), "rest": (House,)}
+
+
+class TestHeadings:
+    def test_a_field_belongs_to_the_class_that_declares_it_first(self) -> None:
+        @dataclass
+        class Large(House):
+            size: Count = option(5, "How many.")
+
+        assert declaring_class(Large, "size") is Room
+        assert declaring_class(Large, "limit") is Bound
+        assert declaring_class(Large, "other") is Unchecked
+
+    def test_fields_are_sorted_by_heading_and_others_left_out(self) -> None:
+        named = {heading: [item.name for item in items] for heading, items in options_by_heading(House, GROUPS).items()}
+        assert named == {"size": ["size", "limit"], "rest": ["share"]}
+
+    def test_the_docstring_gets_every_option_with_its_help(self) -> None:
+        @documented(GROUPS)
+        @dataclass
+        class Told(House):
+            """What is told.
+
+            At length.
+            """
+
+        assert Told.__doc__ == (
+            "What is told.\n\nAt length.\n\n"
+            f"**Size.** {(Room.__doc__ or '').strip()} Two options that depend on each other.\n\n"
+            "size = 1\n    How many.\n\nlimit = 10\n    At most how many.\n\n"
+            "**Rest.** What a run has.\n\nshare = 1.0\n    A part.\n"
+        )
+
+    def test_every_class_of_the_config_has_one_heading(self) -> None:
+        headed = [owner for owners in OPTION_GROUPS.values() for owner in owners]
+        declaring = [
+            kind
+            for kind in AttentionGuidedRLConfig.__mro__
+            if issubclass(kind, Options) and inspect.get_annotations(kind) and kind is not AttentionGuidedRLConfig
+        ]
+        assert sorted(headed, key=str) == sorted(declaring, key=str)
+
+
+class TestOtherNames:
+    @takes_names({"count": "size"}, {"colour": "paint it"})
+    @dataclass
+    class Named(Room):
+        """A room with names."""
+
+    def test_an_alias_is_the_option(self) -> None:
+        assert self.Named(count=3).size == 3
+        assert self.Named(3).size == self.Named(size=3).size == 3
+
+    def test_two_names_at_once_are_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"^count is another name of size; give one of them$"):
+            self.Named(count=3, size=3)
+
+    def test_what_is_elsewhere_says_so(self) -> None:
+        with pytest.raises(ValueError, match=r"^Named has no option colour: paint it$"):
+            self.Named(colour="red")
+
+    def test_a_copy_and_the_signature_are_as_without(self) -> None:
+        assert replace(self.Named(count=3), size=4).size == 4
+        assert list(inspect.signature(self.Named).parameters) == ["size"]
 
 
 def options_of_the_package() -> list[type[Options]]:

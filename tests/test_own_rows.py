@@ -13,7 +13,6 @@ import train_twenty_questions
 from tiny import article_texts, save_tiny_llama, write_rows
 
 from attention_rl_trainer.cli import main
-from attention_rl_trainer.commands import train
 from attention_rl_trainer.configs import find_config
 from attention_rl_trainer.records.ledger import read_ledger
 
@@ -64,7 +63,7 @@ def test_the_readmes_command_trains_on_rows_and_evaluates_on_other_topics(
     assert {row.title for row in rows} <= {f"topic {group}" for group in range(8)}
     assert {len(row.order) for row in rows} == {4}
     assert all(key.startswith(" Which ") for row in rows for key in row.keys)
-    assert "eval_query_over_empty" in capsys.readouterr().out
+    assert "query_over_empty" in capsys.readouterr().out
     evaluated = (folder / "out" / "my" / "evaluation" / "eval" / "evaluation.json").read_text()
     assert json.loads(evaluated)
     options = json.loads((folder / "out" / "my" / "attention_rl_config.json").read_text())
@@ -100,7 +99,7 @@ def test_topics_of_too_few_rows_are_refused_with_the_numbers(folder: Path, capsy
 
 
 def test_the_script_is_the_command_and_its_options_files_are_there() -> None:
-    assert train_twenty_questions.main is train.main
+    assert train_twenty_questions.main is main
     names = re.findall(r"--config (\w+)", train_twenty_questions.__doc__ or "")
     assert "twenty_questions" in names
     assert all(find_config(name).is_file() for name in names)

@@ -16,10 +16,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
-from trl import ModelConfig, TrlParser  # type: ignore[attr-defined]  # trl's lazy names are not declared
+from trl import ModelConfig  # type: ignore[attr-defined]  # trl's lazy names are not declared
 
+from attention_rl_trainer.commands.parsing import CommandParser
 from attention_rl_trainer.config import AttentionGuidedRLConfig
-from attention_rl_trainer.configs import with_config_path
 from attention_rl_trainer.memories.loading import MemoryLoader
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.memories.sources import columns_of, load_memories
@@ -42,6 +42,8 @@ PICTURE_NAME = "heads.png"
 class CalibrateArguments:
     """What is fitted to what."""
 
+    _argument_group_name = "data"
+
     dataset_name: str = field(
         default="wikimedia/wikipedia",
         metadata={"help": "What to fit to, as for attention-rl train.", "aliases": ["--dataset"]},
@@ -51,12 +53,16 @@ class CalibrateArguments:
     dataset_eval_name: str | None = field(
         default=None, metadata={"help": "What to measure on. Default: memories of training after those fitted to."}
     )
-    dataset_eval_split: str = field(default="train", metadata={"help": "Split to measure on."})
+    dataset_eval_split: str = field(
+        default="train", metadata={"help": "Split to measure on.", "aliases": ["--dataset_test_split"]}
+    )
 
 
 @dataclass
 class CalibratedModel(ModelConfig):
     """TRL's model options, with this method's default model."""
+
+    _argument_group_name = "model"
 
     model_name_or_path: str | None = field(
         default="auto",
@@ -67,14 +73,19 @@ class CalibratedModel(ModelConfig):
     )
 
 
-def main(arguments: Sequence[str], console: Console | None = None) -> int:
-    """Parse, fit, measure, write and print, by default to standard output; returns the exit code."""
+def parser() -> CommandParser:
+    """Make the parser of the command line."""
     kinds = (CalibrateArguments, AttentionGuidedRLConfig, CalibratedModel)
-    parser = TrlParser(kinds, prog="attention-rl calibrate")  # type: ignore[arg-type]
+    purpose = "Fit the selector to training articles as a run would, and measure it on others; nothing is trained."
     # The file is that of a training run, which has more options than matter here.
-    data, config, model = parser.parse_args_and_config(with_config_path(arguments), fail_with_unknown_args=False)
+    return CommandParser("calibrate", purpose, kinds, takes_any_file=True)
+
+
+def main(flags: Sequence[str], console: Console | None = None) -> int:
+    """Parse, fit, measure, write and print, by default to standard output; returns the exit code."""
+    data, config, model = parser().parse(flags)
     if not is_calibrated(config, config):
-        logger.warning("The options fit nothing; measured is the calibrated selector: %s", CALIBRATED)
+        logger.info("The options fit nothing; measured is the calibrated selector: %s", CALIBRATED)
         config = replace(config, **CALIBRATED)
     set_seed(config.seed)
     base, tokenizer = load_named_model(model.model_name_or_path, config.device, {"dtype": model.dtype})

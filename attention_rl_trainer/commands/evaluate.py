@@ -1,6 +1,6 @@
 """``attention-rl evaluate``: what an adapter's orders and queries are worth on held-out articles.
 
-    attention-rl evaluate out/demo --dataset offline
+    attention-rl evaluate out/demo --dataset twenty_questions --dataset_split test
 
 The options that the adapter was trained with are read from its ``attention_rl_config.json``; flags change some of them.
 """
@@ -8,50 +8,83 @@ The options that the adapter was trained with are read from its ``attention_rl_c
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from rich.console import Console
 from transformers import TrainingArguments
-from trl import TrlParser  # type: ignore[attr-defined]  # trl's lazy names are not declared
 
+from attention_rl_trainer.commands.parsing import CommandParser
 from attention_rl_trainer.config import AttentionGuidedRLConfig
-from attention_rl_trainer.configs import with_config_path
 from attention_rl_trainer.memories.sources import columns_of, load_memories
-from attention_rl_trainer.models.choice import load_named_model
+from attention_rl_trainer.models.trained import load_adapted
+from attention_rl_trainer.records.console import metrics_table
 from attention_rl_trainer.rollout.calibration import CALIBRATION_NAME
 from attention_rl_trainer.trainer import RUN_CONFIG_NAME, AttentionGuidedRLTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class EvaluateArguments:
     """What is evaluated, and on what."""
 
+    _argument_group_name = "what is evaluated, and on what"
+
     adapter: str = field(metadata={"help": "Folder of the adapter, as a run leaves it in its output_dir."})
     dataset: str = field(
         default="wikimedia/wikipedia",
         metadata={
             "help": "Held-out articles: Hub data set, folder or file (Parquet, JSON Lines, text, MediaWiki dump), "
-            "or 'offline'; or 'twenty_questions', 'factbook', the file of a game, or a table as in training."
+            "or 'offline'; or 'twenty_questions', 'factbook', the file of a game, or a table as in training.",
+            "aliases": ["--dataset_name", "--dataset_eval_name"],
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to evaluate on."})
+    dataset_split: str = field(
+        default="train",
+        metadata={"help": "Split to evaluate on.", "aliases": ["--dataset_eval_split", "--dataset_test_split"]},
+    )
+    dataset_text_column: str | None = field(
+        default=None, metadata={"help": "Column of the articles' text. Default: as in training."}
+    )
+    dataset_key_column: str | None = field(
+        default=None, metadata={"help": "Of a table: column of the keys. Default: as in training."}
+    )
+    dataset_value_column: str | None = field(
+        default=None, metadata={"help": "Of a table: column of the values. Default: as in training."}
+    )
+    dataset_group_column: str | None = field(
+        default=None, metadata={"help": "Of a table: column that makes memories of rows. Default: as in training."}
+    )
     skip_articles: int = field(
         default=0, metadata={"help": "Leave out this many articles at the beginning, such as those trained on."}
     )
-    episodes: int = field(default=64, metadata={"help": "Trajectories to evaluate."})
+    episodes: int = field(default=64, metadata={"help": "Trajectories to evaluate.", "aliases": ["--eval_episodes"]})
     epochs: int | None = field(
         default=None,
-        metadata={"help": "Readings of each article, each with another memory. Default: as in training, mostly 1."},
+        metadata={
+            "help": "Readings of each article, each with another memory. Default: as in training, mostly 1.",
+            "aliases": ["--eval_epochs"],
+        },
     )
     order_episodes: int | None = field(
         default=None,
-        metadata={"help": "Trajectories whose orders are scored too, the slow part. Default: as in training, or all."},
+        metadata={
+            "help": "Trajectories whose orders are scored too, the slow part. Default: as in training, or all.",
+            "aliases": ["--eval_order_episodes"],
+        },
     )
-    batch_size: int | None = field(default=None, metadata={"help": "Trajectories at once. Default: as in training."})
+    batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Trajectories at once. Default: as in training.",
+            "aliases": ["--generation_batch_size"],
+        },
+    )
     num_steps: int | None = field(default=None, metadata={"help": "T. Default: as in training."})
     seed: int | None = field(default=None, metadata={"help": "Seed of queries and draws. Default: as in training."})
     model_name_or_path: str | None = field(
@@ -96,11 +129,12 @@ def trained_options(adapter: Path) -> dict[str, Any]:
     return options
 
 
-def evaluate(arguments: EvaluateArguments) -> dict[str, float]:
+def evaluate(arguments: EvaluateArguments, console: Console) -> dict[str, float]:
     """Evaluate an adapter on held-out articles, and write and print the two tables.
 
     Args:
         arguments: what is evaluated, and on what.
+        console: where they are printed, and the figures below them.
 
     Returns:
         The metrics.
@@ -116,6 +150,10 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, float]:
         "seed": arguments.seed,
         "eval_epochs": arguments.epochs,
         "eval_order_episodes": arguments.order_episodes,
+        "dataset_text_column": arguments.dataset_text_column,
+        "dataset_key_column": arguments.dataset_key_column,
+        "dataset_value_column": arguments.dataset_value_column,
+        "dataset_group_column": arguments.dataset_group_column,
     }
     options |= {name: value for name, value in changes.items() if value is not None}
     output_dir = Path(arguments.output_dir or arguments.adapter)
@@ -137,9 +175,9 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, float]:
     )
     if arguments.skip_articles:
         memories = memories.skip(arguments.skip_articles)
-    name = arguments.model_name_or_path or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    base, tokenizer = load_named_model(name, config.device, {"dtype": arguments.dtype})
-    model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+    model, tokenizer = load_adapted(adapter, config.device, arguments.dtype, model=arguments.model_name_or_path)
+    # The trainer takes only what could be trained.
+    model.set_adapter(model.active_adapter)
     trainer = AttentionGuidedRLTrainer(
         model=model,
         args=config,
@@ -147,20 +185,24 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, float]:
         processing_class=tokenizer,
         calibration=adapter if (adapter / CALIBRATION_NAME).is_file() else None,
     )
+    logger.info("Evaluating on up to %d trajectories; their orders take most of the time", arguments.episodes)
     metrics = trainer.evaluate()
-    print((output_dir / "evaluation" / "eval" / "evaluation.md").read_text(encoding="utf-8"))
-    for metric, value in metrics.items():
-        print(f"{metric}: {value:.4f}")
+    written = output_dir / "evaluation" / "eval" / "evaluation.md"
+    # As it is: its lines are those of the file.
+    console.out(written.read_text(encoding="utf-8"), highlight=False)
+    console.print(metrics_table(metrics, f"Evaluation on {arguments.dataset}, split {arguments.dataset_split}"))
+    console.print(f"The tables are in {written.parent}", highlight=False, soft_wrap=True)
     return metrics
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Parse, evaluate, print."""
-    flags = with_config_path(arguments)
-    # The adapter may stand first without its flag.
-    if flags and not flags[0].startswith("-"):
-        flags = ["--adapter", *flags]
-    parser = TrlParser((EvaluateArguments,), prog="attention-rl evaluate")  # type: ignore[arg-type]
-    (parsed,) = parser.parse_args_and_config(flags)
-    evaluate(parsed)
+def parser() -> CommandParser:
+    """Make the parser of the command line."""
+    purpose = "Measure an adapter's orders and queries on held-out articles, beside baselines."
+    return CommandParser("evaluate", purpose, (EvaluateArguments,), positional="adapter")
+
+
+def main(flags: Sequence[str], console: Console | None = None) -> int:
+    """Parse, evaluate, print, by default to standard output."""
+    (arguments,) = parser().parse(flags)
+    evaluate(arguments, console or Console())
     return 0

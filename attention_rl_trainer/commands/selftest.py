@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import TrlParser  # type: ignore[attr-defined]  # trl's lazy names are not declared
-
-from attention_rl_trainer.configs import with_config_path
+from attention_rl_trainer.commands.parsing import CommandParser
 from attention_rl_trainer.selftest.verdict import judge
 
 
 @dataclass
 class SelfTestArguments:
     """How often, and what beside the shipped settings."""
+
+    _argument_group_name = "how often, and what beside the shipped settings"
 
     seeds: int = field(default=5, metadata={"help": "Seeds 0, 1, ..., one run each."})
     ablate: bool = field(
@@ -25,10 +25,15 @@ class SelfTestArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Where runs write. Default: a temporary folder."})
 
 
-def main(arguments: Sequence[str]) -> int:
+def parser() -> CommandParser:
+    """Make the parser of the command line."""
+    purpose = "Train on a task whose best policy is known, and say how much of the gap to it training closes."
+    return CommandParser("selftest", purpose, (SelfTestArguments,))
+
+
+def main(flags: Sequence[str]) -> int:
     """Run the self-test; the exit code is 1 where it does not pass."""
-    parser = TrlParser((SelfTestArguments,), prog="attention-rl selftest")  # type: ignore[arg-type]
-    (parsed,) = parser.parse_args_and_config(with_config_path(arguments))
+    (parsed,) = parser().parse(flags)
     how = {"ablate": parsed.ablate, "calibrated": parsed.calibrated}
     if parsed.output_dir is not None:
         return 0 if judge(parsed.seeds, Path(parsed.output_dir), **how) else 1

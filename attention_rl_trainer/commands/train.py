@@ -10,29 +10,34 @@ Every option of the file can be overridden by a flag; ``--help`` lists them all.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.text import Text
 from trl import (  # type: ignore[attr-defined]  # trl's lazy names are not declared
     ModelConfig,
-    TrlParser,
     get_peft_config,
     get_quantization_config,
 )
 
+from attention_rl_trainer.commands.parsing import CommandParser
 from attention_rl_trainer.config import AttentionGuidedRLConfig
-from attention_rl_trainer.configs import with_config_path
 from attention_rl_trainer.durability.discovery import CheckpointError, find_checkpoint
+from attention_rl_trainer.evaluation.before_and_after import BeforeAndAfter
 from attention_rl_trainer.memories.sources import columns_of, load_memories
-from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
+from attention_rl_trainer.records.console import metrics_table
+from attention_rl_trainer.trainer import BEFORE_TRAINING, AttentionGuidedRLTrainer
 
 
 @dataclass
 class DataArguments:
     """Where the memories come from."""
+
+    _argument_group_name = "data"
 
     dataset_name: str = field(
         default="wikimedia/wikipedia",
@@ -45,7 +50,10 @@ class DataArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_eval_split: str = field(default="train", metadata={"help": "Split of the evaluation's memories."})
+    dataset_eval_split: str = field(
+        default="train",
+        metadata={"help": "Split of the evaluation's memories.", "aliases": ["--dataset_test_split"]},
+    )
     dataset_eval_name: str | None = field(default=None, metadata={"help": "Source to evaluate on at the end."})
     dataset_streaming: bool | None = field(
         default=None, metadata={"help": "Stream instead of preparing on disk. Default: by the kind of source."}
@@ -56,6 +64,8 @@ class DataArguments:
 @dataclass
 class AdapterConfig(ModelConfig):
     """TRL's model options, with this method's adapter as the default."""
+
+    _argument_group_name = "model and adapter"
 
     model_name_or_path: str | None = field(
         default="auto",
@@ -70,23 +80,30 @@ class AdapterConfig(ModelConfig):
     lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout."})
 
 
-def main(flags: Sequence[str] | None = None) -> int:
+def parser() -> CommandParser:
+    """Make the parser of the command line."""
+    purpose = "Train an adapter: roll out trajectories, keep the best, reinforce their queries."
+    return CommandParser("train", purpose, (DataArguments, AttentionGuidedRLConfig, AdapterConfig))
+
+
+def main(flags: Sequence[str], console: Console | None = None) -> int:
     """Parse, train, save, and evaluate where there are articles for it.
 
     Args:
-        flags: the command line; by default the process's own.
+        flags: the command line.
+        console: where the evaluation is printed; by default standard output.
 
     Returns:
-        The exit code: 130 after Ctrl-C, which leaves a checkpoint.
+        The exit code.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, which leaves a checkpoint.
     """
-    given = sys.argv[1:] if flags is None else flags
-    kinds = (DataArguments, AttentionGuidedRLConfig, AdapterConfig)
-    parser = TrlParser(kinds, prog=None if flags is None else "attention-rl train")  # type: ignore[arg-type]
-    data, args, model = parser.parse_args_and_config(with_config_path(given))
-    if data.resume and args.resume_from_checkpoint is None:
-        _expect_run(args.output_dir)
+    data, args, model = parser().parse(flags)
+    checkpoint = data.resume if args.resume_from_checkpoint is None else args.resume_from_checkpoint
+    _expect_checkpoint(checkpoint, Path(args.output_dir))
     if not model.use_peft:
-        sys.exit("--use_peft must stay true: only an adapter is trained, and the base model is the reference")
+        raise ValueError("use_peft must stay true: only an adapter is trained, and the base model is the reference")
     memories = load_memories(
         data.dataset_name,
         **columns_of(args),
@@ -105,25 +122,37 @@ def main(flags: Sequence[str] | None = None) -> int:
         eval_dataset=held_out,
         peft_config=get_peft_config(model),
     )
-    checkpoint = args.resume_from_checkpoint
-    try:
-        trainer.train(resume_from_checkpoint=data.resume if checkpoint is None else checkpoint)
-    except KeyboardInterrupt:
-        return 130  # as a shell reports it
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
     if held_out is not None:
-        print(trainer.evaluate())
+        metrics = trainer.evaluate()
+        if trainer.is_world_process_zero():
+            title = f"Evaluation on {data.dataset_eval_name}, split {data.dataset_eval_split}"
+            console = console or Console()
+            console.print(metrics_table(metrics, title))
+            _show_queries(trainer.output_dir / "evaluation", console)
     if args.push_to_hub:
         trainer.push_to_hub()
     return 0
 
 
-def _expect_run(output_dir: str) -> None:
-    """Refuse ``--resume`` where there is nothing to resume, before the model is loaded."""
+def _show_queries(evaluations: Path, console: Console) -> None:
+    """Write and print what the model asked before training and after it, and end with the figures that say whether."""
+    compared = BeforeAndAfter.read(evaluations / f"eval{BEFORE_TRAINING}", evaluations / "eval")
+    if compared is None:
+        return
+    compared.write(evaluations)
+    console.print(Markdown(compared.to_markdown()))
+    for line in compared.lines():
+        console.print(Text(line), soft_wrap=True)
+
+
+def _expect_checkpoint(named: str | bool, output_dir: Path) -> None:
+    """Refuse to resume where there is nothing to resume from, before the model is loaded."""
     try:
-        find_checkpoint(True, Path(output_dir), AttentionGuidedRLTrainer.run_trace)
+        find_checkpoint(named, output_dir, AttentionGuidedRLTrainer.run_trace)
     except CheckpointError as error:
-        sys.exit(f"--resume: {error}")
+        raise CheckpointError(f"{'--resume' if named is True else '--resume_from_checkpoint'}: {error}") from error
 
 
 def _loading_options(model: AdapterConfig) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class Probe:
     def read(self, memories: MemoryBatch) -> dict[int, LayerVectors]:
         """Take the vectors of all layers that matter here."""
         vectors = iter_vectors(self._policy, self._layout, memories, self._all_layers)
-        bar = tqdm(vectors, "Calibrating the selector", len(memories), disable=not self._show_progress, leave=False)
+        hidden = None if self._show_progress else True  # None: where standard error is no terminal
+        bar = tqdm(vectors, "Calibrating the selector", len(memories), disable=hidden, leave=False)
         return join_vectors(list(bar))
 
     def fit(self, memories: MemoryBatch, origin: Origin) -> Fitted:

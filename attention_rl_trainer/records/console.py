@@ -190,8 +190,9 @@ class EpisodeProgressCallback(TrainerCallback):
 
     def _print_line_if_due(self, episodes: int, figures: str) -> None:
         every = self._lines_every
-        is_due = every is not None and episodes // every > self._last_line // every
-        if not is_due and (every is None or episodes < self.num_episodes):
+        if every is None or episodes == self._last_line:
+            return
+        if episodes // every == self._last_line // every and episodes < self.num_episodes:
             return
         self._last_line = episodes
         line = f"episode {episodes}/{self.num_episodes}"

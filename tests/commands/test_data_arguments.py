@@ -10,7 +10,6 @@ import pytest
 from tiny import article_texts, write_rows
 
 from attention_rl_trainer.cli import main
-from attention_rl_trainer.errors import BaseModelError
 
 # It does not exist, and is asked for after the articles.
 MODEL = ["--model_name_or_path", "./nowhere"]
@@ -59,7 +58,21 @@ def test_evaluate_refuses(
     assert message in capsys.readouterr().err
 
 
-def test_a_file_that_looks_like_a_pattern_is_read(articles: str, tmp_path: Path) -> None:
+def test_a_file_that_looks_like_a_pattern_is_read(
+    articles: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = str(tmp_path / "run")
-    with pytest.raises(BaseModelError, match="no folder or file"):
-        main(["train", "--dataset_name", articles, *MODEL, "--output_dir", output, "--use_cpu", "true"])
+    assert main(["train", "--dataset_name", articles, *MODEL, "--output_dir", output, "--use_cpu", "true"]) == 2
+    assert "There is no folder or file ./nowhere" in capsys.readouterr().err
+
+
+def test_evaluate_takes_the_names_of_training_and_other_columns(
+    articles: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "attention_rl_config.json").write_text(json.dumps({"dataset_text_column": "body"}))
+    flags = [str(tmp_path), "--dataset_name", articles, *MODEL, "--use_cpu", "true"]
+    assert main(["evaluate", *flags]) == 2
+    assert "no column 'body'" in capsys.readouterr().err
+    # The articles are read, and the adapter is missed.
+    assert main(["evaluate", *flags, "--dataset_text_column", "text"]) == 2
+    assert "holds no adapter" in capsys.readouterr().err

@@ -252,10 +252,9 @@ class TestBadInputs:
     @staticmethod
     def refusal(*flags: str, folder: Path) -> str:
         done = train(*flags, "--episodes", "8", "--output_dir", "run", folder=folder)
-        assert done.returncode != 0
-        frames = [line for line in done.stderr.splitlines() if line.startswith('  File "')]
-        assert len(frames) < 20
-        return done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        return done.stderr.strip().splitlines()[-1].removeprefix("attention-rl train: ")
 
     def test_no_such_model(self, inputs: Inputs, tmp_path: Path) -> None:
         missing = str(tmp_path / "nowhere")
@@ -287,11 +286,11 @@ class TestBadInputs:
         path = tmp_path / "unknown.yaml"
         path.write_text(OPTIONS + "tokens_per_question: 5\n")
         message = self.refusal(*inputs.flags[2:], "--config", str(path), folder=tmp_path)
-        assert "Unknown arguments from config file: ['--tokens_per_question', '5']" in message
+        assert message.startswith(f"{path}: there is no option tokens_per_question")
 
     def test_option_out_of_range(self, inputs: Inputs, tmp_path: Path) -> None:
         message = self.refusal(*inputs.flags, "--subset_fraction", "1.5", folder=tmp_path)
-        assert message == "ValueError: subset_fraction must be in (0, 1], got 1.5"
+        assert message == "subset_fraction must be in (0, 1], got 1.5"
 
     def test_trajectory_longer_than_the_context(self, inputs: Inputs, tmp_path: Path) -> None:
         message = self.refusal(*inputs.flags, "--tokens_per_query", "400", folder=tmp_path)
