@@ -140,11 +140,11 @@ def _indented(text: str) -> str:
 
 
 def takes_names(aliases: Mapping[str, str], elsewhere: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
-    """Let a dataclass take options by names that users of another library know.
+    """Let a class take arguments by names that users of another library know.
 
     Args:
-        aliases: the option by its other name.
-        elsewhere: by a name that is no option here, what to do instead.
+        aliases: the argument by its other name.
+        elsewhere: by a name that is none here, what to do instead.
     """
 
     def wrap(kind: type[T]) -> type[T]:
@@ -153,7 +153,7 @@ def takes_names(aliases: Mapping[str, str], elsewhere: Mapping[str, str]) -> Cal
         @functools.wraps(construct)
         def construct_by_any_name(self: Any, *args: Any, **kwargs: Any) -> None:
             for name in kwargs.keys() & elsewhere.keys():
-                raise ValueError(f"{kind.__name__} has no option {name}: {elsewhere[name]}")
+                raise ValueError(f"{kind.__name__} takes no {name}: {elsewhere[name]}")
             for name in kwargs.keys() & aliases.keys():
                 if aliases[name] in kwargs:
                     raise ValueError(f"{name} is another name of {aliases[name]}; give one of them")

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import PredictionOutput
 
-from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.config import NOT_OPTIONS, AttentionGuidedRLConfig
 from attention_rl_trainer.durability.discovery import Fact
 from attention_rl_trainer.durability.staging import staged_files
 from attention_rl_trainer.durability.states import Stateful
@@ -37,6 +37,7 @@ from attention_rl_trainer.models import PolicyModel, add_adapter, left_bare_on_f
 from attention_rl_trainer.models.base import ModelName
 from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.models.trial import expect_trainable
+from attention_rl_trainer.options import takes_names
 from attention_rl_trainer.planning import preflight
 from attention_rl_trainer.planning.arguments import expect_arguments
 from attention_rl_trainer.probing.calibrated import CalibratedSelector
@@ -72,6 +73,14 @@ BEFORE_TRAINING = "_before_training"
 """After the name of an evaluation's folder where ``eval_on_start`` asked for it."""
 
 
+@takes_names(
+    {},
+    {
+        "reward_funcs": NOT_OPTIONS["reward_funcs"],
+        "tokenizer": "give it as processing_class",
+        "data_collator": "memories are joined by the trainer; give articles or entries as train_dataset",
+    },
+)
 class AttentionGuidedRLTrainer(DurableTrainer):
     """Trains a language model to direct its own reading of articles.
 

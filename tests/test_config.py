@@ -470,7 +470,7 @@ class TestNamesOfTrl:
     @pytest.mark.parametrize("name", ["quantization_config", "reward_funcs", "temperature", "num_generations"])
     def test_what_is_no_option_says_what_is(self, parse: Parse, tmp_path: Path, name: str) -> None:
         said = re.escape(NOT_OPTIONS[name])
-        with pytest.raises(ValueError, match=f"^AttentionGuidedRLConfig has no option {name}: {said}$"):
+        with pytest.raises(ValueError, match=f"^AttentionGuidedRLConfig takes no {name}: {said}$"):
             tiny_config(tmp_path, **{name: 1})
         with pytest.raises(ValueError, match=f"^there is no option --{name}: {said}$"):
             parse("", f"--{name}", "1")

@@ -297,7 +297,7 @@ class TestOtherNames:
             self.Named(count=3, size=3)
 
     def test_what_is_elsewhere_says_so(self) -> None:
-        with pytest.raises(ValueError, match=r"^Named has no option colour: paint it$"):
+        with pytest.raises(ValueError, match=r"^Named takes no colour: paint it$"):
             self.Named(colour="red")
 
     def test_a_copy_and_the_signature_are_as_without(self) -> None:

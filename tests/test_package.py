@@ -110,6 +110,7 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 class TestWheel:
     def test_holds_every_module_and_config(self, wheel_names: set[str]) -> None:
         data = [*PACKAGE.rglob("*.json"), *PACKAGE.glob("configs/*.yaml"), PACKAGE / "py.typed"]
+        data += [*PACKAGE.glob("pages/assets/*"), *PACKAGE.glob("publishing/*.jinja")]
         files = [*PACKAGE.rglob("*.py"), *data]
         assert {path.relative_to(REPOSITORY).as_posix() for path in files} <= wheel_names
 
@@ -117,5 +118,6 @@ class TestWheel:
         metadata = f"attention_rl_trainer-{attention_rl_trainer.__version__}.dist-info"
         assert {name.split("/")[0] for name in wheel_names} == {"attention_rl_trainer", metadata}
         package = {name for name in wheel_names if name.startswith("attention_rl_trainer/")}
-        assert {Path(name).suffix for name in package} == {".json", ".py", ".typed", ".yaml"}
+        known = {".css", ".html", ".jinja", ".js", ".json", ".py", ".typed", ".yaml"}
+        assert {Path(name).suffix for name in package} == known
         assert f"{metadata}/licenses/LICENSE" in wheel_names

@@ -6,6 +6,7 @@ asks for. Nothing is lost where the Hub cannot be reached: what is pushed was sa
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shlex
@@ -13,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -68,7 +68,9 @@ class Destination:
             HubPushError: the Hub cannot be reached, or refuses.
         """
         with self._explained():
-            made = HfApi().create_repo(self.repo_id, token=self.token, private=self.private, exist_ok=True)
+            made = _client(constants.ENDPOINT).create_repo(
+                self.repo_id, token=self.token, private=self.private, exist_ok=True
+            )
         return replace(self, repo_id=made.repo_id)
 
     def push(self, message: str) -> CommitInfo:
@@ -78,7 +80,7 @@ class Destination:
             HubPushError: the Hub cannot be reached, or refuses.
         """
         with self._explained():
-            commit = HfApi().upload_folder(
+            commit = _client(constants.ENDPOINT).upload_folder(
                 repo_id=self.repo_id,
                 folder_path=self.folder,
                 commit_message=message,
@@ -97,7 +99,7 @@ class Destination:
             checkpoint: what is pushed instead, all of it.
             place: its folder in the repository.
         """
-        job: Future[CommitInfo] = HfApi().upload_folder(
+        job: Future[CommitInfo] = _client(constants.ENDPOINT).upload_folder(
             repo_id=self.repo_id,
             folder_path=self.folder if checkpoint is None else checkpoint,
             commit_message=message,
@@ -107,7 +109,7 @@ class Destination:
             path_in_repo=place,
             allow_patterns=list(self.files) if checkpoint is None else None,
         )
-        job.add_done_callback(partial(self._warn_of_failure, message))
+        job.add_done_callback(functools.partial(self._warn_of_failure, message))
         return job
 
     def _warn_of_failure(self, message: str, job: Future[CommitInfo]) -> None:
@@ -146,6 +148,12 @@ def start_pushes(
         place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
         pushes.append(destination.begin_push(f"{message}, checkpoint", checkpoint, place))
     return pushes
+
+
+@functools.cache
+def _client(endpoint: str) -> HfApi:
+    """One for all pushes: what a client does in the background, it does one after the other."""
+    return HfApi(endpoint=endpoint)
 
 
 def _why(error: BaseException) -> str:

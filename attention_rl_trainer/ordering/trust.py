@@ -17,6 +17,8 @@ from attention_rl_trainer.rollout.calibration import Calibration
 
 logger = logging.getLogger(__name__)
 
+# Of a run that was pushed there are the former alone; of others the latter are newer.
+_FIGURES = ("figures.json", "evaluation.json")
 # Orders that nobody can choose without having read all, or that are not fixed.
 _NO_RULES = (LEARNED, ORACLE, BEST, WORST, RANDOM, "untrained attention")
 
@@ -35,7 +37,8 @@ class OrderTrust:
     def read(cls, folder: Path, calibration: Calibration | None) -> OrderTrust:
         """Read the evaluations in an adapter's folder; one that cannot be read is named in the log."""
         gains = {}
-        for path in sorted(folder.glob("evaluation/*/evaluation.json")):
+        by_place = {path.parent: path for name in _FIGURES for path in folder.glob(f"evaluation/*/{name}")}
+        for _, path in sorted(by_place.items()):
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))["order_gains"]
                 estimates = {rule: Estimate(**gain) for rule, gain in found.items()}

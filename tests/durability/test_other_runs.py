@@ -173,7 +173,7 @@ class TestOtherRuns:
         facts = json.loads((checkpoint / "run_identity.json").read_text())
         (checkpoint / "run_identity.json").write_text(json.dumps(facts | {"processes": 2}))
         write_manifest_anew(checkpoint)
-        with pytest.raises(CheckpointError, match="processes: 2 there, 1 here"):
+        with pytest.raises(CheckpointError, match="processes: 2 there, None here"):
             build_trainer(Job(tmp_path, OPTIONS)).train(resume_from_checkpoint=True)
 
     @pytest.mark.parametrize(

@@ -104,6 +104,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"optimizers": (a_pair()[0], a_pair()[1])},
         "optimizers has the schedule LambdaLR of another optimizer than the one beside it",
     ),
+    "rewards as TRL takes them": (
+        {"reward_funcs": [len]},
+        "AttentionGuidedRLTrainer takes no reward_funcs: a reward of your own is a function of a step, ",
+    ),
+    "a tokenizer by its old name": (
+        {"tokenizer": None},
+        "AttentionGuidedRLTrainer takes no tokenizer: give it as processing_class",
+    ),
     "scheduler alone": (
         {"optimizers": (None, a_pair()[1])},
         "optimizers has the schedule LambdaLR of another optimizer",
