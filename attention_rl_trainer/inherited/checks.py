@@ -106,8 +106,8 @@ def _expect_plain_environment(environment: Mapping[str, str], args: TrainingArgu
     for name, (what, way_out) in _SWITCHES.items():
         if environment.get(name, "").lower() in _ON:
             raise ValueError(
-                f"{name} is {environment[name]!r}, so accelerate switches on {what}, but a run is one process with the "
-                f"whole model; {way_out}, or unset {name}"
+                f"{name} is {environment[name]!r}, so accelerate switches on {what}, but each process needs the whole "
+                f"model for its rollouts; {way_out}, or unset {name}"
             )
     if (backend := environment.get(_COMPILE, "no")).lower() not in ("no", ""):
         raise ValueError(

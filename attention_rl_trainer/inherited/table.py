@@ -61,8 +61,9 @@ _COMPILE = (
     "the cache's growing length makes it compile again and again, for no gain where it was measured "
     "(docs/benchmarks.md); leave it out"
 )
-_ONE_PROCESS = "a run is one process on one device"
-_SHARDED = "the reward history and the filter are kept by one process with the whole model; leave it out"
+_NOT_DDPS = "gradients are added up by the trainer itself, once for each optimizer step (docs/distributed.md)"
+_SHARDED = "each process needs the whole model for its rollouts (docs/distributed.md); leave it out"
+_MAIN_WRITES = "the first process writes, logs and says what all would say"
 _NO_PREDICTIONS = "an evaluation rolls out trajectories and gathers no predictions"
 _LIGER = "its kernels would replace layers that the rollout was prepared with; leave it out"
 _FOR_SCRIPTS = "a flag for scripts, which the Trainer does not read"
@@ -121,7 +122,7 @@ VERDICTS: dict[str, Verdict] = {
     "adam_epsilon": _honoured(_OF_ADAM, Coefficient),
     "max_grad_norm": _honoured("0 switches clipping off.", Coefficient),
     "gradient_accumulation_steps": _honoured("Rollout batches per optimizer step.", Count),
-    "average_tokens_across_devices": _idle(_ONE_PROCESS),
+    "average_tokens_across_devices": _idle("the loss is normalized by the trajectories of all processes"),
     "label_smoothing_factor": _refused("the loss is of rewards, there are no labels; leave it out"),
     "neftune_noise_alpha": _refused(
         "noise on the update's embeddings alone makes it another policy than the one that rolled out; leave it out"
@@ -151,8 +152,8 @@ VERDICTS: dict[str, Verdict] = {
     "logging_first_step": _honoured(),
     "logging_nan_inf_filter": _fixed(False, "a non-finite loss is an error here, not a 0 in the log"),
     "log_level": _honoured("Of transformers' messages.", Literal[tuple(trainer_log_levels)]),
-    "log_level_replica": _idle(_ONE_PROCESS, values=Literal[tuple(trainer_log_levels)]),
-    "log_on_each_node": _idle(_ONE_PROCESS),
+    "log_level_replica": _honoured(values=Literal[tuple(trainer_log_levels)]),
+    "log_on_each_node": _honoured("Of what the Trainer itself logs."),
     "include_num_input_tokens_seen": _refused(
         "a batch holds memories and not the tokens of a model's input; tokens_per_second and the ledger count those "
         "that were read. Leave it out",
@@ -189,7 +190,7 @@ VERDICTS: dict[str, Verdict] = {
     "save_steps": _derived("save_episodes", _EPISODES),
     "save_total_limit": _honoured("By age. Refused beside metric_for_best_model.", Count | None),
     "save_only_model": _honoured("No run resumes from such checkpoints."),
-    "save_on_each_node": _idle(_ONE_PROCESS),
+    "save_on_each_node": _idle(_MAIN_WRITES),
     "enable_jit_checkpoint": _refused("SIGTERM writes a checkpoint anyway"),
     "ignore_data_skip": _fixed(True, "resuming seeks to the stored position instead of replaying"),
     "restore_callback_states_from_checkpoint": _honoured(),
@@ -221,13 +222,13 @@ VERDICTS: dict[str, Verdict] = {
     "fsdp": _refused(_SHARDED, "", [], False),
     "fsdp_config": _refused(_SHARDED, {}),
     "deepspeed": _refused(_SHARDED),
-    "ddp_backend": _refused(f"{_ONE_PROCESS}, which joins no group; leave it out"),
-    "ddp_find_unused_parameters": _idle(_ONE_PROCESS),
-    "ddp_bucket_cap_mb": _idle(_ONE_PROCESS),
-    "ddp_broadcast_buffers": _idle(_ONE_PROCESS),
-    "ddp_static_graph": _idle(_ONE_PROCESS),
-    "ddp_timeout": _idle(_ONE_PROCESS),
-    "local_rank": _idle(_ONE_PROCESS, 0),
+    "ddp_backend": _honoured("Of several processes."),
+    "ddp_find_unused_parameters": _idle(_NOT_DDPS),
+    "ddp_bucket_cap_mb": _idle(_NOT_DDPS),
+    "ddp_broadcast_buffers": _idle(_NOT_DDPS),
+    "ddp_static_graph": _idle(_NOT_DDPS),
+    "ddp_timeout": _honoured("Of several processes: how long one waits for the others."),
+    "local_rank": _idle("the launcher says it", 0),
 }
 
 

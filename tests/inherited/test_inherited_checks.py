@@ -60,7 +60,6 @@ REFUSED: dict[str, Any] = {
     "fsdp": "full_shard",
     "fsdp_config": {"version": 2},
     "deepspeed": {},
-    "ddp_backend": "gloo",
 }
 # A value of each option without effect that is not its default, and asks for something.
 IDLE: dict[str, Any] = {
@@ -68,8 +67,6 @@ IDLE: dict[str, Any] = {
     "average_tokens_across_devices": False,
     "torch_empty_cache_steps": 2,
     "use_cache": True,
-    "log_level_replica": "error",
-    "log_on_each_node": False,
     "prediction_loss_only": True,
     "eval_do_concat_batches": False,
     "eval_use_gather_object": True,
@@ -88,7 +85,6 @@ IDLE: dict[str, Any] = {
     "ddp_bucket_cap_mb": 5,
     "ddp_broadcast_buffers": False,
     "ddp_static_graph": True,
-    "ddp_timeout": 5,
     "local_rank": 1,
 }
 # What asks for nothing, whatever it is.
