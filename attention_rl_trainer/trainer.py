@@ -23,9 +23,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from attention_rl_trainer.config import NOT_OPTIONS, AttentionGuidedRLConfig
 from attention_rl_trainer.durability.discovery import Fact
-from attention_rl_trainer.durability.staging import staged_files
 from attention_rl_trainer.durability.states import Stateful
-from attention_rl_trainer.durability.trainer import DurableTrainer
 from attention_rl_trainer.errors import RunContext
 from attention_rl_trainer.evaluation.asking import AskedQuestions
 from attention_rl_trainer.evaluation.evaluate import evaluate, expect_evaluable
@@ -42,10 +40,11 @@ from attention_rl_trainer.planning import preflight
 from attention_rl_trainer.planning.arguments import expect_arguments
 from attention_rl_trainer.probing.calibrated import CalibratedSelector
 from attention_rl_trainer.processes import SharedBatches
-from attention_rl_trainer.publishing.card import CardFacts, refresh_evaluations, write_card
+from attention_rl_trainer.publishing.card import CardFacts, refresh_evaluations
 from attention_rl_trainer.publishing.data import describe_data
-from attention_rl_trainer.publishing.published import CARD_NAME, published_files
+from attention_rl_trainer.publishing.published import published_files
 from attention_rl_trainer.publishing.reproduction import changed_options
+from attention_rl_trainer.publishing.trainer import PublishingTrainer
 from attention_rl_trainer.records.console import EpisodeProgressCallback, without_trainers_bar
 from attention_rl_trainer.records.health import HealthLimits
 from attention_rl_trainer.records.identity import calibration_origin, identity_facts, kind_of
@@ -81,7 +80,7 @@ BEFORE_TRAINING = "_before_training"
         "data_collator": "memories are joined by the trainer; give articles or entries as train_dataset",
     },
 )
-class AttentionGuidedRLTrainer(DurableTrainer):
+class AttentionGuidedRLTrainer(PublishingTrainer):
     """Trains a language model to direct its own reading of articles.
 
     Args:
@@ -106,7 +105,7 @@ class AttentionGuidedRLTrainer(DurableTrainer):
     _tag_names = ("attention-guided-rl", "reinforcement-learning", "lora")
 
     args: AttentionGuidedRLConfig
-    checkpoint_parts = (*DurableTrainer.checkpoint_parts, *CHECKPOINT_PARTS)
+    checkpoint_parts = (*PublishingTrainer.checkpoint_parts, *CHECKPOINT_PARTS)
     run_trace = RUN_CONFIG_NAME
     free_options = ("num_episodes",)
 
@@ -155,7 +154,6 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self._given_optimizer = None if optimizers[0] is None else type(optimizers[0]).__qualname__
         own = {name: kind_of(part) for name, part in parts.items() if part is not None}
         self._own_parts = own if self._given_optimizer is None else own | {"optimizers": self._given_optimizer}
-        self._card_metadata: dict[str, Any] = {}
         self.policy = PolicyModel.of(adapted, tokenizer, args)
         selecting = self.policy, self.environment, self.layout, self.loader, args, args
         self.selector = CalibratedSelector(
@@ -517,9 +515,18 @@ class AttentionGuidedRLTrainer(DurableTrainer):
         self.selector.save(folder)
 
     def save_card(self, folder: Path, *, with_picture: bool) -> None:
-        """Write the card of what the adapter is; the learning curve is drawn where reports are."""
+        """Write the card; the learning curve is drawn where reports are."""
+        super().save_card(folder, with_picture=with_picture and self.args.report_at_end)
+
+    @property
+    def published_files(self) -> Sequence[str]:
+        """Adapter, options, calibration, tokenizer, card and figures; the ledger and the report where it is asked."""
+        return published_files(self.args)
+
+    def card_facts(self) -> CardFacts:
+        """Collect what the card says of the adapter."""
         config = self.policy.model.peft_config[self.policy.model.active_adapter].to_dict()
-        facts = CardFacts(
+        return CardFacts(
             name=(self.hub_model_id or self.args.hub_model_id or self.output_dir.absolute().name).rpartition("/")[2],
             repo_id=self.hub_model_id or self.args.hub_model_id,
             tags=self._tag_names,
@@ -533,55 +540,8 @@ class AttentionGuidedRLTrainer(DurableTrainer):
             calibration=self.selector.describe(),
             counts=RunCounts(self.progress.num_episodes, self.updater.num_updates),
             planned_episodes=self.args.num_episodes,
-            metadata=self._card_metadata,
+            metadata=self.card_metadata,
         )
-        write_card(folder, self.output_dir, facts, with_picture=with_picture and self.args.report_at_end)
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """Write the card into the run's folder; what is given is in its head, and in that of later ones.
-
-        Args:
-            tags: beside those of the trainer.
-            dataset: data sets of the Hub.
-            finetuned_from: the base model, by its name on the Hub.
-
-        Raises:
-            ValueError: something is given that the head of this card does not hold.
-        """
-        refused = {"tasks": tasks, "dataset_tags": dataset_tags, "dataset_args": dataset_args}
-        if given := [name for name, value in refused.items() if value is not None]:
-            raise ValueError(
-                "the card takes language, license, tags, model_name, finetuned_from and dataset; leave out "
-                f"{', '.join(given)}, or write it into {CARD_NAME} yourself"
-            )
-        head = {
-            "language": language,
-            "license": license,
-            "tags": None if tags is None else [*self._tag_names, *([tags] if isinstance(tags, str) else tags)],
-            "model_name": model_name,
-            "base_model": finetuned_from,
-            "datasets": [dataset] if isinstance(dataset, str) else dataset,
-        }
-        self._card_metadata |= {name: value for name, value in head.items() if value is not None}
-        if self.processes.is_main:
-            with staged_files(self.output_dir) as staging:
-                self.save_card(staging, with_picture=True)
-
-    @property
-    def published_files(self) -> Sequence[str]:
-        """Adapter, options, calibration, tokenizer, card and figures; the ledger and the report where it is asked."""
-        return published_files(self.args)
 
     def save_run_state(self, folder: Path) -> None:
         """Write the states of the run's parts, and the previous adapter."""

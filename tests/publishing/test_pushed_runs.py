@@ -170,7 +170,7 @@ def test_saving_goes_on_where_pushing_fails(
 def test_what_is_said_to_a_push_is_in_the_cards_head(
     hub: LoopbackHub, trainer: AttentionGuidedRLTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "_card_metadata", {})
+    monkeypatch.setattr(trainer, "card_metadata", {})
     trainer.push_to_hub(license="mit", language="en", tags="ordering", model_name="Reader", dataset="someone/articles")
     card = ModelCard(hub.files("someone/adapter")["README.md"].decode())
     assert (card.data.license, card.data.language, card.data.datasets) == ("mit", "en", ["someone/articles"])
