@@ -83,7 +83,7 @@ OPTION_GROUPS: Final[Groups] = {
 }
 """The method's options by heading, in the order of the pipeline; what is in none of them is the Trainer's."""
 
-NAMES_OF_TRL: Final = {"dataset_text_field": "dataset_text_column"}
+NAMES_OF_TRL: Final = {"dataset_text_field": "dataset_text_column", "log_completions": "log_trajectories"}
 """Options of TRL's trainers that are here by another name."""
 
 NOT_OPTIONS: Final = {

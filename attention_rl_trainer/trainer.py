@@ -51,6 +51,7 @@ from attention_rl_trainer.records.identity import calibration_origin, identity_f
 from attention_rl_trainer.records.progress import CHECKPOINT_PARTS, Progress, expect_format, restore_run, save_run
 from attention_rl_trainer.records.recorder import Recorder
 from attention_rl_trainer.records.summary import REPORT_FOLDER, RunCounts
+from attention_rl_trainer.records.trackers import TrajectoryTrackingCallback, expect_trackers
 from attention_rl_trainer.rollout import (
     Calibration,
     KVMemoryEnvironment,
@@ -131,6 +132,7 @@ class AttentionGuidedRLTrainer(PublishingTrainer):
         args = args or AttentionGuidedRLConfig.for_model(model)
         expect_data(train_dataset, eval_dataset, args.dataset_text_column)
         preflight.expect_usable_machine(args)
+        expect_trackers(args.report_to)
         # The base class does this too, but only after the adapter has drawn its first weights.
         set_seed(args.seed)
         base, tokenizer = with_tokenizer(model, args.device, args.model_init_kwargs, processing_class)
@@ -172,6 +174,9 @@ class AttentionGuidedRLTrainer(PublishingTrainer):
         counts = args.warm_start_episodes + args.num_episodes, lambda: self.progress.num_trajectories
         bar = partial(EpisodeProgressCallback, table_episodes=every or None, latest_trajectory=latest)
         self.add_callback(bar(*counts, num_before=args.warm_start_episodes))
+        if args.log_trajectories and args.log_trajectory_steps:
+            given = (lambda: self.recorder.latest_rows), (lambda: self.callback_handler.callbacks)
+            self.add_callback(TrajectoryTrackingCallback(*given, args.log_trajectory_steps))
 
     def start_afresh(self) -> None:
         """Forget the run before, but not what the model has learned in it."""
@@ -473,7 +478,9 @@ class AttentionGuidedRLTrainer(PublishingTrainer):
             questions = AskedQuestions.of(articles) if args.eval_tables else None
             # Each process computes the same; one writes.
             written_to = folder if self.processes.is_main else None
-            results = evaluate(self.sampler, memories, self.encoder, args, written_to, questions)
+            shown = self.processes.is_main and not args.disable_tqdm
+            given = self.sampler, memories, self.encoder, args, written_to, questions
+            results = evaluate(*given, show_progress=shown)
         if self.processes.is_main:
             refresh_evaluations(self.output_dir)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}

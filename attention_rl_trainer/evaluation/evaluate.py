@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from attention_rl_trainer.evaluation.asking import AskedQuestions
 from attention_rl_trainer.evaluation.tables import TableBuilder
@@ -81,11 +82,13 @@ def evaluate(
     options: EvaluationOptions,
     folder: Path | None,
     questions: AskedQuestions | None = None,
+    *,
+    show_progress: bool = False,
 ) -> dict[str, float]:
     """Evaluate a policy, and with ``eval_tables`` write the tables into a folder, where one is given.
 
     The folder is made if it is missing. Where the memories are those of a game, ``questions`` measure what was asked.
-    The random numbers are not those of training, and the same at every call.
+    The random numbers are not those of training, and the same at every call. ``show_progress`` by a bar.
 
     Returns:
         Rewards, their parts and the tables' main figures, by name.
@@ -94,11 +97,28 @@ def evaluate(
     sampler = copy.copy(sampler)
     sampler.seed += _SEED_OFFSET
     sampler.compute_order_gain = True
-    if not options.eval_tables:
-        return evaluate_policy(sampler, batches, options.eval_episodes)
-    builder = TableBuilder(sampler, encoder, num_order_episodes=options.eval_order_episodes, questions=questions)
-    results = evaluate_policy(sampler, batches, options.eval_episodes, builder.add)
-    tables = builder.build()
+    num_episodes, num_ordered = options.eval_episodes, options.eval_order_episodes
+    # A memory whose orders are scored counts once more: that takes most of the time.
+    again = 0 if not options.eval_tables else num_episodes if num_ordered is None else min(num_ordered, num_episodes)
+    hidden = None if show_progress else True  # None: where standard error is no terminal
+    bar = tqdm(desc="Evaluating", total=num_episodes + again, unit="memory", disable=hidden, leave=False)
+    with bar:
+        if not options.eval_tables:
+            return evaluate_policy(sampler, batches, num_episodes, lambda batch, _: bar.update(len(batch)))
+        builder = TableBuilder(
+            sampler,
+            encoder,
+            num_order_episodes=num_ordered,
+            questions=questions,
+            on_scored=bar.update,
+        )
+
+        def observe(batch: MemoryBatch, trajectory: Trajectory) -> None:
+            builder.add(batch, trajectory)
+            bar.update(len(batch))
+
+        results = evaluate_policy(sampler, batches, num_episodes, observe)
+        tables = builder.build()
     if folder is not None:
         tables.write(folder)
     # What both know, such as how many queries differ, is the same but for rounding.
@@ -109,7 +129,7 @@ def evaluate_policy(
     sampler: TrajectorySampler,
     batches: Iterable[MemoryBatch],
     num_episodes: int,
-    observe: Callable[[MemoryBatch, Trajectory], None] | None = None,
+    observe: Callable[[MemoryBatch, Trajectory], object] | None = None,
 ) -> dict[str, float]:
     """Roll out at most ``num_episodes`` trajectories, numbered from 0, and summarize them; ``observe`` sees each batch.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -292,6 +292,7 @@ def score_orders(
     *,
     num_random: int = 8,
     max_rows: int = 128,
+    on_scored: Callable[[], object] | None = None,
 ) -> list[MemoryOrders]:
     """Score the learned order, drawn with the episodes' random numbers, and every baseline on a batch of memories.
 
@@ -299,6 +300,7 @@ def score_orders(
         encoder: turns ids into the text that BM25 compares.
         num_random: random orders of a memory, where not all orders are scored.
         max_rows: orders that are read at once.
+        on_scored: called after each memory, which takes seconds.
     """
     learned = attention_orders(sampler, batch, episodes, untrained=False)
     untrained = attention_orders(sampler, batch, episodes, untrained=True)
@@ -323,6 +325,8 @@ def score_orders(
         chosen = learned[row][: sampler.layout.num_steps]
         ease = sum(alone[column] for column in chosen) / len(chosen) - sum(alone) / len(alone)
         records.append(MemoryOrders(f"{article.source}:{article.article_index}", scores, ease))
+        if on_scored is not None:
+            on_scored()
     return records
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,16 @@ _LABELS = {
     CONTROL_NAMES: "the same of the content control's queries",
     DISTINCT: "different queries of a trajectory, of T",
     "selection_information": "selection information, nats per draw",
+    "chosen_ease": "how much easier the values that were read are than all of the memory",
     BOUND: "bound: selection information / V",
     OTHER_KEY: f"{OTHER_KEY} ({FORM})",
+}
+
+
+_SETTINGS = {
+    "T": "queries of a trajectory (T)",
+    "L": "tokens of a query (L)",
+    "counterfactuals": "queries of the base model per step",
 }
 
 
@@ -115,7 +123,7 @@ class EvaluationTables:
         queries = [[_LABELS.get(name, name), str(gain)] for name, gain in by_gain]
         less = [[f"policy less {name}", str(gain)] for name, gain in self.policy_less.items()]
         parts = [[_LABELS.get(name, name.replace("_", " ")), str(value)] for name, value in self.parts.items()]
-        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        settings = ", ".join(f"{_SETTINGS.get(name, name)} {value}" for name, value in self.settings.items())
         return "\n\n".join(
             [
                 f"Nats per token, with 95% intervals bootstrapped over articles. {settings}.",
@@ -192,6 +200,7 @@ class TableBuilder:
         num_random: random orders of a memory that is too large to score all of its orders.
         num_order_episodes: trajectories, the first ones, whose memories have their orders scored; by default all.
         questions: of the game that is evaluated, if it is one.
+        on_scored: called after each memory whose orders were scored, the slow part.
     """
 
     def __init__(
@@ -203,8 +212,10 @@ class TableBuilder:
         num_random: int = 8,
         num_order_episodes: int | None = None,
         questions: AskedQuestions | None = None,
+        on_scored: Callable[[], object] | None = None,
     ) -> None:
         self._sampler = sampler
+        self._on_scored = on_scored
         self._questions = questions
         self._asked: dict[str, list[float]] = {}
         self._num_order_episodes = num_order_episodes
@@ -301,6 +312,7 @@ class TableBuilder:
             episodes[:left],
             self._encoder,
             num_random=self._num_random,
+            on_scored=self._on_scored,
         )
         for record in records:
             for name, score in record.scores.items():
@@ -345,7 +357,8 @@ class TableBuilder:
             ),
             parts=_estimates(self._parts, articles) | _estimates(self._heard, self._heard_articles) | ease,
             settings={
-                "seed": self._sampler.seed,
+                # The user's: an evaluation's streams have the seed of training beyond the range of seeds.
+                "seed": self._sampler.seed % 2**32,
                 "T": self._sampler.layout.num_steps,
                 "L": self._sampler.layout.tokens_per_query,
                 "counterfactuals": self._num_counterfactuals,

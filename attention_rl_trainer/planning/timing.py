@@ -3,7 +3,7 @@
 A forward takes as long as the slower of its two needs: operations at the device's rate, and bytes at its bandwidth
 (the weights once, and the cached keys and values of every row). So decoding, a few tokens in each forward, waits for
 the weights, and reading for the arithmetic. What a real run loses to launches, small matrices and dequantization is
-not counted; `Accelerator.attained` scales it.
+not counted; `Accelerator.attained` scales it. Where a device was measured, `MeasuredSpeed` is taken instead.
 
 Operations: 2 for each weight and token, 4 · layers · H · D for each token and token attended to, and 2 · C · vocabulary
 for each position whose logits are computed. A backward through frozen weights computes the gradient of inputs alone: as
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attention_rl_trainer.planning.footprint import cache_bytes_per_token
 from attention_rl_trainer.planning.sizes import ModelShape, RunShape
@@ -48,6 +48,18 @@ class Accelerator:
     def seconds(self, flops: float, num_bytes: float) -> float:
         """Time of a forward of so many operations, which reads so many bytes."""
         return max(flops / self.flops, num_bytes / self.bandwidth) / self.attained
+
+
+@dataclass(frozen=True)
+class MeasuredSpeed:
+    """What a device was seen to do."""
+
+    reading: float
+    """Tokens per second through either model, many in a forward."""
+    decoding: float
+    """Tokens per second of each query, while policy and reference write those of a whole batch."""
+    update: float
+    """Tokens per second of the trajectories that are trained on."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +163,14 @@ def update_flops(shape: ModelShape, run: RunShape) -> float:
 
 
 def plan_time(
-    shape: ModelShape, run: RunShape, accelerator: Accelerator, kept_fraction: float = KEPT_BY_DEFAULT_FILTER
+    shape: ModelShape,
+    run: RunShape,
+    device: Accelerator | MeasuredSpeed,
+    kept_fraction: float = KEPT_BY_DEFAULT_FILTER,
 ) -> TimePlan:
     """Plan the time of an episode; ``kept_fraction`` of the trajectories, in [0, 1], are trained on.
+
+    A measured update had no activation checkpointing; it is scaled by the operations that this adds.
 
     Raises:
         ValueError: ``kept_fraction`` is out of range.
@@ -161,20 +178,33 @@ def plan_time(
     if not 0 <= kept_fraction <= 1:
         raise ValueError(f"kept_fraction must be in [0, 1], got {kept_fraction}")
     batch, forwards = run.generation_batch_size, list(rollout_forwards(run))
-
-    def seconds(forward: Forward) -> float:
-        flops, num_bytes = forward.flops(shape, run.lora_rank), forward.bytes_read(shape, run)
-        return forward.count * accelerator.seconds(flops, num_bytes)
-
+    forward_tokens = sum(forward.count * forward.num_tokens for forward in forwards) / batch
     kept = kept_fraction * batch
-    update = kept * update_flops(shape, run)
-    # Each micro-batch reads the weights in the forwards and in the backward.
-    passes = math.ceil(kept / run.micro_batch_size) * (2 + run.has_kl + run.activation_checkpointing)
+    update = run.num_iterations * kept * update_flops(shape, run)
+    if isinstance(device, MeasuredSpeed):
+        decode_seconds = run.layout.num_steps * run.tokens_per_query / device.decoding / batch
+        others = sum(forward.count * forward.num_tokens for forward in forwards if forward.kind != "decode")
+        rollout_seconds = others / batch / device.reading + decode_seconds
+        again = update_flops(shape, run) / update_flops(shape, replace(run, activation_checkpointing=False))
+        tokens = run.num_iterations * kept_fraction * run.layout.trajectory_tokens
+        update_seconds = again * tokens / device.update
+    else:
+
+        def seconds(forward: Forward) -> float:
+            flops, num_bytes = forward.flops(shape, run.lora_rank), forward.bytes_read(shape, run)
+            return forward.count * device.seconds(flops, num_bytes)
+
+        # Each micro-batch reads the weights in the forwards and in the backward.
+        micro_batches = run.num_iterations * math.ceil(kept / run.micro_batch_size)
+        passes = micro_batches * (2 + run.has_kl + run.activation_checkpointing)
+        decode_seconds = sum(seconds(forward) for forward in forwards if forward.kind == "decode") / batch
+        rollout_seconds = sum(seconds(forward) for forward in forwards) / batch
+        update_seconds = device.seconds(update, passes * shape.weight_bytes(run.weight_bits)) / batch
     return TimePlan(
-        forward_tokens=sum(forward.count * forward.num_tokens for forward in forwards) / batch,
+        forward_tokens=forward_tokens,
         rollout_flops=sum(forward.count * forward.flops(shape, run.lora_rank) for forward in forwards) / batch,
         update_flops=update / batch,
-        decode_seconds=sum(seconds(forward) for forward in forwards if forward.kind == "decode") / batch,
-        rollout_seconds=sum(seconds(forward) for forward in forwards) / batch,
-        update_seconds=accelerator.seconds(update, passes * shape.weight_bytes(run.weight_bits)) / batch,
+        decode_seconds=decode_seconds,
+        rollout_seconds=rollout_seconds,
+        update_seconds=update_seconds,
     )

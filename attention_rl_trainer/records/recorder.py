@@ -36,6 +36,11 @@ class RecordOptions(Options):
     """What a run shows and leaves behind."""
 
     log_trajectory_steps: CountOrZero = option(10, "Print a table of one trajectory every so many steps; 0 for never.")
+    log_trajectories: bool = option(
+        False,
+        "Give the trackers of report_to that can hold them (tensorboard, trackio, wandb) the trajectories of a rollout "
+        "batch as a table, and a picture of the best one's choices, every log_trajectory_steps steps.",
+    )
     report_at_end: bool = option(True, "Write plots and a summary into output_dir/report when training ends.")
 
 
@@ -74,6 +79,8 @@ class Recorder:
         self.ledger = Ledger(folder)
         self.latest_row: LedgerRow | None = None
         """Of the last rollout batch, the trajectory with the highest reward."""
+        self.latest_rows: list[LedgerRow] = []
+        """All of them."""
         self._folder = folder
         self._summary = folder / REPORT_FOLDER / SUMMARY_NAME
         self._encoder = encoder
@@ -102,6 +109,7 @@ class Recorder:
         shares = self._processes.gather(share)
         rows = [row for part in shares for row in part.rows]
         self._pending += rows
+        self.latest_rows = rows
         self.latest_row = max(rows, key=lambda row: row.reward)
         num_kept = int(verdict.keep.sum())
         for part in shares:
@@ -222,7 +230,7 @@ class Recorder:
             counts=RunCounts(self._progress.num_episodes, num_updates),
             with_plots=with_plots,
         )
-        logger.warning("Report: %s", files[0])
+        logger.info("Report: %s", files[0])
 
     def cut_ledger(self) -> None:
         """Remove the rows past a checkpoint that a run resumes from, and say which are missing."""

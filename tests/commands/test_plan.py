@@ -48,7 +48,10 @@ class TestCommand:
         [
             (["--load_in_8bit"], "no plan for load_in_8bit; take load_in_4bit"),
             (["--dtype", "float8"], "dtype must be one of float32, float16, bfloat16, auto, got 'float8'"),
-            (["--model_name_or_path", "auto"], "model_name_or_path is 'auto', which depends on the machine"),
+            (
+                ["--model_name_or_path", "auto", "--gpu_memory_gib", "16"],
+                "model_name_or_path is 'auto', which depends",
+            ),
             (["--tflops", "0"], "tflops must be above 0 and finite, got 0.0"),
             (["--attained", "2"], r"attained must be in \(0, 1\], got 2.0"),
             (["--kept_fraction", "1.5"], r"kept_fraction must be in \[0, 1\], got 1.5"),

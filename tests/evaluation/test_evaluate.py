@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import make_sampler, random_batch, tiny_llama
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from attention_rl_trainer.evaluation.evaluate import EvaluationOptions, evaluate, evaluate_policy
@@ -77,6 +81,46 @@ def test_tables_are_written_and_add_their_figures(
     assert results.keys() - plain.keys() == figures | {"query_over_counterfactuals", "names_its_pair"}
     assert {"distinct_queries", "selection_information", "query_bound"} < plain.keys()
     assert {name: results[name] for name in plain} == plain
+
+
+@pytest.mark.parametrize(("tables", "num_ordered", "total"), [(False, None, 3), (True, None, 6), (True, 1, 4)])
+def test_a_bar_counts_every_memory_and_again_those_whose_orders_are_scored(
+    tables: bool,
+    num_ordered: int | None,
+    total: int,
+    llama: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bars: list[tqdm[Any]] = []
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options | {"file": io.StringIO(), "disable": bool(options["disable"])})
+            bars.append(self)
+
+    monkeypatch.setattr("attention_rl_trainer.evaluation.evaluate.tqdm", Bar)
+    batches = [random_batch(2, num_pairs=3), random_batch(1, num_pairs=3, seed=4)]
+    given = make_sampler(llama, tokenizer), batches, PlainTextEncoder(tokenizer)
+    options = EvaluationOptions(3, eval_tables=tables, eval_order_episodes=num_ordered)
+    evaluate(*given, options, None, show_progress=True)
+    assert [(bar.n, bar.total) for bar in bars] == [(total, total)]
+    evaluate(*given, EvaluationOptions(1, eval_tables=False), None)
+    assert bars[1].disable
+
+
+def test_the_seed_that_is_shown_is_the_users(
+    tmp_path: Path, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    evaluate(
+        make_sampler(llama, tokenizer),
+        [random_batch(2)],
+        PlainTextEncoder(tokenizer),
+        EvaluationOptions(2, eval_order_episodes=0),
+        tmp_path,
+    )
+    assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["settings"]["seed"] == 7
+    assert "seed 7, queries of a trajectory (T) 3, " in (tmp_path / "evaluation.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

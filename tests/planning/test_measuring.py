@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from attention_rl_trainer.hub import HubUnreachableError
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 from attention_rl_trainer.planning.measuring import made_up_memories, measure
 from attention_rl_trainer.planning.timing import MeasuredSpeed, plan_time
-from attention_rl_trainer.rollout.layout import Separators
+from attention_rl_trainer.rollout.layout import Layout, Separators
 
 
 def printed(*arguments: str, width: int = 80) -> str:
@@ -29,16 +31,21 @@ def printed(*arguments: str, width: int = 80) -> str:
 
 
 class TestMeasuring:
-    def test_as_many_as_there_is_time_for(self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-        policy = make_policy(tiny_llama(), tokenizer)
-        config = tiny_config(tmp_path, generation_batch_size=10, training_batch_size=3)
+    @pytest.mark.parametrize(
+        "changes", [{}, {"show_keys": "plain"}, {"selector_coef": 1.0, "joint_reading": False}], ids=str
+    )
+    def test_speeds_are_tokens_over_seconds(
+        self, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, changes: dict[str, Any]
+    ) -> None:
+        config = tiny_config(tmp_path, generation_batch_size=10, training_batch_size=3, **changes)
+        policy = make_policy(tiny_llama(), tokenizer, joint_reading=config.joint_reading)
         separators = Separators.encode(PlainTextEncoder(tokenizer), config)
         before = {name: p.clone() for name, p in policy.model.named_parameters()}
-        measured = measure(policy, separators, config, target_seconds=60.0)
-        assert (measured.num_rolled_out, measured.num_trained_on) == (10, 3)
-        assert measured.speed.update * measured.update_seconds == pytest.approx(3 * 62)
-        assert measured.speed.rollout * measured.rollout_seconds > 10 * 62
-        assert measure(policy, separators, config, target_seconds=0.0).num_rolled_out == 1
+        measured = measure(policy, separators, config)
+        layout, speed = Layout.of(config, separators), measured.speed
+        assert speed.reading * measured.reading_seconds == pytest.approx(2 * 4 * layout.prompt_tokens)
+        assert speed.decoding * measured.decoding_seconds == pytest.approx(4)
+        assert speed.update * measured.update_seconds == pytest.approx(3 * layout.trajectory_tokens)
         assert all(torch.equal(before[name], p) for name, p in policy.model.named_parameters())
         assert all(p.grad is None for p in policy.model.parameters())
 
@@ -52,13 +59,19 @@ class TestMeasuring:
 
 class TestPlan:
     def test_time_at_a_measured_speed(self) -> None:
-        time = plan_time(SMALL, SHORT, MeasuredSpeed(rollout=100.0, update=50.0), kept_fraction=0.5)
-        # Forwards as in test_timing: 45 tokens of keys, 100 of prompts, 2 · 10 · 2 of queries, 60 + 50 and 40 + 35 read.
+        speed = MeasuredSpeed(reading=100.0, decoding=8.0, update=50.0)
+        time = plan_time(SMALL, SHORT, speed, kept_fraction=0.5)
+        # As in test_timing: 45 tokens of keys, 100 of prompts, 40 of queries, 60 + 50 and 40 + 35 read.
         assert time.forward_tokens == (45 + 100 + 40 + 110 + 75) / 5
         # Half of the trajectories, each of 25 tokens.
-        assert time.rollout_seconds == pytest.approx(time.forward_tokens / 100)
+        # Two queries of two tokens are written for all five at once.
+        assert time.decode_seconds == pytest.approx(4 / 8 / 5)
+        assert time.rollout_seconds == pytest.approx((45 + 100 + 110 + 75) / 5 / 100 + time.decode_seconds)
         assert time.update_seconds == pytest.approx(0.5 * 25 / 50)
-        assert time.decode_seconds is None
+        twice = plan_time(SMALL, replace(SHORT, num_iterations=2), speed, kept_fraction=0.5)
+        assert twice.update_seconds == pytest.approx(2 * time.update_seconds)
+        again = plan_time(SMALL, replace(SHORT, activation_checkpointing=True), speed, kept_fraction=0.5)
+        assert 1.2 < again.update_seconds / time.update_seconds < 1.4
 
     @pytest.mark.parametrize(
         ("seconds", "text"),
@@ -82,12 +95,11 @@ class TestCommand:
             text = printed("--model_name_or_path", str(tmp_path / "model"), *self.OPTIONS)
         assert "Measuring a rollout and an update on this CPU" in caplog.text
         tables, _, last = text.partition("measured on this CPU (")
-        assert "a rollout of B = 4 in " in last
+        assert re.search(r"beside whatever else runs: \d+ tokens per second read, \d+\.\d of each query", last)
         assert max(map(len, tables.splitlines())) <= 80
         assert "…" not in text
         assert re.search(r"80 episodes after 40 of a warm start +│ \d[\d.]* (seconds|minutes) ", text)
         assert "caches of policy and reference" in text
-        assert "decoding)" not in text
         assert "fits: " in text
 
     def test_a_gpu_that_is_described_is_planned_for(self, tmp_path: Path) -> None:
@@ -104,7 +116,9 @@ class TestCommand:
         with pytest.raises(ValueError, match="are not on this machine, so its CPU cannot be measured"):
             printed("--model_name_or_path", str(tmp_path), "--use_cpu", "true")
 
-    def test_without_a_hub_it_says_what_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_a_hub_it_says_what_is_missing(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         monkeypatch.setattr("attention_rl_trainer.commands.plan.cached_in_hub_cache", lambda *names: False)
         with pytest.raises(
@@ -113,6 +127,7 @@ class TestCommand:
             printed("--config", "gpt2")
         assert "\n" not in str(caught.value)
         assert "--model_name_or_path offline" in str(caught.value)
+        assert not caplog.records
 
     def test_quantized_weights_are_not_measured(self, tmp_path: Path) -> None:
         save_tiny_llama(tmp_path, article_texts(3))

@@ -65,7 +65,7 @@ class TestLedgerRows:
         assert [row.chosen_probabilities[0] for row in rows] == [1.0] * 4
 
     def test_the_gains_of_a_values_tokens_make_its_reward(self, rows: list[LedgerRow], trajectory: Trajectory) -> None:
-        for number, row in enumerate(rows):
+        for row in rows:
             assert row.token_gains is not None
             for step, tokens in enumerate(row.token_gains):
                 assert len(tokens) == trajectory.steps[step].selected_pair.value_tokens.shape[1]
@@ -331,7 +331,7 @@ class TestRun:
         progress.skipped = {"too short": 2, "empty": 1}
         assert not recorder.has_report
         facts = {"model": "tiny", "seed": 5, "learning rate": 1e-3, "adapter": None, "order": True}
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.INFO):
             recorder.write_report([], facts, 0)
         assert recorder.has_report
         summary = tmp_path / "report" / "summary.md"
