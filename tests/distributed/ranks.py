@@ -157,5 +157,3 @@ def ledger_of(folder: Path) -> list[dict[str, Any]]:
     """Read the rows of a run's ledger."""
     lines = (folder / "trajectories.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
-
-
