@@ -6,7 +6,6 @@ is needed by this package, and each is imported only where it is used.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 import re
@@ -144,8 +143,14 @@ class TrajectoryTrackingCallback(TrainerCallback):
         for callback in self._callbacks():
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 _write(callback.tb_writer, records, picture, state.global_step)
-        for name in sorted(holders - {"tensorboard"}):
-            _log(importlib.import_module(name), records, picture, state.global_step)
+        if "trackio" in holders:
+            import trackio
+
+            _log(trackio, records, picture, state.global_step)
+        if "wandb" in holders:
+            import wandb
+
+            _log(wandb, records, picture, state.global_step)
 
 
 def _holders(args: TrainingArguments) -> set[str]:

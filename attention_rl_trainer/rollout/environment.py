@@ -66,7 +66,7 @@ class DifferentiableEnvironment(MemoryEnvironment, Protocol):
             index: the column drawn at each step, ``[B, T]`` int64.
 
         Returns:
-            log p(index[b, t] | query_vectors[b, t], index[b, :t]) in nats, ``[B, T]``.
+            ``log p(index[b, t] | query_vectors[b, t], index[b, :t])`` in nats, ``[B, T]``.
         """
 
 

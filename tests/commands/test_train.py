@@ -122,6 +122,7 @@ class TestTraining:
         assert found["difference"] > 1e-4
         assert not found["modules"]
 
+    @pytest.mark.slow
     def test_resume_goes_on_at_the_next_episode(self, inputs: Inputs, first_run: Path, tmp_path: Path) -> None:
         run = shutil.copytree(first_run, tmp_path / "run")
         before = (run / "trajectories.jsonl").read_text()
@@ -133,9 +134,8 @@ class TestTraining:
         assert state["progress"]["num_episodes"] == state["filter"]["count"] == 40
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_leaves_a_checkpoint_and_its_code(number: int, code: int, inputs: Inputs, tmp_path: Path) -> None:
     run = tmp_path / "run"
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -164,7 +164,7 @@ def test_a_signal_leaves_a_checkpoint_and_its_code(number: int, code: int, input
 @pytest.mark.timeout(1200)
 def test_the_demo_killed_twice_ends_like_the_demo(tmp_path: Path) -> None:
     """The embedded model and real articles; killed in the first steps and while a checkpoint is being written."""
-    flags = ["--config", "demo", "--episodes", "24", "--batch-size", "4"]
+    flags = ["--config", "demo_wiki", "--episodes", "24", "--batch-size", "4"]
     flags += ["--save_episodes", "8", "--warmup_episodes", "4", "--filter_threshold", "0", "--dtype", "float32"]
 
     def run_until(place: str, *more: str) -> None:

@@ -177,9 +177,9 @@ class TestFiles:
     def test_two_files_are_written(self, tmp_path: Path) -> None:
         save_parts(tmp_path, STATES, {"a": torch.ones(1)})
         assert {path.name for path in tmp_path.iterdir()} == {STATE_NAME, PREVIOUS_ADAPTER_NAME}
-        assert json.loads((tmp_path / STATE_NAME).read_text()) == {"format": 6} | STATES
+        assert json.loads((tmp_path / STATE_NAME).read_text()) == {"format": 7} | STATES
 
-    @pytest.mark.parametrize("found", [0, 1, "2", 3, 4, 5, 7, None])
+    @pytest.mark.parametrize("found", [0, 1, "2", 3, 4, 5, 6, 8, None])
     def test_another_format_is_refused(self, tmp_path: Path, found: object) -> None:
         path = tmp_path / STATE_NAME
         path.write_text(json.dumps({"format": found} | STATES))
@@ -205,7 +205,7 @@ class TestFiles:
 
     def expect_refused(self, path: Path, found: str) -> None:
         message = (
-            f"{path} has {found}, but this version of attention_rl_trainer reads format 6; "
+            f"{path} has {found}, but this version of attention_rl_trainer reads format 7; "
             "resume with the version that wrote it, or start anew in another output_dir"
         )
         with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
