@@ -349,10 +349,8 @@ class TestAnyRun:
         assert len(browser.all("#episode-list option")) == 24
 
     def test_tokens_are_coloured_where_the_ledger_has_their_gains(self, browser: Browser, tmp_path: Path) -> None:
-        run = write_run(tmp_path / "run", [make_row(n, step=1) for n in range(2)])
-        tokens = {"value_tokens": [[" of", " canals"], [" on"], [" are"]], "token_gains": [[0.5, -0.2], [0.0], [0.1]]}
-        lines = [json.loads(line) | tokens for line in (run / "trajectories.jsonl").read_text().splitlines()]
-        (run / "trajectories.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        gains = [[[" of", 0.5], [" canals", -0.2]], [[" on", 0.0]], [[" are", 0.1]]]
+        run = write_run(tmp_path / "run", [make_row(n, step=1, token_gains=gains) for n in range(2)])
         browser.open(report(run))
         marks = browser.all("#trajectory mark")
         assert [(mark.text.strip(), mark.get_attribute("class")) for mark in marks] == [
