@@ -16,16 +16,12 @@ from transformers import PreTrainedTokenizerFast
 
 from attention_rl_trainer import AttentionGuidedRLTrainer, Calibration, Selection
 from attention_rl_trainer.durability.discovery import CheckpointError
+from attention_rl_trainer.probing import calibrated
 from attention_rl_trainer.rollout.calibration import CALIBRATION_NAME
 from attention_rl_trainer.types import KeyValuePairs
 
-CALIBRATED: dict[str, Any] = {
-    "attention_heads": "probe",
+CALIBRATED: dict[str, Any] = calibrated.CALIBRATED | {
     "probe_heads": 3,
-    "head_similarity": "cosine",
-    "head_aggregation": "scores",
-    "center_vectors": True,
-    "selection_temperature": "auto",
     "calibration_memories": 6,
     "num_episodes": 16,
     "save_episodes": 8,

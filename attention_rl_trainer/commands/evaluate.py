@@ -7,7 +7,6 @@ The options that the adapter was trained with are read from its ``attention_rl_c
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -21,9 +20,10 @@ from attention_rl_trainer.commands.parsing import CommandParser
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.memories.sources import columns_of, load_memories
 from attention_rl_trainer.models.trained import load_adapted
+from attention_rl_trainer.ordering.adapter import read_options
 from attention_rl_trainer.records.console import metrics_table
 from attention_rl_trainer.rollout.calibration import CALIBRATION_NAME
-from attention_rl_trainer.trainer import RUN_CONFIG_NAME, AttentionGuidedRLTrainer
+from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,10 @@ class EvaluateArguments:
     )
 
 
+# How a run was launched and how it began, which an evaluation need not be able to do again.
+_OF_TRAINING = {"model_init_kwargs", "num_processes", "num_threads", "warm_start_episodes"}
+
+
 def trained_options(adapter: Path) -> dict[str, Any]:
     """Read the options of this method that an adapter was trained with.
 
@@ -111,18 +115,9 @@ def trained_options(adapter: Path) -> dict[str, Any]:
     Raises:
         ValueError: the folder holds no options, or they are not readable.
     """
-    path = adapter / RUN_CONFIG_NAME
-    if not path.is_file():
-        raise ValueError(
-            f"{adapter} holds no {RUN_CONFIG_NAME}, the options that the adapter was trained with; give the output_dir "
-            "of a run or one of its checkpoints"
-        )
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    stored = read_options(adapter)
     inherited = {item.name for item in fields(TrainingArguments)}
-    own = {item.name for item in fields(AttentionGuidedRLConfig)} - inherited - {"model_init_kwargs"}
+    own = {item.name for item in fields(AttentionGuidedRLConfig)} - inherited - _OF_TRAINING
     options = {name: stored[name] for name in sorted(own | {"seed"}) if name in stored}
     if isinstance(options.get("filter_threshold"), str):
         options["filter_threshold"] = float(options["filter_threshold"])

@@ -449,7 +449,7 @@ class DurableTrainer(Trainer):
         self.save_model(_internal_call=True)
         if kwargs:
             self.create_model_card(**kwargs)
-        if not self.is_world_process_zero():
+        if not self.processes.is_main:
             return None
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -457,7 +457,7 @@ class DurableTrainer(Trainer):
         return destination.push(message) if blocking else destination.begin_push(message)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+        if not self.processes.is_main or self.args.hub_strategy == HubStrategy.END:
             return
         # The Trainer annotates ``None`` alone.
         progress: Any = self.push_in_progress

@@ -15,6 +15,8 @@ from attention_rl_trainer.hub import HubUnreachableError, hub_obstacle
 from attention_rl_trainer.models.policy import PolicyOptions
 from attention_rl_trainer.options import Options, OptionsT
 from attention_rl_trainer.ordering.trust import OrderTrust
+from attention_rl_trainer.pages.run import EVALUATIONS
+from attention_rl_trainer.publishing.published import FIGURES_NAME
 from attention_rl_trainer.rollout.calibration import CALIBRATION_NAME, Calibration
 from attention_rl_trainer.rollout.environment import SelectionOptions
 from attention_rl_trainer.rollout.sampler import RolloutOptions
@@ -28,8 +30,8 @@ _FILES = (
     CALIBRATION_NAME,
     "tokenizer.json",
     "tokenizer_config.json",
-    # Of a run that was pushed: what its evaluation.json has, without the texts.
-    "evaluation/*/figures.json",
+    # Of a run that was pushed: what its evaluations measured, without the texts.
+    f"{EVALUATIONS}/*/{FIGURES_NAME}",
 )
 
 
@@ -68,6 +70,27 @@ def find_adapter(name_or_path: str | Path, revision: str | None = None) -> Path:
     return Path(fetched)
 
 
+def read_options(folder: Path) -> dict[str, Any]:
+    """Read the options that an adapter was trained with, as its run wrote them.
+
+    Raises:
+        ValueError: the folder holds none, or they cannot be read.
+    """
+    path = folder / RUN_CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no {RUN_CONFIG_NAME}, which says how the adapter was trained to read; give the "
+            "output_dir of a run, or one of its checkpoints"
+        )
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold a JSON object of options, got {type(options).__name__}")
+    return options
+
+
 @dataclass(frozen=True)
 class OrderSettings:
     """How an adapter reads: the options that it was trained with, and what was fitted for it."""
@@ -84,18 +107,7 @@ class OrderSettings:
         Raises:
             ValueError: it holds no options, or they or the calibration cannot be read.
         """
-        path = folder / RUN_CONFIG_NAME
-        if not path.is_file():
-            raise ValueError(
-                f"{folder} holds no {RUN_CONFIG_NAME}, which says how the adapter was trained to read; give the "
-                "output_dir of a run, or one of its checkpoints"
-            )
-        try:
-            options = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(options, dict):
-            raise ValueError(f"{path} must hold a JSON object of options, got {type(options).__name__}")
+        options = read_options(folder)
         calibration = Calibration.read(folder) if (folder / CALIBRATION_NAME).is_file() else None
         return cls(options, calibration, OrderTrust.read(folder, calibration))
 

@@ -13,12 +13,14 @@ from urllib.parse import unquote
 from attention_rl_trainer.evaluation.estimates import Estimate
 from attention_rl_trainer.evaluation.orders import BEST, ORACLE, RANDOM, WORST
 from attention_rl_trainer.evaluation.tables import LEARNED
+from attention_rl_trainer.pages.run import EVALUATION_NAME, EVALUATIONS
+from attention_rl_trainer.publishing.published import FIGURES_NAME
 from attention_rl_trainer.rollout.calibration import Calibration
 
 logger = logging.getLogger(__name__)
 
 # Of a run that was pushed there are the former alone; of others the latter are newer.
-_FIGURES = ("figures.json", "evaluation.json")
+_FIGURES = (FIGURES_NAME, EVALUATION_NAME)
 # Orders that nobody can choose without having read all, or that are not fixed.
 _NO_RULES = (LEARNED, ORACLE, BEST, WORST, RANDOM, "untrained attention")
 
@@ -37,7 +39,7 @@ class OrderTrust:
     def read(cls, folder: Path, calibration: Calibration | None) -> OrderTrust:
         """Read the evaluations in an adapter's folder; one that cannot be read is named in the log."""
         gains = {}
-        by_place = {path.parent: path for name in _FIGURES for path in folder.glob(f"evaluation/*/{name}")}
+        by_place = {path.parent: path for name in _FIGURES for path in folder.glob(f"{EVALUATIONS}/*/{name}")}
         for _, path in sorted(by_place.items()):
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))["order_gains"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import math
 import platform
@@ -29,12 +28,11 @@ from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.planning.footprint import memory_warning, plan_memory
 from attention_rl_trainer.planning.launch import describe_threads, expect_processes, set_threads
 from attention_rl_trainer.planning.sizes import ModelShape, RunShape, WeightBits, context_length_of
+from attention_rl_trainer.publishing.reproduction import versions
 from attention_rl_trainer.rollout.environment import DifferentiableEnvironment, MemoryEnvironment
 from attention_rl_trainer.rollout.layout import Layout, Separators
 
 logger = logging.getLogger(__name__)
-
-_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
 def expect_usable_machine(args: AttentionGuidedRLConfig) -> None:
@@ -258,8 +256,6 @@ def run_facts(
         if config.max_steps > 0
         else math.ceil((config.warm_start_episodes + config.num_episodes) / config.episodes_per_step)
     )
-    installed = {distribution.name for distribution in importlib.metadata.distributions()}
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES if name in installed]
     lessons = f"{config.warm_start_episodes} trajectories of a warm start and " if config.warm_start_episodes else ""
     return {
         "model": _model_name(base),
@@ -277,7 +273,7 @@ def run_facts(
         "run": f"{lessons}{config.num_episodes} episodes in {steps} steps of {config.episodes_per_step}",
         "selection": f"{_selector_name(config)}, heads averaged as {config.head_aggregation}",
         "seed": config.seed,
-        "versions": ", ".join([f"python {platform.python_version()}", *versions]),
+        "versions": versions(),
     }
 
 

@@ -77,10 +77,8 @@ class Recorder:
         processes: Processes = ALONE,
     ) -> None:
         self.ledger = Ledger(folder)
-        self.latest_row: LedgerRow | None = None
-        """Of the last rollout batch, the trajectory with the highest reward."""
         self.latest_rows: list[LedgerRow] = []
-        """All of them."""
+        """Of the last rollout batch."""
         self._folder = folder
         self._summary = folder / REPORT_FOLDER / SUMMARY_NAME
         self._encoder = encoder
@@ -90,6 +88,11 @@ class Recorder:
         self._metrics = MetricsBuffer()
         self._health = HealthMonitor(limits)
         self._pending: list[LedgerRow] = []
+
+    @property
+    def latest_row(self) -> LedgerRow | None:
+        """Of the last rollout batch, the trajectory with the highest reward."""
+        return max(self.latest_rows, key=lambda row: row.reward, default=None)
 
     # ---- A step ----
 
@@ -110,7 +113,6 @@ class Recorder:
         rows = [row for part in shares for row in part.rows]
         self._pending += rows
         self.latest_rows = rows
-        self.latest_row = max(rows, key=lambda row: row.reward)
         num_kept = int(verdict.keep.sum())
         for part in shares:
             self._metrics.add(part.metrics, weight=len(part.rows))
@@ -275,6 +277,7 @@ def ledger_rows(
     names: list[VerdictName] = [
         "warmup" if verdict.is_warmup else "kept" if is_kept else "below_threshold" for is_kept in kept
     ]
+    token_gains = _token_gains(trajectory, encoder)
     # Each from the device once, and not for every text.
     tokens = {
         "queries": [item.query_tokens.cpu() for item in trajectory.steps],
@@ -298,20 +301,28 @@ def ledger_rows(
             "history_std": verdict.history.std if verdict.history.count else None,
             "threshold": verdict.threshold,
             "verdict": names[row],
-            "token_gains": _token_gains(trajectory, row, encoder),
+            "token_gains": None if token_gains is None else [step[row] for step in token_gains],
         }
         rows.append(LedgerRow.from_json(record | texts | {name: values[row] for name, values in columns.items()}))
     return rows
 
 
-def _token_gains(trajectory: Trajectory, row: int, encoder: PlainTextEncoder) -> list[list[tuple[str, float]]] | None:
-    """Each step's value by its tokens, with what each gained; ``None`` where it was not measured."""
+def _token_gains(trajectory: Trajectory, encoder: PlainTextEncoder) -> list[list[list[tuple[str, float]]]] | None:
+    """Each step's values, ``[B]``, by their tokens, with what each gained; ``None`` where it was not measured."""
     steps = []
     for step in trajectory.steps:
         if step.value_token_gains is None:
             return None
-        tokens, gains = (values[row].tolist() for values in (step.selected_pair.value_tokens, step.value_token_gains))
+        values = zip(step.selected_pair.value_tokens.tolist(), step.value_token_gains.tolist(), strict=True)
         # Four digits: the gains are there to be looked at.
-        pairs = [(token, round(gain, 4)) for token, gain in zip(tokens, gains, strict=True) if token != PADDING]
-        steps.append([(encoder.decode([token]), gain) for token, gain in pairs])
+        steps.append(
+            [
+                [
+                    (encoder.decode([token]), round(gain, 4))
+                    for token, gain in zip(*value, strict=True)
+                    if token != PADDING
+                ]
+                for value in values
+            ]
+        )
     return steps

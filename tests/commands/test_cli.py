@@ -65,6 +65,7 @@ def test_options_come_from_the_adapter_and_flags_change_them(run: Path, tmp_path
     assert (options["num_kv_pairs"], options["tokens_per_query"], options["seed"]) == (8, 4, 42)
     assert options["filter_threshold"] == float("-inf")
     assert "output_dir" not in options
+    assert not options.keys() & {"num_processes", "num_threads", "warm_start_episodes"}
     flags = ["--seed", "3", "--num_steps", "2", "--skip_articles", "5", "--batch_size", "2"]
     assert evaluate(run, tmp_path, *flags) == 0
     stored = json.loads((tmp_path / "evaluation" / "eval" / "evaluation.json").read_text(encoding="utf-8"))

@@ -14,6 +14,8 @@ from processes import Job
 from ranks import ledger_of, notes_of, run_ranks, train_variants
 from safetensors.torch import load_file
 
+from attention_rl_trainer.probing.calibrated import CALIBRATED
+
 pytestmark = pytest.mark.distributed
 
 ALWAYS = float("-inf")
@@ -42,14 +44,7 @@ RUNS: Variants = {
     "micro-batches": variant(training_batch_size=1),
     "checkpointed": variant(gradient_checkpointing=True),
     "selector": variant(selector_coef=0.5, reward_gradient_coef=2.0),
-    "calibrated": variant(
-        attention_heads="probe",
-        head_similarity="cosine",
-        head_aggregation="scores",
-        center_vectors=True,
-        selection_temperature="auto",
-        calibration_memories=6,
-    ),
+    "calibrated": variant(**CALIBRATED, calibration_memories=6),
     "logged rarely": variant(logging_steps=2),
 }
 PATTERNS: Variants = {

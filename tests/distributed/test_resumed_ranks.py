@@ -124,19 +124,19 @@ def test_where_dropout_is_drawn_another_number_of_processes_is_refused(two: Job,
     assert "processes: 2 there, 1 here" in log_of(job)
 
 
-def _killed_in_step(job: Job, rank: int, step: int) -> None:
-    """Train, and kill one of the processes in the middle of a step."""
+def _signalled(job: Job, rank: int, number: signal.Signals) -> None:
+    """Train; one of the processes gets a signal in its third step."""
     from attention_rl_trainer.rollout.sampler import TrajectorySampler
 
     sample, calls = TrajectorySampler.sample, [0]
 
-    def sample_or_die(self: TrajectorySampler, *args: Any, **kwargs: Any) -> Any:
+    def sample_after_signal(self: TrajectorySampler, *args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
-        if int(os.environ["RANK"]) == rank and calls[0] == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if int(os.environ["RANK"]) == rank and calls[0] == 3:
+            os.kill(os.getpid(), number)
         return sample(self, *args, **kwargs)
 
-    TrajectorySampler.sample = sample_or_die  # type: ignore[method-assign]
+    TrajectorySampler.sample = sample_after_signal  # type: ignore[method-assign]
     train_and_note(job)
 
 
@@ -144,7 +144,7 @@ def _killed_in_step(job: Job, rank: int, step: int) -> None:
 def test_where_one_is_killed_the_others_end_and_the_run_resumes(rank: int, two: Job, tmp_path: Path) -> None:
     job = Job(tmp_path / "killed", OPTIONS)
     begun = time.monotonic()
-    codes = wait_for(start_ranks(job, 2, functools.partial(_killed_in_step, rank=rank, step=3)), 60)
+    codes = wait_for(start_ranks(job, 2, functools.partial(_signalled, rank=rank, number=signal.SIGKILL)), 60)
     assert codes[rank] == -signal.SIGKILL
     assert codes[1 - rank] == 1
     assert time.monotonic() - begun < 60
@@ -186,26 +186,10 @@ def test_killed_at_a_write(part: int, num_writes: int, two: Job, tmp_path: Path)
     assert bytes_of(resumed) == bytes_of(two)
 
 
-def _signalled(job: Job, rank: int) -> None:
-    """Train; one of the processes gets SIGTERM in its third step."""
-    from attention_rl_trainer.rollout.sampler import TrajectorySampler
-
-    sample, calls = TrajectorySampler.sample, [0]
-
-    def sample_after_signal(self: TrajectorySampler, *args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if int(os.environ["RANK"]) == rank and calls[0] == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return sample(self, *args, **kwargs)
-
-    TrajectorySampler.sample = sample_after_signal  # type: ignore[method-assign]
-    train_and_note(job)
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(rank: int, two: Job, tmp_path: Path) -> None:
     job = Job(tmp_path / "stopped", OPTIONS)
-    codes = wait_for(start_ranks(job, 2, functools.partial(_signalled, rank=rank)), 60)
+    codes = wait_for(start_ranks(job, 2, functools.partial(_signalled, rank=rank, number=signal.SIGTERM)), 60)
     assert codes == [143, 143]
     assert (job.run / "checkpoint-3").is_dir()
     resumed = Job(job.folder, OPTIONS, resume=True)

@@ -17,17 +17,10 @@ from attention_rl_trainer.cli import main
 from attention_rl_trainer.hub import HubUnreachableError
 from attention_rl_trainer.models.heads import ChosenHeads
 from attention_rl_trainer.ordering.adapter import find_adapter
+from attention_rl_trainer.probing.calibrated import CALIBRATED
 from attention_rl_trainer.rollout import Calibration
 
-FITTED: dict[str, Any] = {
-    "attention_heads": "probe",
-    "probe_heads": 3,
-    "head_similarity": "cosine",
-    "head_aggregation": "scores",
-    "center_vectors": True,
-    "selection_temperature": "auto",
-    "calibration_memories": 6,
-}
+FITTED = CALIBRATED | {"probe_heads": 3, "calibration_memories": 6}
 PASSAGES = ["the river flows from a mountain lake", "kings once met bishops judges farmers", "letters about weather"]
 
 
