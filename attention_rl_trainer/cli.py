@@ -28,6 +28,7 @@ COMMANDS = {
     "order": "in which order to read texts of your own, by an adapter",
     "report": "a run as a page to look at",
     "calibrate": "which attention heads find what a query names",
+    "headroom": "what an order of reading could be worth on some data",
     "plan": "what a run will need: memory, time, cost",
     "selftest": "train on a task whose best policy is known",
     "env": "versions, devices and data, to report a bug with",

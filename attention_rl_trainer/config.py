@@ -171,6 +171,12 @@ class AttentionGuidedRLConfig(
         mirror_newer_options(self)
         expect_plain_loaders(self)
         expect_optimization(self, math.ceil((self.warm_start_episodes + self.num_episodes) / self.episodes_per_step))
+        if self.num_queries > 1 and (self.credit != "step" or self.advantage == "reward"):
+            raise ValueError(
+                f"num_queries is {self.num_queries}: each query is judged by its own step, against the mean of the "
+                f"others there, so credit must be 'step' and advantage 'centered' or 'whitened'; got {self.credit!r} "
+                f"and {self.advantage!r}"
+            )
         if self.warm_start_episodes % self.episodes_per_step != 0:
             raise ValueError(
                 f"warm_start_episodes must be a multiple of the trajectories of a step, {self.episodes_per_step} "

@@ -145,7 +145,7 @@ class AttentionGuidedRLTrainer(PublishingTrainer):
         self.environment = KVMemoryEnvironment(args) if environment is None else environment
         self.reward_fn = reward_fn
         self.filter = RewardFilter(args) if reward_filter is None else reward_filter
-        preflight.expect_log_prob(self.environment, args.selector_coef)
+        preflight.expect_log_prob(self.environment, args)
         preflight.expect_fitting(adapted, self.layout, self.encoder, args, with_orders=eval_dataset is not None)
         # Without the data: of a stream the base class wants to know the number of steps now, which `train` finds out.
         taken = {"eval_dataset": eval_dataset, "callbacks": callbacks, "optimizers": optimizers}
@@ -163,7 +163,7 @@ class AttentionGuidedRLTrainer(PublishingTrainer):
         )
         sampled = self.policy, self.environment, self.separators
         self.sampler = TrajectorySampler(*sampled, args, args.seed, reward_fn=reward_fn)
-        expect_trainable(self.policy, through_choice=args.selector_coef > 0)
+        self._expect_trainable()
         sizes = self.layout.sizes | {"vocabulary": self.policy.head.linear.weight.shape[0]}
         self.context = RunContext(self.policy.device, sizes, lambda: self.state.global_step + 1)
         self._first_filter_state = self.filter.state_dict()
@@ -194,6 +194,11 @@ class AttentionGuidedRLTrainer(PublishingTrainer):
     def parts(self) -> dict[str, Stateful]:
         """The parts of a run whose states a checkpoint keeps, and a failed update restores."""
         return {"filter": self.filter, "progress": self.progress, "updater": self.updater, "recorder": self.recorder}
+
+    def _expect_trainable(self) -> None:
+        args = self.args
+        reads_trees = args.information_coef > 0 or args.num_queries > 1 or args.needs_choice_values
+        expect_trainable(self.policy, through_choice=args.selector_coef > 0, reads_trees=reads_trees)
 
     # ---- A step ----
 
@@ -243,6 +248,8 @@ class AttentionGuidedRLTrainer(PublishingTrainer):
                     self.agreement.expect(model, trajectories, mine.keep, self.updater.num_updates)
                     num_trajectories = self.updater.num_trajectories
                     kept = KeptTrajectories.of(trajectories, mine, self.args, num_trajectories, batch.articles)
+                    if self.args.needs_choice_values and len(kept) > 0:
+                        kept = kept.with_choice_values(self.policy, self.layout.for_batch(batch))
                     loss = self.updater.accumulate(kept, differentiate)
                 loss = loss + self._take_further_steps(model, differentiate)
             self.progress.advance(whole)
@@ -391,7 +398,7 @@ class AttentionGuidedRLTrainer(PublishingTrainer):
         """Show what will run, and check what its evaluations need."""
         has_other_heads = self.calibrate()
         if self.args.gradient_checkpointing or has_other_heads:  # it was off when the trainer was made
-            expect_trainable(self.policy, through_choice=self.args.selector_coef > 0)
+            self._expect_trainable()
         if self.processes.is_main:
             preflight.print_facts(self._run_facts())
             preflight.warn_of_shortage(self.args, self.policy, self.separators)

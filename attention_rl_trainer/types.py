@@ -9,6 +9,7 @@ B      trajectories rolled out together (rows of a batch); one trajectory is one
 N      key-value pairs of an article that take part, the in-context example (pair 0) included
 M      pairs in a trajectory's memory, drawn from the N - 1 pairs after the example
 T      steps of a trajectory, T <= M
+Q      queries that are written in a context (``num_queries``)
 K V L  tokens of a key, of a value, of a query
 H G D  query heads, key-value groups, head dimension of the attention layer that selects
 S P    tokens of a sequence, such as a whole trajectory; of the context before a query
@@ -157,8 +158,17 @@ class TrajectoryStep:
     """log p_base(value | context, counterfactual query), nats per token, ``[B]``."""
     order_gain: Tensor | None = None
     """What the earlier pairs brought to the base model, nats per token, ``[B]``; ``None`` where it is not computed."""
+    information_gain: Tensor | None = None
+    """What the step told the base model about the values that were unread after it, nats per token, ``[B]``; ``None``
+    where it is not computed."""
     selection_information: Tensor | None = None
     """How much of the choice depends on the query, nats, ``[B]``; ``None`` where it is not measured."""
+    other_queries: Tensor | None = None
+    """Further queries that the policy wrote in the same context, ``[B, Q - 1, L]`` int64; ``None`` for Q = 1."""
+    other_query_logprobs: Tensor | None = None
+    """Log-probability of each of their tokens under the policy, nats, ``[B, Q - 1, L]``."""
+    other_rewards: Tensor | None = None
+    """What the step's reward would be after each of them, for the value that was drawn, ``[B, Q - 1]``."""
     value_token_gains: Tensor | None = None
     """Of each token of the value, log p_θ(token | policy's query) - log p_base(token | counterfactual query), nats,
     ``[B, V]``; 0 for padding, ``None`` where it is not kept."""
@@ -182,7 +192,7 @@ class TrajectoryStep:
             "counterfactual_value_logprob",
         ):
             expect_tensor(name, getattr(self, name), (batch_size,), floating=True)
-        for name in ("order_gain", "selection_information"):
+        for name in ("order_gain", "information_gain", "selection_information"):
             measured = getattr(self, name)
             if measured is not None:
                 expect_tensor(name, measured, (batch_size,), floating=True)

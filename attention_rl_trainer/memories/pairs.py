@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -172,6 +172,19 @@ class MemoryBatch:
             is_padded=self.is_padded,
         )
 
+    def trimmed(self) -> MemoryBatch:
+        """Leave out the places that are padding in all rows."""
+        example_keys, key_tokens, keys_padded = _trimmed(self.example_keys, self.key_tokens)
+        example_values, value_tokens, values_padded = _trimmed(self.example_values, self.value_tokens)
+        return replace(
+            self,
+            example_keys=example_keys,
+            example_values=example_values,
+            key_tokens=key_tokens,
+            value_tokens=value_tokens,
+            is_padded=keys_padded or values_padded,
+        )
+
 
 class TokenIds(Protocol):
     """The ids of an article, such as a list of them."""
@@ -237,18 +250,9 @@ def join_entry(key: Sequence[int], value: Sequence[int], options: PairOptions) -
 
 
 def collate_memories(rows: Sequence[MemoryRow], tokens_per_key: int) -> MemoryBatch:
-    """Stack the pairs of B articles into a batch; chunks are split after ``tokens_per_key`` tokens.
-
-    Places that are padding in all rows are left out.
-    """
-    examples, chunks = torch.stack([row.example for row in rows]), torch.stack([row.chunks for row in rows])
-    are_tokens = is_token(torch.cat([examples[:, None], chunks], dim=1))
-    used = are_tokens.flatten(0, 1).any(dim=0)
-    is_padded = not bool(are_tokens[..., used].all())
-    if not bool(used.all()):
-        examples, chunks, tokens_per_key = examples[:, used], chunks[..., used], int(used[:tokens_per_key].sum())
-    example_keys, example_values = split_key_values(examples, tokens_per_key)
-    key_tokens, value_tokens = split_key_values(chunks, tokens_per_key)
+    """Stack the pairs of B articles into a batch, trimmed; chunks are split after ``tokens_per_key`` tokens."""
+    example_keys, example_values = split_key_values(torch.stack([row.example for row in rows]), tokens_per_key)
+    key_tokens, value_tokens = split_key_values(torch.stack([row.chunks for row in rows]), tokens_per_key)
     return MemoryBatch(
         example_keys=example_keys,
         example_values=example_values,
@@ -257,8 +261,16 @@ def collate_memories(rows: Sequence[MemoryRow], tokens_per_key: int) -> MemoryBa
         pair_numbers=torch.stack([row.pair_numbers for row in rows]),
         articles=[row.article for row in rows],
         skipped=rows[-1].skipped,
-        is_padded=is_padded,
-    )
+    ).trimmed()
+
+
+def _trimmed(example: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Leave out places that are padding in examples ``[B, n]`` and pairs ``[B, M, n]``; says whether any is left."""
+    are_tokens = is_token(torch.cat([example[:, None], pairs], dim=1)).flatten(0, 1)
+    used = are_tokens.any(dim=0)
+    if not bool(used.all()):
+        example, pairs = example[:, used], pairs[..., used]
+    return example, pairs, not bool(are_tokens[:, used].all())
 
 
 def add_embeddings(batch: MemoryBatch, embed_keys: EmbedKeys) -> KeyValuePairs:

@@ -80,16 +80,36 @@ class PaddingReader:
         inputs["attention_mask"] = are_tokens if self._window is None else self._windowed(are_tokens, places, positions)
         return inputs
 
+    def tree_inputs(self, token_ids: Tensor, sees: Tensor) -> dict[str, Any]:
+        """Make the arguments of a forward in which each place sees some places.
+
+        Args:
+            token_ids: what is read, ``[B, n]`` int64, with or without padding.
+            sees: which places, of the columns, each place sees, itself included, ``[n, n]`` bool.
+        """
+        are_tokens = is_token(token_ids)
+        # One mask for all rows where there is no padding.
+        rows = are_tokens if not bool(are_tokens.all()) else are_tokens[:1]
+        seen = sees.to(token_ids.device) & rows[:, None, :]
+        positions = seen.sum(dim=2).sub(1).clamp_min(0)
+        inputs: dict[str, Any] = {"input_ids": token_ids.clamp_min(0)}
+        if self._takes_positions:
+            inputs["position_ids"] = positions.expand(len(token_ids), -1)
+        inputs["attention_mask"] = self._masks(seen[:, None], positions[:, None, :, None] - positions[:, None, None, :])
+        return inputs
+
     def _windowed(self, are_tokens: Tensor, places: Tensor, positions: Tensor) -> Any:
-        assert self._window is not None
         distance = positions[:, None, :, None] - places[:, None, None, :]
-        seen = are_tokens[:, None, None, :] & (distance >= 0)
-        masks = {
-            "full_attention": self._bias(seen),
-            "sliding_attention": self._bias(seen & (distance < self._window)),
-        }
+        return self._masks(are_tokens[:, None, None, :] & (distance >= 0), distance)
+
+    def _masks(self, seen: Tensor, distance: Tensor) -> Any:
+        """Turn what is seen, and how far away it is, ``[B, 1, S, places]`` each, into a mask, or one for each kind."""
+        if self._window is None:
+            return self._bias(seen)
+        near = self._bias(seen & (distance < self._window))
         if not self._kinds:
-            return masks["sliding_attention"]
+            return near
+        masks = {"full_attention": self._bias(seen), "sliding_attention": near}
         return {kind: masks[kind] for kind in set(self._kinds)}
 
     def _bias(self, seen: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from attention_rl_trainer.errors import logit_sums
 from attention_rl_trainer.memories.tokenization import allowed_token_ids
 from attention_rl_trainer.models.adapters import AdapterLayers
 from attention_rl_trainer.models.attention import AttentionLayer
+from attention_rl_trainer.models.branches import TokenTree, reads_branches_exactly
 from attention_rl_trainer.models.causal_lm import (
     LogitsHead,
     backbone,
@@ -38,6 +39,7 @@ from attention_rl_trainer.models.key_vectors import KeyVectorCache, embed_by_len
 from attention_rl_trainer.models.kv_cache import PreallocatedCache, cache_argument, keeps_every_token, new_cache
 from attention_rl_trainer.models.modes import deterministic_inference
 from attention_rl_trainer.models.padding import PaddedCache, PaddingReader, reads_padding_exactly
+from attention_rl_trainer.models.projections import UnsupportedArchitectureError, described
 from attention_rl_trainer.models.sampling import sample_by_inverse
 from attention_rl_trainer.options import Count, Options, Positive, option
 from attention_rl_trainer.types import PADDING, is_token
@@ -239,6 +241,42 @@ class PolicyModel:
             are_tokens = is_token(token_ids) if padded else None
         return {"input_ids": token_ids} if are_tokens is None else self._padding.inputs(token_ids, are_tokens)
 
+    def forward_tree(self, tree: TokenTree) -> Tensor:
+        """Hidden states of a tree's tokens, ``[B, n, C]``.
+
+        Raises:
+            UnsupportedArchitectureError: the model does not read a branch as it reads a text.
+        """
+        self._expect_trees()
+        return self._read_tree(tree)
+
+    def _expect_trees(self) -> None:
+        if not self.reads_trees:
+            raise UnsupportedArchitectureError(
+                f"{described(self.causal_lm)} does not read a tree of tokens as it reads each of its texts: its layers "
+                "are no plain attention, or take positions or masks of their own"
+            )
+
+    def _read_tree(self, tree: TokenTree) -> Tensor:
+        output = self.backbone(**self._padding.tree_inputs(tree.token_ids, tree.sees()), use_cache=False)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    @cached_property
+    def reads_trees(self) -> bool:
+        """Whether a tree's branches read like texts that end in them: proved on a few tokens."""
+        if not self._padding.can_be:
+            return False
+        try:
+            with self.inference(), self.reference():
+                return reads_branches_exactly(self._read_tree, self.forward, self._tried_ids())
+        except torch.OutOfMemoryError:
+            raise
+        # Whatever a model's own code does with a mask of four dimensions.
+        except Exception as error:
+            logger.debug("a tree cannot be read: %s", error)
+            return False
+
     @cached_property
     def reads_padding(self) -> bool:
         """Whether padding among tokens changes nothing: proved on a few tokens."""
@@ -325,16 +363,22 @@ class PolicyModel:
         return DrawnTokens(self.allowed_ids[index], logprobs, entropy)
 
     def training_forward(
-        self, model: nn.Module, token_ids: Tensor, *, capture_queries: bool, padded: bool = False
+        self, model: nn.Module, tokens: Tensor | TokenTree, *, capture_queries: bool, padded: bool = False
     ) -> tuple[Tensor, Capture | None]:
         """Run whole trajectories with gradients, through the wrapper that the trainer holds.
 
         Args:
             model: the model as the trainer wrapped it; a distributed wrapper must see the forward.
+            tokens: ``[b, S]`` int64, or a tree whose trunk they are.
 
         Returns:
-            Hidden states ``[b, S, C]`` of tokens ``[b, S]``, and the attention layer's query heads where wanted.
+            Hidden states ``[b, S, C]``, and the attention layer's query heads where wanted.
         """
+        if isinstance(tokens, TokenTree):
+            self._expect_trees()
+            inputs = self._padding.tree_inputs(tokens.token_ids, tokens.sees())
+        else:
+            inputs = self._inputs(tokens, None, padded=padded)
         states: list[Tensor] = []
 
         def keep_states(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -346,7 +390,7 @@ class PolicyModel:
         handle = self.head.linear.register_forward_pre_hook(keep_states)
         try:
             with self.attention.capture_queries() if capture_queries else nullcontext() as capture:
-                model(**self._inputs(token_ids, None, padded=padded), use_cache=False)
+                model(**inputs, use_cache=False)
             return states[0], capture
         finally:
             handle.remove()

@@ -55,6 +55,10 @@ class Readers(ABC):
         """Those of them that were read in the shared context."""
 
     @abstractmethod
+    def write_other(self, noise: Tensor) -> DecodedQuery:
+        """Let the policy write a query in the present context, from uniform numbers ``[B, L]``, and forget it."""
+
+    @abstractmethod
     def write_queries(self, noise: Tensor, counterfactual_noise: Tensor) -> StepQueries:
         """Let both write a query, each from its own uniform numbers in [0, 1), ``[B, L]``."""
 
@@ -182,6 +186,13 @@ class SeparateReaders(Readers):
     def _context_tokens(self) -> int:
         return self._reader.forward_tokens + self._reference.forward_tokens
 
+    def write_other(self, noise: Tensor) -> DecodedQuery:
+        """See `Readers`."""
+        self._reader.mark()
+        query = self._reader.decode(noise, read_last=False)
+        self._reader.roll_back(noise.shape[1] - 1)
+        return query
+
     def write_queries(self, noise: Tensor, counterfactual_noise: Tensor) -> StepQueries:
         """See `Readers`."""
         with self._policy.attention.capture_queries() as capture:
@@ -221,10 +232,18 @@ class JointReaders(Readers):
         self._own_tokens = 0
         self._last_hidden = self._read(prompt)[:, -1]
         self._reference_cache = self._cache.view(slice(self._rows, 2 * self._rows))
+        self._policy_cache = self._cache.view(slice(0, self._rows))
+        self._other_decoder = make_decoder(policy, policy.device, replay=replay)
 
     @property
     def _context_tokens(self) -> int:
         return self._own_tokens
+
+    def write_other(self, noise: Tensor) -> DecodedQuery:
+        """See `Readers`."""
+        self._policy_cache.length = self._cache.length
+        self._own_tokens += noise.numel() - len(noise)
+        return self._other_decoder.decode(self._policy_cache, self._last_hidden[: self._rows], noise, read_last=False)
 
     def write_queries(self, noise: Tensor, counterfactual_noise: Tensor) -> StepQueries:
         """See `Readers`."""

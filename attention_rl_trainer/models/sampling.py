@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     SELECTION = 3
     EVALUATION = 4
     WARM_START = 5
+    OTHER_QUERIES = 6
 
 
 def episode_noise(seed: int, episodes: Sequence[int], purpose: Purpose, shape: Sequence[int]) -> Tensor:

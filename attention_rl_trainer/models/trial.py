@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from attention_rl_trainer.models.branches import TokenTree
 from attention_rl_trainer.models.causal_lm import is_loaded_in_4_bits
 from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.models.policy import PolicyModel
@@ -21,13 +22,14 @@ from attention_rl_trainer.models.readers import open_readers
 _ROWS, _TOKENS = 2, 4
 
 
-def expect_trainable(policy: PolicyModel, *, through_choice: bool) -> None:
+def expect_trainable(policy: PolicyModel, *, through_choice: bool, reads_trees: bool = False) -> None:
     """Embed keys, take a step of a rollout, and compute the gradient of an update, with a few tokens each.
 
     Weights, gradients and random states are those before.
 
     Args:
         through_choice: whether the update differentiates the choice of a pair too.
+        reads_trees: whether unread values are scored, as branches of a tree.
 
     Raises:
         UnsupportedArchitectureError: names what does not work, and the way out where there is one.
@@ -50,6 +52,9 @@ def expect_trainable(policy: PolicyModel, *, through_choice: bool) -> None:
         _expect_shape(queries.vectors, (_ROWS, heads.num_query_heads, heads.head_dim))
         readers.read_response(ids, _TOKENS)
         readers.follow(torch.cat([queries.query.token_ids, ids], dim=1))
+    if reads_trees:
+        with _named(policy, "scoring unread values"), policy.inference(), policy.reference():
+            policy.forward_tree(TokenTree(ids))
     with _named(policy, "the forward and backward of an update"):
         _expect_gradient(policy, ids, through_choice=through_choice)
 

@@ -53,8 +53,8 @@ def step_columns(rows: Sequence[LedgerRow], max_groups: int = MAX_GROUPS) -> dic
     }
 
 
-def _order_gain(row: LedgerRow) -> float | None:
-    return None if row.order_gains is None else statistics.fmean(row.order_gains)
+def _mean(values: tuple[float, ...] | None) -> float | None:
+    return None if values is None else statistics.fmean(values)
 
 
 def selector_entropy(row: LedgerRow) -> float:
@@ -72,7 +72,8 @@ _QUANTITIES: dict[str, Callable[[LedgerRow], float | None]] = {
     "reward": lambda row: row.reward,
     "query_gain": lambda row: row.query_gain,
     "model_gain": lambda row: row.model_gain,
-    "order_gain": _order_gain,
+    "order_gain": lambda row: _mean(row.order_gains),
+    "information_gain": lambda row: _mean(row.information_gains),
     "selector_entropy": selector_entropy,
     "uniform_entropy": uniform_entropy,
 }

@@ -24,6 +24,8 @@ from enum import StrEnum
 
 from attention_rl_trainer.models.grouped_attention import rows_at_once
 from attention_rl_trainer.planning.sizes import ModelShape, RunShape
+from attention_rl_trainer.rollout.branch_values import rows_read_together
+from attention_rl_trainer.rollout.information import unread_tokens
 
 GIBIBYTE = 2**30
 # Float32 copies of the logits that are alive at once. Drawing a token: log-probabilities, probabilities, the same in
@@ -196,6 +198,13 @@ def _rollout_parts(shape: ModelShape, run: RunShape) -> tuple[MemoryPart, ...]:
         tokens = run.layout.prompt_tokens + run.tokens_per_query + run.layout.scored_tokens
         size = batch * tokens * cache_bytes_per_token(shape, run)
         parts.append(MemoryPart("cache of the order gain", size, _CACHED_PHASES, "set order_coef to 0"))
+    if run.information_coef > 0:
+        tokens = unread_tokens(run.layout, run.memory_size)
+        rows = min(batch, rows_read_together(tokens))
+        # The mask of padded memories has a row for each, and attention adds its scores where it is no kernel.
+        mask = rows * tokens**2 * run.bytes_per_number
+        size = _forward_bytes(shape, run, rows * tokens, mask)
+        parts.append(MemoryPart("tree of unread values in a layer", size, (Phase.SCORE,), "set information_coef to 0"))
     return (*parts, *_dequantized(shape, run))
 
 

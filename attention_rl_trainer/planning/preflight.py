@@ -29,8 +29,9 @@ from attention_rl_trainer.planning.footprint import memory_warning, plan_memory
 from attention_rl_trainer.planning.launch import describe_threads, expect_processes, set_threads
 from attention_rl_trainer.planning.sizes import ModelShape, RunShape, WeightBits, context_length_of
 from attention_rl_trainer.publishing.reproduction import versions
-from attention_rl_trainer.rollout.environment import DifferentiableEnvironment, MemoryEnvironment
+from attention_rl_trainer.rollout.environment import DifferentiableEnvironment, ExactEnvironment, MemoryEnvironment
 from attention_rl_trainer.rollout.layout import Layout, Separators
+from attention_rl_trainer.update.losses import LossOptions
 
 logger = logging.getLogger(__name__)
 
@@ -149,16 +150,23 @@ def expect_fitting_orders(layout: Layout, model: PeftModel, config: AttentionGui
         )
 
 
-def expect_log_prob(environment: MemoryEnvironment, selector_coef: float) -> None:
-    """Refuse to train the draws of an environment that gives no probability for them.
+def expect_log_prob(environment: MemoryEnvironment, options: LossOptions) -> None:
+    """Refuse to train the draws of an environment that does not give the probabilities that the loss needs.
 
     Raises:
-        ValueError: ``selector_coef`` > 0 needs `DifferentiableEnvironment`.
+        ValueError: ``selector_coef`` > 0 needs `DifferentiableEnvironment`, and a ``selector_gradient`` other than
+            ``"sampled"`` needs `ExactEnvironment`.
     """
-    if selector_coef > 0 and not isinstance(environment, DifferentiableEnvironment):
+    name = type(environment).__name__
+    if options.selector_coef > 0 and not isinstance(environment, DifferentiableEnvironment):
         raise ValueError(
-            f"selector_coef is {selector_coef}, but the environment {type(environment).__name__} has no "
+            f"selector_coef is {options.selector_coef}, but the environment {name} has no "
             "log_prob(memory, query_vectors, index); give it one, or set selector_coef to 0"
+        )
+    if options.needs_choice_values and not isinstance(environment, ExactEnvironment):
+        raise ValueError(
+            f"selector_gradient is {options.selector_gradient!r}, but the environment {name} has no "
+            "log_probabilities(memory, query_vectors, index); give it one, or set selector_gradient to 'sampled'"
         )
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from attention_rl_trainer.planning.footprint import cache_bytes_per_token
 from attention_rl_trainer.planning.sizes import ModelShape, RunShape
+from attention_rl_trainer.rollout.information import unread_tokens
 
 # Share of a normal distribution above mean + 1 SD, which is what the default filter keeps.
 KEPT_BY_DEFAULT_FILTER = 0.16
@@ -114,6 +115,11 @@ def rollout_forwards(run: RunShape) -> Iterator[Forward]:
         yield _reading("follow", batch, query + block, context, run)
         if run.compute_order_gain and step > 0:
             yield _reading("order gain", batch, query + run.layout.scored_tokens, prompt, run)
+    if run.information_coef > 0:
+        tokens = unread_tokens(run.layout, run.memory_size)
+        # A place is compared with all others, whether it sees them or not.
+        unread = (tokens - run.layout.cached_tokens) // run.layout.scored_tokens
+        yield Forward("information", 1, batch * tokens, batch, 0, tokens, batch * unread * run.tokens_per_value)
 
 
 def _reading(kind: str, rows: int, num_tokens: int, cached: int, run: RunShape) -> Forward:

@@ -1,4 +1,4 @@
-"""Memories into the query vectors of half keys, and the vectors of the whole ones (design §5).
+"""Memories into the query vectors of half keys, or of no query at all, and the vectors of the keys (design §5).
 
 The first half of each key of a memory is read where a query would be written, after the memory's prompt; keys are read
 alone, as in a rollout.
@@ -33,7 +33,8 @@ class LayerVectors:
     """What one layer makes of n memories."""
 
     queries: Tensor
-    """Of the first half of each key, after the prompt, ``[n, M, H, D]`` float32."""
+    """Of the first half of each key, after the prompt, ``[n, M, H, D]`` float32; or of the prompt's end,
+    ``[n, 1, H, D]``."""
     keys: Tensor
     """Of each key alone, ``[n, M, G, D]`` float32."""
 
@@ -64,6 +65,25 @@ def iter_vectors(
             queries = _query_vectors(policy, layout.for_batch(memory), memory, layers)
             keys = _key_vectors(policy, memory.key_tokens[0].to(policy.device), layers)
         yield {number: LayerVectors(queries[number][None], keys[number][None]) for number in layers}
+
+
+def unasked_vectors(
+    policy: PolicyModel, layout: Layout, memory: MemoryBatch, layers: Mapping[int, AttentionLayer]
+) -> dict[int, LayerVectors]:
+    """Read one memory with adapters off where nothing is asked yet: its queries are those of the prompt's last token.
+
+    Returns:
+        By layer, queries ``[1, 1, H, D]`` and keys ``[1, M, G, D]``.
+    """
+    with policy.inference(), policy.reference():
+        prompt = layout.for_batch(memory).prompt(memory, policy.device)
+        with ExitStack() as stack:
+            captures = {number: stack.enter_context(layer.capture_queries()) for number, layer in layers.items()}
+            policy.forward(prompt[is_token(prompt)][None])
+        keys = _key_vectors(policy, memory.key_tokens[0].to(policy.device), layers)
+    return {
+        number: LayerVectors(capture.heads()[:, None, -1], keys[number][None]) for number, capture in captures.items()
+    }
 
 
 def join_vectors(parts: Sequence[Mapping[int, LayerVectors]]) -> dict[int, LayerVectors]:

@@ -82,6 +82,8 @@ class LedgerRow:
     values: tuple[str, ...]
     token_gains: TokenGains | None = None
     """T lists of the value's tokens, as text, each with its share of the reward, nats; None where not kept."""
+    information_gains: tuple[float, ...] | None = None
+    """T gains of the values that were unread after the step, or None where not computed."""
 
     def __post_init__(self) -> None:
         """Check that the lists fit each other.
@@ -93,10 +95,9 @@ class LedgerRow:
         num_steps = len(self.order)
         for name in _STEP_FIELDS:
             _check_length(name, getattr(self, name), num_steps, "one for each step of 'order'")
-        if self.token_gains is not None:
-            _check_length("token_gains", self.token_gains, num_steps, "one for each step of 'order'")
-        if self.order_gains is not None:
-            _check_length("order_gains", self.order_gains, num_steps, "one for each step of 'order'")
+        for name in ("token_gains", "order_gains", "information_gains"):
+            if getattr(self, name) is not None:
+                _check_length(name, getattr(self, name), num_steps, "one for each step of 'order'")
         if len(set(self.pair_numbers)) != len(self.pair_numbers):
             raise LedgerError(f"'pair_numbers' must be distinct, got {list(self.pair_numbers)}")
         if not num_steps or len(set(self.order)) != num_steps or not set(self.order) <= set(self.pair_numbers):
@@ -146,6 +147,7 @@ class LedgerRow:
             keys=_texts(record["keys"], "keys"),
             values=_texts(record["values"], "values"),
             token_gains=_token_gains(record.get("token_gains")),
+            information_gains=_optional_numbers(record.get("information_gains"), "information_gains"),
         )
 
     def to_json(self) -> dict[str, object]:

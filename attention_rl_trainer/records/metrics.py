@@ -79,8 +79,9 @@ def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
         "selector_entropy": entropy(probabilities).mean(),
         "selector_max": probabilities.max(dim=-1).values.mean(),
     }
-    if trajectory.steps[0].order_gain is not None:
-        metrics["order_gain"] = trajectory.stack("order_gain").mean()
+    for name in ("order_gain", "information_gain"):
+        if getattr(trajectory.steps[0], name) is not None:
+            metrics[name] = trajectory.stack(name).mean()
     metrics |= {name: values.mean() for name, values in heard(trajectory).items()}
     return {name: value.item() for name, value in metrics.items()}
 

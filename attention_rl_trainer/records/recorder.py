@@ -272,7 +272,10 @@ def ledger_rows(
         "pair_numbers": trajectory.memory.pair_numbers.tolist(),
     }
     orders = trajectory.memory.pair_numbers.gather(1, trajectory.stack("selected_index")).tolist()
-    order_gains = None if trajectory.steps[0].order_gain is None else trajectory.stack("order_gain").tolist()
+    if trajectory.steps[0].order_gain is not None:
+        columns["order_gains"] = trajectory.stack("order_gain").tolist()
+    if trajectory.steps[0].information_gain is not None:
+        columns["information_gains"] = trajectory.stack("information_gain").tolist()
     rewards, episodes, kept = trajectory.avg_reward.tolist(), trajectory.episodes.tolist(), verdict.keep.tolist()
     names: list[VerdictName] = [
         "warmup" if verdict.is_warmup else "kept" if is_kept else "below_threshold" for is_kept in kept
@@ -296,7 +299,7 @@ def ledger_rows(
             "source": article.source,
             "order": orders[row],
             "reward": rewards[row],
-            "order_gains": None if order_gains is None else order_gains[row],
+            "order_gains": None,
             "history_mean": verdict.history.mean if verdict.history.count else None,
             "history_std": verdict.history.std if verdict.history.count else None,
             "threshold": verdict.threshold,

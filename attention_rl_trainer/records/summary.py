@@ -130,10 +130,10 @@ def measure_changes(ordered: Sequence[LedgerRow]) -> dict[str, Change]:
         "query gain": [row.query_gain for row in ordered],
         "model gain": [row.model_gain for row in ordered],
     }
-    gains = [row.order_gains for row in ordered]
-    order_gains = [statistics.fmean(values) for values in gains if values is not None]
-    if len(order_gains) == len(ordered):
-        series["order gain"] = order_gains
+    for name in ("order_gains", "information_gains"):
+        gains = [statistics.fmean(values) for row in ordered if (values := getattr(row, name)) is not None]
+        if len(gains) == len(ordered):
+            series[name.removesuffix("s").replace("_", " ")] = gains
     compared = {name: compare_thirds(values) for name, values in series.items()}
     return {name: change for name, change in compared.items() if change is not None}
 

@@ -20,6 +20,7 @@ from attention_rl_trainer.rollout.selector import (
     Selector,
     sample_key_value,
     selection_information,
+    unread_masks,
 )
 from attention_rl_trainer.types import KeyValuePair, KeyValuePairs
 
@@ -68,6 +69,14 @@ class DifferentiableEnvironment(MemoryEnvironment, Protocol):
         Returns:
             ``log p(index[b, t] | query_vectors[b, t], index[b, :t])`` in nats, ``[B, T]``.
         """
+
+
+@runtime_checkable
+class ExactEnvironment(DifferentiableEnvironment, Protocol):
+    """An environment that knows its whole choice, which ``selector_gradient`` other than ``"sampled"`` needs."""
+
+    def log_probabilities(self, memory: KeyValuePairs, query_vectors: Tensor, index: Tensor) -> Tensor:
+        """Log-probabilities of every pair at every step of `log_prob`, ``[B, T, M]`` nats; -inf where it was read."""
 
 
 @runtime_checkable
@@ -218,15 +227,15 @@ class KVMemoryEnvironment:
 
     def log_prob(self, memory: KeyValuePairs, query_vectors: Tensor, index: Tensor) -> Tensor:
         """See `DifferentiableEnvironment`."""
-        batch_size, num_steps = index.shape
-        available = torch.ones_like(memory.pair_numbers, dtype=torch.bool)
-        masks = []
-        for step in range(num_steps):
-            masks.append(available)
-            available = available.scatter(1, index[:, step : step + 1], False)
-        log_probabilities = self.selector.log_probabilities(
+        chosen = self.log_probabilities(memory, query_vectors, index)
+        return chosen.gather(2, index[:, :, None]).squeeze(2)
+
+    def log_probabilities(self, memory: KeyValuePairs, query_vectors: Tensor, index: Tensor) -> Tensor:
+        """See `ExactEnvironment`."""
+        num_steps, num_pairs = index.shape[1], memory.pair_numbers.shape[1]
+        chosen = self.selector.log_probabilities(
             query_vectors.flatten(0, 1),
             memory.key_vectors.repeat_interleave(num_steps, dim=0),
-            torch.stack(masks, dim=1).flatten(0, 1),
+            unread_masks(index, num_pairs)[:, :-1].flatten(0, 1),
         )
-        return log_probabilities.gather(1, index.reshape(-1, 1)).view(batch_size, num_steps)
+        return chosen.view(*index.shape, num_pairs)

@@ -211,8 +211,8 @@ class Layout:
             ValueError: keys are shown, and the memories have another number of pairs than the options say.
         """
         rows = len(batch)
-        query = _repeated(self.separators.query, rows, device)
-        response = _repeated(self.separators.response, rows, device)
+        query = repeated(self.separators.query, rows, device)
+        response = repeated(self.separators.response, rows, device)
         example = [query, batch.example_keys.to(device), response, batch.example_values.to(device), query]
         return torch.cat([*self._shown_keys(batch, device), *example], dim=1)
 
@@ -223,18 +223,18 @@ class Layout:
         if num_pairs != len(frames) - 1:
             raise ValueError(f"show_keys was prepared for memories of {len(frames) - 1} pairs, got {num_pairs}")
         keys = batch.key_tokens.to(device).unbind(dim=1)
-        around = [_repeated(frame, len(batch), device) for frame in frames]
+        around = [repeated(frame, len(batch), device) for frame in frames]
         return [*(part for pair in zip(around[:-1], keys, strict=True) for part in pair), around[-1]]
 
     def response(self, pair: KeyValuePair, *, is_last: bool) -> Tensor:
         """Build what follows a query: ``[" Response:"] (key) value``, and ``[" Query:"]`` unless it is the last."""
         rows, device = pair.value_tokens.shape[0], pair.value_tokens.device
-        parts = [_repeated(self.separators.response, rows, device)]
+        parts = [repeated(self.separators.response, rows, device)]
         if self.include_key_in_context:
             parts.append(pair.key_tokens)
         parts.append(pair.value_tokens)
         if not is_last:
-            parts.append(_repeated(self.separators.query, rows, device))
+            parts.append(repeated(self.separators.query, rows, device))
         return torch.cat(parts, dim=1)
 
 
@@ -244,7 +244,8 @@ def _on(device: torch.device, token_ids: tuple[int, ...]) -> Tensor:
     return torch.tensor(token_ids, dtype=torch.int64, device=device)
 
 
-def _repeated(token_ids: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
+def repeated(token_ids: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
+    """A separator in every row, ``[B, n]`` int64."""
     return _on(device, token_ids).expand(rows, -1)
 
 

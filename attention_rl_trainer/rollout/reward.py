@@ -23,7 +23,12 @@ from attention_rl_trainer.types import TrajectoryStep, expect_tensor, is_token
 class RewardOptions(Options):
     """What a step is paid for beside the reading itself."""
 
-    order_coef: Coefficient = option(0.0, "Weight of the order gain in the reward.")
+    order_coef: Coefficient = option(
+        0.0, "Weight in a step's reward of the order gain: what the pairs before brought to its value."
+    )
+    information_coef: Coefficient = option(
+        0.0, "Weight in a step's reward of the information gain: what it tells about the values still unread."
+    )
 
 
 class RewardFunction(Protocol):

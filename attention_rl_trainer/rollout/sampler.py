@@ -7,12 +7,15 @@ each of them once (`models.readers`). The cost of a step:
 2. one forward of ``[" Response:"] value [" Query:"]`` scores the value after either query and opens the next step;
 3. the reference, rolled back, reads ``query [" Response:"] value [" Query:"]``, which brings it level with the context
    and scores the value after the policy's query.
+
+Where ``information_coef`` > 0, one forward after the last step scores every value that was unread (`information`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,6 +27,8 @@ from attention_rl_trainer.models.readers import open_readers
 from attention_rl_trainer.models.sampling import Purpose, episode_noise
 from attention_rl_trainer.options import Count, option
 from attention_rl_trainer.rollout.environment import MemoryEnvironment
+from attention_rl_trainer.rollout.groups import other_tokens, other_values
+from attention_rl_trainer.rollout.information import information_gains, unread_tokens, unread_values
 from attention_rl_trainer.rollout.layout import Layout, LayoutOptions, Separators, predicting
 from attention_rl_trainer.rollout.reward import (
     RewardFunction,
@@ -33,7 +38,7 @@ from attention_rl_trainer.rollout.reward import (
     trajectory_reward,
     value_logprob,
 )
-from attention_rl_trainer.types import Trajectory, TrajectoryStep
+from attention_rl_trainer.types import KeyValuePairs, Trajectory, TrajectoryStep
 
 
 @dataclass
@@ -42,6 +47,11 @@ class RolloutOptions(LayoutOptions, RewardOptions):
 
     generation_batch_size: Count = option(
         64, "B: trajectories rolled out per process and step.", aliases=["--batch-size"]
+    )
+    num_queries: Count = option(
+        1,
+        "Queries written in each context, all of which are trained on. The first draws the pair and stays in the "
+        "trajectory; each is judged by the value that was drawn, against the others' mean.",
     )
 
 
@@ -58,6 +68,9 @@ class TrajectorySampler:
         compute_order_gain: whether `TrajectoryStep.order_gain` is wanted, which costs T more forwards of the reference;
             by default where it is paid for.
         joint: whether policy and reference share a batch; by default wherever they can.
+
+    Raises:
+        ValueError: there is a ``reward_fn``, and ``num_queries`` > 1.
     """
 
     def __init__(
@@ -76,8 +89,15 @@ class TrajectorySampler:
         self.environment = environment
         self.layout = Layout.of(options, separators)
         self.seed = seed
+        if reward_fn is not None and options.num_queries > 1:
+            raise ValueError(
+                f"num_queries is {options.num_queries}, but a reward_fn judges the query that drew the pair alone; "
+                "leave one of them out"
+            )
         self.reward_fn = reward_fn
         self.order_coef = options.order_coef
+        self.information_coef = options.information_coef
+        self.num_queries = options.num_queries
         self.compute_order_gain = options.order_coef > 0 if compute_order_gain is None else compute_order_gain
         self.joint = joint
 
@@ -105,6 +125,14 @@ class TrajectorySampler:
         layout = self.layout.for_batch(batch)
         run = _Run(self, layout, batch, self.noise(episodes, layout.num_steps))
         steps = [run.step(number) for number in range(layout.num_steps)]
+        read_tokens = run.readers.forward_tokens
+        if self.information_coef > 0:
+            steps = run.informed(steps, memory)
+            read_tokens += len(batch) * unread_tokens(layout, batch.pair_numbers.shape[1])
+        if self.num_queries > 1:
+            steps = run.compared(steps, memory)
+            read_tokens += len(batch) * other_tokens(layout, self.num_queries)
+        steps = [run.judged(step, number) for number, step in enumerate(steps, start=1)]
         rewards = torch.stack([step.reward for step in steps], dim=1)
         total_reward = rewards.sum(dim=1)
         expect_finite({"total reward": total_reward}, batch.articles, trajectory_step=layout.num_steps)
@@ -117,12 +145,13 @@ class TrajectorySampler:
             value_starts=layout.value_starts,
             memory=memory,
             episodes=torch.tensor(list(episodes), dtype=torch.int64),
-            forward_tokens=run.readers.forward_tokens + embedded_tokens,
+            forward_tokens=read_tokens + embedded_tokens,
         )
 
     def noise(self, episodes: Sequence[int], num_steps: int) -> dict[Purpose, Tensor]:
-        """Draw the uniform numbers of episodes: ``[B, T, L]`` for the queries, ``[B, T]`` for the draws of pairs.
+        """Draw the uniform numbers of episodes.
 
+        ``[B, T, L]`` for the queries, ``[B, T]`` for the draws of pairs, ``[B, T, Q - 1, L]`` for the other queries.
         More steps leave the numbers of the first ones as they are.
         """
         tokens = self.layout.tokens_per_query
@@ -130,6 +159,7 @@ class TrajectorySampler:
             Purpose.POLICY: (num_steps, tokens),
             Purpose.COUNTERFACTUAL: (num_steps, tokens),
             Purpose.SELECTION: (num_steps,),
+            Purpose.OTHER_QUERIES: (num_steps, self.num_queries - 1, tokens),
         }
         return {
             purpose: episode_noise(self.seed, episodes, purpose, shape).to(self.policy.device)
@@ -164,13 +194,16 @@ class _Run:
     def step(self, number: int) -> TrajectoryStep:
         sampler, layout = self.sampler, self.layout
         context = torch.cat(self.blocks, dim=1)
+        noise = self.noise[Purpose.OTHER_QUERIES][:, number].unbind(dim=1)
+        others = [self.readers.write_other(of_one) for of_one in noise]
         queries = self.readers.write_queries(
             self.noise[Purpose.POLICY][:, number], self.noise[Purpose.COUNTERFACTUAL][:, number]
         )
         query, counterfactual = queries.query, queries.counterfactual
         # The entropy is finite only where the logit of every token is.
+        written = torch.cat([other.logprobs + other.entropy for other in (query, *others)], dim=1)
         quantities = {
-            "policy logit": query.logprobs + query.entropy,
+            "policy logit": written,
             "base model logit": counterfactual.logprobs + counterfactual.entropy,
             "query vector": queries.vectors,
         }
@@ -209,18 +242,50 @@ class _Run:
             order_gain=order_gain,
             selection_information=selection.information,
             value_token_gains=policy_by_token - counterfactual_by_token,
+            other_queries=torch.stack([other.token_ids for other in others], dim=1) if others else None,
+            other_query_logprobs=torch.stack([other.logprobs for other in others], dim=1) if others else None,
         )
-        if sampler.reward_fn is not None:
-            step = judge_step(sampler.reward_fn, step)
         quantities = {
             "selection probability": selection.probabilities,
             "policy logit or log-probability of a value": policy_logprob,
             "base model logit or log-probability of a value": base_logprob,
             "base model logit or log-probability of a value after its own query": counterfactual_logprob,
-            "reward" if sampler.reward_fn is None else "what reward_fn returns": step.reward,
         }
         expect_finite(quantities, self.articles, trajectory_step=number + 1)
         self.blocks += [query.token_ids, block]
+        return step
+
+    def informed(self, steps: Sequence[TrajectoryStep], memory: KeyValuePairs) -> list[TrajectoryStep]:
+        """Add to the steps of a whole trajectory, and to their rewards, what each told about the values unread."""
+        index = torch.stack([step.selected_index for step in steps], dim=1)
+        values = unread_values(self.sampler.policy, self.layout, memory, torch.cat(self.blocks, dim=1), index)
+        coef, gains = self.sampler.information_coef, information_gains(values, index).unbind(dim=1)
+        return [
+            replace(step, information_gain=gain, reward=step.reward + coef * gain)
+            for step, gain in zip(steps, gains, strict=True)
+        ]
+
+    def compared(self, steps: Sequence[TrajectoryStep], memory: KeyValuePairs) -> list[TrajectoryStep]:
+        """Add what each step's reward would be after the other queries, for the value that was drawn."""
+        policy, token_ids = self.sampler.policy, torch.cat(self.blocks, dim=1)
+        index = torch.stack([step.selected_index for step in steps], dim=1)
+        queries = torch.stack([cast(Tensor, step.other_queries) for step in steps], dim=1)
+        logprobs = other_values(policy, self.layout, memory, token_ids, index, queries)
+        expect_finite({"policy logit or log-probability of a value after another query": logprobs}, self.articles)
+        compared = []
+        for step, after_others in zip(steps, logprobs.unbind(dim=1), strict=True):
+            # All but the policy's own term of the reward is the same for every query of the context.
+            rewards = step.reward[:, None] + after_others - step.policy_value_logprob[:, None]
+            compared.append(replace(step, other_rewards=rewards))
+        return compared
+
+    def judged(self, step: TrajectoryStep, number: int) -> TrajectoryStep:
+        """Let a user's own function judge a step, counted from 1, where there is one."""
+        reward_fn = self.sampler.reward_fn
+        if reward_fn is not None:
+            step = judge_step(reward_fn, step)
+        named = "reward" if reward_fn is None else "what reward_fn returns"
+        expect_finite({named: step.reward}, self.articles, trajectory_step=number)
         return step
 
     def _order_gain(

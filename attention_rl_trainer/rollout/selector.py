@@ -77,6 +77,16 @@ def selection_log_probabilities(
     return mean.masked_fill(unavailable, -torch.inf)
 
 
+def unread_masks(index: Tensor, num_pairs: int) -> Tensor:
+    """Tell which pairs are unread before each step and after the last, ``[B, T + 1, M]`` bool.
+
+    Args:
+        index: the column drawn at each step, ``[B, T]`` int64.
+    """
+    drawn = torch.nn.functional.one_hot(index, num_pairs).cumsum(dim=1) > 0
+    return torch.cat([torch.ones_like(drawn[:, :1]), ~drawn], dim=1)
+
+
 @dataclass(frozen=True, eq=False)
 class Selector:
     """How vectors are compared, with everything that was chosen or fitted."""

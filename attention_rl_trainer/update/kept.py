@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attention_rl_trainer.errors import expect_finite
+from attention_rl_trainer.models.branches import TokenTree
+from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.rollout.groups import leave_one_out
+from attention_rl_trainer.rollout.information import choice_values
+from attention_rl_trainer.rollout.layout import Layout, positions
 from attention_rl_trainer.types import ArticleReference, KeyValuePairs, Trajectory
 from attention_rl_trainer.update.filter import Verdict
 from attention_rl_trainer.update.losses import LossOptions, step_advantages
+
+
+@dataclass(frozen=True, eq=False)
+class OtherQueries:
+    """Queries that were written in the contexts of kept trajectories, and are not in them."""
+
+    token_ids: Tensor
+    """``[b, T, Q - 1, L]`` int64."""
+    rollout_logprobs: Tensor
+    """Log-probabilities of the tokens at the time of the rollout, ``[b, T, Q - 1, L]``."""
+    advantages: Tensor
+    """``[b, T, Q - 1]``."""
+
+    def select_rows(self, rows: Tensor) -> OtherQueries:
+        """Take those of some trajectories."""
+        return OtherQueries(self.token_ids[rows], self.rollout_logprobs[rows], self.advantages[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenQueries:
+    """Every query token of kept trajectories: at each of T steps of each of Q queries, the one that went on first.
+
+    Attributes:
+        predicted_from: places of the states that predict them, ``[T · Q · L]``.
+        token_ids: ``[b, T · Q · L]`` int64; ``advantages`` and ``rollout_logprobs`` likewise.
+        tree: the trajectories with the other queries as branches; ``None`` where there are no others.
+    """
+
+    predicted_from: Tensor
+    token_ids: Tensor
+    advantages: Tensor
+    rollout_logprobs: Tensor
+    group_size: int = 1
+    tree: TokenTree | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +65,8 @@ class KeptTrajectories:
         selected_index: columns of the memory that were drawn, ``[b, T]`` int64; ``advantages``, ``[b, T]``.
         weights: weight of each trajectory in the loss, 1 / B_all, ``[b]``.
         articles: what was read, b articles or none; for errors.
+        others: the other queries of each context, where ``num_queries`` > 1.
+        choice_values: what each choice would tell, ``[b, T, M]`` (`rollout.information`); ``None`` where no loss asks.
     """
 
     token_ids: Tensor
@@ -39,6 +80,8 @@ class KeptTrajectories:
     advantages: Tensor
     weights: Tensor
     articles: tuple[ArticleReference, ...] = ()
+    others: OtherQueries | None = None
+    choice_values: Tensor | None = None
 
     def __len__(self) -> int:
         return self.token_ids.shape[0]
@@ -70,6 +113,15 @@ class KeptTrajectories:
             advantage=options.advantage,
             credit=options.credit,
         )
+        others = None
+        if trajectories.steps[0].other_rewards is not None:
+            own, rewards = (trajectories.stack(name)[rows] for name in ("reward", "other_rewards"))
+            by_query = leave_one_out(torch.cat([own[:, :, None], rewards], dim=2))
+            if options.advantage == "whitened" and verdict.history.std > 0:
+                by_query = by_query / verdict.history.std
+            advantages = by_query[:, :, 0]
+            tokens, logprobs = (trajectories.stack(f"other_{name}")[rows] for name in ("queries", "query_logprobs"))
+            others = OtherQueries(tokens, logprobs, by_query[:, :, 1:])
         if len(rows) > 0:
             expect_finite({"advantage": advantages}, read)
         first = trajectories.steps[0]
@@ -85,7 +137,53 @@ class KeptTrajectories:
             advantages=advantages,
             weights=torch.full((len(rows),), 1 / num_trajectories, device=rows.device),
             articles=read,
+            others=others,
         )
+
+    def written_queries(self) -> WrittenQueries:
+        """Collect the tokens that are reinforced."""
+        length, device = self.query_length, self.token_ids.device
+        places = positions(self.query_starts, length, device)
+        advantages = self.advantages[:, :, None]
+        own = WrittenQueries(
+            predicted_from=places - 1,
+            token_ids=self.token_ids[:, places],
+            advantages=advantages.repeat_interleave(length, dim=2).flatten(1),
+            rollout_logprobs=self.rollout_logprobs.flatten(1),
+        )
+        if self.others is None:
+            return own
+        tree, predicted = TokenTree(self.token_ids), list[int]()
+        for step, start in enumerate(self.query_starts):
+            predicted += range(start - 1, start - 1 + length)
+            for query in self.others.token_ids[:, step].unbind(dim=1):
+                first = tree.grow(start - 1, query)
+                predicted += [start - 1, *range(first, first + length - 1)]
+
+        def by_step(of_own: Tensor, of_others: Tensor) -> Tensor:
+            """Join ``[b, T, L]`` and ``[b, T, Q - 1, L]``."""
+            return torch.cat([of_own[:, :, None], of_others], dim=2).flatten(1)
+
+        steps = (len(self), len(self.query_starts), length)
+        every = torch.cat([advantages, self.others.advantages], dim=2)
+        return WrittenQueries(
+            predicted_from=torch.tensor(predicted, device=device),
+            token_ids=by_step(own.token_ids.view(steps), self.others.token_ids),
+            advantages=every.repeat_interleave(length, dim=2).flatten(1),
+            rollout_logprobs=by_step(self.rollout_logprobs, self.others.rollout_logprobs),
+            group_size=1 + self.others.token_ids.shape[2],
+            tree=tree,
+        )
+
+    def with_choice_values(self, policy: PolicyModel, layout: Layout) -> KeptTrajectories:
+        """Let the base model score what each choice would tell (`rollout.information`), once for all optimizer steps.
+
+        Args:
+            layout: of this batch (`Layout.for_batch`).
+        """
+        values = choice_values(policy, layout, self.memory, self.token_ids, self.selected_index)
+        expect_finite({"log-probability of an unread value": values}, self.articles)
+        return replace(self, choice_values=values)
 
     def split(self, size: int) -> Iterator[KeptTrajectories]:
         """Cut into micro-batches of ``size`` trajectories; the last may have fewer."""
@@ -106,4 +204,6 @@ class KeptTrajectories:
             advantages=self.advantages[rows],
             weights=self.weights[rows],
             articles=tuple(self.articles[row] for row in rows.tolist()) if self.articles else (),
+            others=None if self.others is None else self.others.select_rows(rows),
+            choice_values=None if self.choice_values is None else self.choice_values[rows],
         )

@@ -3,11 +3,16 @@
     policy_τ = - Σ_t A_t Σ_i log π(query_{t,i} | s_{t,i})
     kl_τ     =   Σ_t Σ_i KL(π_previous(·|s_{t,i}) || π(·|s_{t,i}))
     loss     = Σ_τ w_τ (policy_τ + β kl_τ - entropy_coef · H_τ
-                        - selector_coef Σ_t A_t log p(selected_t) - reward_gradient_coef · (1/T) Σ_t log p_θ(value_t))
+                        + selector_coef · choice_τ - reward_gradient_coef · (1/T) Σ_t log p_θ(value_t))
 
-with w_τ = 1 / B_all, B_all the trajectories of all rollout batches of the update. Vocabulary logits exist only at the
-query (and, for the last term, value) positions, in chunks. A chunk's gradient with respect to its hidden states is
-computed together with the chunk, so that nothing of the vocabulary's size outlives it and nothing is computed twice.
+    choice_τ = - Σ_t A_t log p_t(selected_t)                       "sampled"
+               - Σ_t Σ_k p_t(k) a_t(k)                             "expected"
+                 Σ_t KL(softmax(a_t / distillation_temperature) || p_t)     "distilled"
+
+with w_τ = 1 / B_all, B_all the trajectories of all rollout batches of the update, and a_t(k) what value k would tell
+about the others that are unread (`rollout.information`). Vocabulary logits exist only at the query (and, for the last
+term, value) positions, in chunks. A chunk's gradient with respect to its hidden states is computed together with the
+chunk, so that nothing of the vocabulary's size outlives it and nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from attention_rl_trainer.update.chunks import Chunk, chunked_sum
 Advantage = Literal["reward", "centered", "whitened"]
 Credit = Literal["trajectory", "return_to_go", "step"]
 KLReference = Literal["previous", "base"]
+SelectorGradient = Literal["sampled", "expected", "distilled"]
 # Blocks of a chunk's rows in which the KL is differentiated.
 _KL_BLOCKS = 8
 Logits = Callable[[Tensor], Tensor]
@@ -52,7 +58,15 @@ class LossOptions(Options):
     kl_reference: KLReference = option(
         "previous", "KL to the adapter before the last update ('previous') or to the base model ('base')."
     )
-    selector_coef: Coefficient = option(0.0, "Weight of REINFORCE on the draws of pairs.")
+    selector_coef: Coefficient = option(0.0, "Weight of the selector's own term, which trains the draws of pairs.")
+    selector_gradient: SelectorGradient = option(
+        "sampled",
+        "How the selector is trained: REINFORCE on the draws ('sampled'), or by what each unread pair's value would "
+        "tell about the others: raise its mean ('expected'), or imitate its softmax ('distilled').",
+    )
+    distillation_temperature: Positive = option(
+        0.02, "Divides what values tell, nats per token, before the softmax that 'distilled' imitates."
+    )
     reward_gradient_coef: Coefficient = option(
         0.0, "Weight of the gradient through log p_θ(value): the model also learns to read."
     )
@@ -60,6 +74,20 @@ class LossOptions(Options):
     num_iterations: Count = option(1, "Optimizer steps on each rollout batch; above 1 with clipped importance ratios.")
     epsilon: Positive = option(0.2, "Clip of the importance ratio when num_iterations > 1.")
     disable_dropout: bool = option(True, "Switch dropout off in the update too; it is always off in the rollout.")
+
+    @property
+    def needs_choice_values(self) -> bool:
+        """Whether the loss needs what each choice would tell."""
+        return self.selector_coef > 0 and self.selector_gradient != "sampled"
+
+    def check_options(self) -> None:
+        """Check the ranges, and that the selector's gradient is used."""
+        super().check_options()
+        if self.selector_gradient != "sampled" and self.selector_coef == 0:
+            raise ValueError(
+                f"selector_gradient is {self.selector_gradient!r}, but selector_coef is 0, so the selector has no term "
+                "in the loss; set selector_coef above 0"
+            )
 
 
 def step_advantages(
@@ -251,6 +279,30 @@ def query_terms(
 def selector_term(log_probabilities: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
     """REINFORCE on the draws of pairs, - Σ_τ w_τ Σ_t A_t log p(selected_t), of ``[b, T]``, ``[b, T]`` and ``[b]``."""
     return -((advantages * log_probabilities).sum(dim=1) * weights).sum()
+
+
+def expected_choice_term(log_probabilities: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+    """Less the expected worth of the choices, - Σ_τ w_τ Σ_t Σ_k p_t(k) a_t(k).
+
+    Args:
+        log_probabilities: ``[b, T, M]``, -inf where a pair was read; ``values``, a_t(k), likewise but 0 there.
+        weights: ``[b]``.
+    """
+    expected = (log_probabilities.exp() * values).sum(dim=(1, 2))
+    return -(expected * weights).sum()
+
+
+def distilled_choice_term(log_probabilities: Tensor, values: Tensor, temperature: float, weights: Tensor) -> Tensor:
+    """KL of the choices to a softmax of what they are worth, Σ_τ w_τ Σ_t KL(softmax(a_t / temperature) || p_t).
+
+    Source: the target of Atlas's perplexity distillation (Izacard et al., 2023). Arguments of `expected_choice_term`.
+    """
+    is_unread = log_probabilities > -torch.inf
+    target = torch.log_softmax((values / temperature).masked_fill(~is_unread, -torch.inf), dim=-1)
+    # A finite stand-in: both are -inf where a pair was read.
+    chosen, target = (part.masked_fill(~is_unread, 0) for part in (log_probabilities, target))
+    pointwise = F.kl_div(chosen, target, reduction="none", log_target=True)
+    return (pointwise.masked_fill(~is_unread, 0).sum(dim=(1, 2)) * weights).sum()
 
 
 def reward_gradient_term(

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from attention_rl_trainer.errors import NonFiniteError, expect_finite
 from attention_rl_trainer.models.modes import update_mode
 from attention_rl_trainer.models.policy import PolicyModel
-from attention_rl_trainer.rollout.environment import DifferentiableEnvironment, MemoryEnvironment
+from attention_rl_trainer.rollout.environment import DifferentiableEnvironment, ExactEnvironment, MemoryEnvironment
 from attention_rl_trainer.rollout.layout import positions
 from attention_rl_trainer.types import expect_tensor, is_token
-from attention_rl_trainer.update.kept import KeptTrajectories
+from attention_rl_trainer.update.kept import KeptTrajectories, WrittenQueries
 from attention_rl_trainer.update.losses import (
     LossOptions,
     QueryTokens,
     TokenTerms,
+    distilled_choice_term,
+    expected_choice_term,
     query_terms,
     reward_gradient_term,
     selector_term,
@@ -65,13 +67,17 @@ def compute_loss_terms(
         ValueError: ``log_prob`` does not return one number per draw.
     """
     places = positions(kept.query_starts, kept.query_length, kept.token_ids.device)
+    written = kept.written_queries()
     with update_mode(policy.model):
-        previous_hidden = _reference_hidden(policy, snapshot, kept, places, options)
+        previous_hidden = _reference_hidden(policy, snapshot, kept, written, options)
     with update_mode(policy.model, adapter_dropout=not options.disable_dropout):
         hidden, capture = policy.training_forward(
-            model, kept.token_ids, capture_queries=options.selector_coef > 0, padded=kept.memory.is_padded
+            model,
+            kept.token_ids if written.tree is None else written.tree,
+            capture_queries=options.selector_coef > 0,
+            padded=kept.memory.is_padded,
         )
-    tokens = _query_tokens(policy, kept, places, hidden, previous_hidden, options)
+    tokens = _query_tokens(policy, kept, written, hidden, previous_hidden, options)
     terms = query_terms(
         tokens,
         policy.query_logits,
@@ -83,9 +89,9 @@ def compute_loss_terms(
     loss, quantities = terms.loss, _named(terms.per_token, kept, options)
     if capture is not None:
         vectors = torch.unflatten(capture.heads()[:, places], 1, (-1, kept.query_length)).mean(dim=2)
-        choice = _choice_logprobs(environment, vectors, kept)
-        quantities |= {"query vector": vectors.detach(), "log-probability of a drawn pair": choice.detach()}
-        loss = loss + options.selector_coef * selector_term(choice, kept.advantages, kept.weights)
+        term, choice = choice_term(environment, vectors, kept, options)
+        quantities |= {"query vector": vectors.detach(), "log-probability of a drawn pair": choice}
+        loss = loss + options.selector_coef * term
     if options.reward_gradient_coef > 0:
         term, logprobs = reading_term(policy, kept, hidden)
         quantities["policy logit or log-probability of a value"] = logprobs
@@ -98,7 +104,7 @@ def compute_loss_terms(
 
 
 def _named(terms: TokenTerms, kept: KeptTrajectories, options: LossOptions) -> dict[str, Tensor]:
-    """Order the numbers of single query tokens by what is computed from what, ``[b, T, L]`` each."""
+    """Order the numbers of single query tokens by what is computed from what, ``[b, T, Q · L]`` each."""
     reference = "previous adapter's logit" if options.kl_reference == "previous" else "base model logit"
     values = {
         "policy logit": terms.logit_sum,
@@ -111,45 +117,82 @@ def _named(terms: TokenTerms, kept: KeptTrajectories, options: LossOptions) -> d
 
 
 def _reference_hidden(
-    policy: PolicyModel, snapshot: AdapterSnapshot, kept: KeptTrajectories, places: Tensor, options: LossOptions
+    policy: PolicyModel,
+    snapshot: AdapterSnapshot,
+    kept: KeptTrajectories,
+    written: WrittenQueries,
+    options: LossOptions,
 ) -> Tensor | None:
-    """States under the adapter that the KL refers to, at the positions that predict query tokens, ``[n, C]``."""
+    """States under the adapter that the KL refers to, at the places that predict query tokens, ``[n, C]``."""
     if options.beta == 0:
         return None
     reference = snapshot.swapped_in() if options.kl_reference == "previous" else policy.reference()
     with torch.no_grad(), reference:
-        return policy.forward(kept.token_ids, padded=kept.memory.is_padded)[:, places - 1].flatten(0, 1)
+        if written.tree is None:
+            hidden = policy.forward(kept.token_ids, padded=kept.memory.is_padded)
+        else:
+            hidden = policy.forward_tree(written.tree)
+    return hidden[:, written.predicted_from].flatten(0, 1)
 
 
 def _query_tokens(
     policy: PolicyModel,
     kept: KeptTrajectories,
-    places: Tensor,
+    written: WrittenQueries,
     hidden: Tensor,
     previous_hidden: Tensor | None,
     options: LossOptions,
 ) -> QueryTokens:
-    length = kept.query_length
     return QueryTokens(
-        hidden=hidden[:, places - 1].flatten(0, 1),
+        hidden=hidden[:, written.predicted_from].flatten(0, 1),
         previous_hidden=previous_hidden,
-        index=policy.allowed_index(kept.token_ids[:, places].flatten()),
-        advantages=kept.advantages.float().repeat_interleave(length, dim=1).flatten(),
-        weights=kept.weights.float().repeat_interleave(len(places)),
-        rollout_logprobs=kept.rollout_logprobs.flatten() if options.num_iterations > 1 else None,
+        index=policy.allowed_index(written.token_ids.flatten()),
+        advantages=written.advantages.float().flatten(),
+        # Of a group each query weighs its share.
+        weights=(kept.weights.float() / written.group_size).repeat_interleave(len(written.predicted_from)),
+        rollout_logprobs=written.rollout_logprobs.flatten() if options.num_iterations > 1 else None,
     )
 
 
-def _choice_logprobs(environment: MemoryEnvironment, query_vectors: Tensor, kept: KeptTrajectories) -> Tensor:
-    """Log-probabilities of the draws, ``[b, T]``, given the query vectors, ``[b, T, H, D]``."""
-    if not isinstance(environment, DifferentiableEnvironment):
-        raise TypeError(
-            "selector_coef > 0 needs an environment with log_prob(memory, query_vectors, index), which "
-            f"{type(environment).__name__} lacks; write that method, or set selector_coef to 0"
-        )
-    logprobs = environment.log_prob(kept.memory, query_vectors, kept.selected_index)
-    expect_tensor("what the environment's log_prob returns", logprobs, kept.selected_index.shape, floating=True)
-    return logprobs
+def choice_term(
+    environment: MemoryEnvironment, query_vectors: Tensor, kept: KeptTrajectories, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """Compute the selector's term of the loss before its weight.
+
+    Args:
+        query_vectors: with gradient, ``[b, T, H, D]``.
+
+    Returns:
+        The term, and the log-probabilities of the draws, ``[b, T]``, detached.
+    """
+    index = kept.selected_index
+    if options.selector_gradient == "sampled":
+        if not isinstance(environment, DifferentiableEnvironment):
+            raise _lacking(environment, "selector_coef > 0", "log_prob", "set selector_coef to 0")
+        drawn = environment.log_prob(kept.memory, query_vectors, index)
+        expect_tensor("what the environment's log_prob returns", drawn, index.shape, floating=True)
+        return selector_term(drawn, kept.advantages, kept.weights), drawn.detach()
+    if not isinstance(environment, ExactEnvironment):
+        asked = f"selector_gradient {options.selector_gradient!r}"
+        raise _lacking(environment, asked, "log_probabilities", "set selector_gradient to 'sampled'")
+    choices = environment.log_probabilities(kept.memory, query_vectors, index)
+    shape = (*index.shape, kept.memory.pair_numbers.shape[1])
+    expect_tensor("what the environment's log_probabilities returns", choices, shape, floating=True)
+    values = kept.choice_values
+    assert values is not None, "needs_choice_values says that they must be there"
+    if options.selector_gradient == "expected":
+        term = expected_choice_term(choices, values, kept.weights)
+    else:
+        term = distilled_choice_term(choices, values, options.distillation_temperature, kept.weights)
+    return term, choices.detach().gather(2, index[:, :, None]).squeeze(2)
+
+
+def _lacking(environment: MemoryEnvironment, option: str, method: str, remedy: str) -> TypeError:
+    name = type(environment).__name__
+    return TypeError(
+        f"{option} needs an environment with {method}(memory, query_vectors, index), which {name} lacks; write that "
+        f"method, or {remedy}"
+    )
 
 
 def reading_term(policy: PolicyModel, kept: KeptTrajectories, hidden: Tensor) -> tuple[Tensor, Tensor]:

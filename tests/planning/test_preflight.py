@@ -39,6 +39,7 @@ from attention_rl_trainer.rollout.environment import Selection
 from attention_rl_trainer.rollout.layout import Layout, Separators
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 from attention_rl_trainer.types import KeyValuePairs
+from attention_rl_trainer.update.losses import LossOptions
 
 SEPARATORS = Separators((1, 2), (3, 4))
 
@@ -158,13 +159,23 @@ class TestWhatCannotWork:
             expect_double_precision(torch.device("mps"))
 
     def test_draws_without_a_probability_where_they_are_trained(self) -> None:
-        expect_log_prob(Drawing(), 0.0)
-        expect_log_prob(make_environment(), 0.5)
+        expect_log_prob(Drawing(), LossOptions())
+        expect_log_prob(make_environment(), LossOptions(selector_coef=0.5, selector_gradient="expected"))
         message = (
             r"^selector_coef is 0\.5, but the environment Drawing has no log_prob\(memory, query_vectors, index\);"
         )
         with pytest.raises(ValueError, match=message):
-            expect_log_prob(Drawing(), 0.5)
+            expect_log_prob(Drawing(), LossOptions(selector_coef=0.5))
+
+    def test_draws_without_all_probabilities_where_all_choices_are_trained(self) -> None:
+        class Probable(Drawing):
+            def log_prob(self, memory: KeyValuePairs, query_vectors: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+                raise NotImplementedError
+
+        expect_log_prob(Probable(), LossOptions(selector_coef=0.5))
+        message = r"^selector_gradient is 'distilled', but the environment Probable has no log_probabilities\(memory, "
+        with pytest.raises(ValueError, match=message):
+            expect_log_prob(Probable(), LossOptions(selector_coef=0.5, selector_gradient="distilled"))
 
     def test_mixed_precision(self) -> None:
         expect_no_mixed_precision("no")

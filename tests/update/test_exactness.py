@@ -107,7 +107,14 @@ class Toy:
         gradients = torch.autograd.grad(objective, self.parameters, allow_unused=False)
         return torch.cat([g.flatten() for g in gradients])
 
-    def estimate(self, step_rewards: Tensor, credit: str, options: LossOptions, baseline: float = 0.0) -> Tensor:
+    def estimate(
+        self,
+        step_rewards: Tensor,
+        credit: str,
+        options: LossOptions,
+        baseline: float = 0.0,
+        choice_values: Tensor | None = None,
+    ) -> Tensor:
         """The expected gradient estimate of the shipped loss, with the sign of an ascent direction."""
         queries, draws, _ = self.log_probabilities()
         probability = (queries.sum((1, 2)) + draws.sum(1)).exp().detach()
@@ -123,6 +130,7 @@ class Toy:
             memory=self.memory(),
             advantages=step_advantages(step_rewards, baseline, 1.0, advantage="centered", credit=credit),
             weights=probability,
+            choice_values=choice_values,
         )
         terms = compute_loss_terms(self.policy, self.policy.model, self.environment, self.snapshot, kept, options)
         return self.gradient(-terms.loss)
@@ -191,3 +199,52 @@ def test_with_the_reward_gradient_it_is_the_full_gradient(toy: Toy, credit: str)
     full = LossOptions(beta=0.0, selector_coef=1.0, reward_gradient_coef=1.0)
     assert relative_error(toy.estimate(rewards, credit, full), expected) < 1e-5
     assert relative_error(toy.estimate(rewards, credit, JOINT), expected) > 0.05
+
+
+def choice_values(toy: Toy) -> Tensor:
+    """What each choice would tell after every query and draw so far, ``[n, T, M]``; 0 where a key was drawn."""
+    torch.manual_seed(2)
+    table: dict[tuple[object, ...], Tensor] = {}
+    rows = []
+    for queries, order in toy.outcomes:
+        steps = []
+        for step in range(NUM_STEPS):
+            unread = torch.tensor([float(key not in order[:step]) for key in range(NUM_KEYS)])
+            steps.append(table.setdefault((queries[: step + 1], order[:step]), torch.randn(NUM_KEYS)) * unread)
+        rows.append(torch.stack(steps))
+    return torch.stack(rows)
+
+
+def test_the_expected_choice_has_the_gradient_of_reinforcing_every_draw(toy: Toy) -> None:
+    """Reinforcing each draw by what it tells, enumerated over all draws: the same mean, without a draw's noise."""
+    values = choice_values(toy)
+    queries, draws, _ = toy.log_probabilities()
+    probability = (queries.sum((1, 2)) + draws.sum(1)).exp().detach()
+    drawn = values.gather(2, toy.orders[:, :, None]).squeeze(2)
+    # The queries' own part is 0 here; it names the weights that the draws do not depend on.
+    expected = toy.gradient((probability * (drawn * draws).sum(1)).sum() + 0 * queries.sum())
+
+    nothing, options = torch.zeros(len(toy.outcomes), NUM_STEPS), {"beta": 0.0, "selector_coef": 1.0}
+    exact = LossOptions(**options, selector_gradient="expected")
+    found = toy.estimate(nothing, "step", exact, choice_values=values)
+    sampled = toy.estimate(drawn, "step", LossOptions(**options)) - toy.estimate(drawn, "step", LossOptions(beta=0.0))
+
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(sampled, expected) < 1e-5
+
+
+def test_a_distilled_choice_at_a_high_temperature_points_where_the_expected_one_does(toy: Toy) -> None:
+    """At a uniform choice, KL(softmax(a / τ) || p) falls by the worth of the choices, in units of τ, to first order."""
+    values = choice_values(toy)
+    toy.environment = make_environment(temperature=1e4)
+    try:
+        nothing, options = torch.zeros(len(toy.outcomes), NUM_STEPS), {"beta": 0.0, "selector_coef": 1.0}
+        expected = toy.estimate(
+            nothing, "step", LossOptions(**options, selector_gradient="expected"), choice_values=values
+        )
+        distilled = LossOptions(**options, selector_gradient="distilled", distillation_temperature=100.0)
+        found = toy.estimate(nothing, "step", distilled, choice_values=values)
+    finally:
+        toy.environment = make_environment(temperature=0.3)
+
+    assert relative_error(100.0 * found, expected) < 0.05

@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attention_rl_trainer.update.losses import (
+    LossOptions,
     QueryTokens,
+    distilled_choice_term,
+    expected_choice_term,
     kl_divergence,
     policy_gradient_terms,
     query_terms,
@@ -255,3 +258,43 @@ def test_extension_terms_by_hand() -> None:
     )
     assert term.item() == pytest.approx(0.5 * 2 + 0.25 * 1)
     assert torch.equal(logprobs, values)
+
+
+CHOICES = torch.tensor([[[0.5, 0.25, 0.25], [0.0, 0.9, 0.1]]]).log()
+WORTH = torch.tensor([[[1.0, 0.0, -1.0], [0.0, 0.2, 0.4]]])
+
+
+def test_expected_choice_is_the_mean_worth() -> None:
+    term = expected_choice_term(CHOICES, WORTH, torch.tensor([0.5]))
+
+    assert term.item() == pytest.approx(-0.5 * ((0.5 - 0.25) + (0.18 + 0.04)))
+
+
+def test_distilled_choice_is_the_divergence_from_the_softmax_of_the_worth() -> None:
+    term = distilled_choice_term(CHOICES, WORTH, 0.2, torch.tensor([2.0]))
+
+    expected = 0.0
+    for step, columns in enumerate(([0, 1, 2], [1, 2])):
+        target = [math.exp(float(WORTH[0, step, column]) / 0.2) for column in columns]
+        for column, weight in zip(columns, target, strict=True):
+            share = weight / sum(target)
+            expected += share * (math.log(share) - float(CHOICES[0, step, column]))
+    assert term.item() == pytest.approx(2.0 * expected, rel=1e-5)
+
+
+def test_a_distilled_choice_that_is_the_target_costs_nothing_and_moves_nothing() -> None:
+    scores = (WORTH / 0.2).masked_fill(CHOICES.isinf(), -torch.inf).requires_grad_()
+    term = distilled_choice_term(scores.log_softmax(dim=-1), WORTH, 0.2, torch.ones(1))
+    term.backward()
+
+    assert term.item() == pytest.approx(0, abs=1e-6)
+    assert scores.grad is not None
+    assert scores.grad.abs().max() < 1e-6
+
+
+def test_a_gradient_of_the_selector_needs_its_term() -> None:
+    with pytest.raises(ValueError, match=r"^selector_gradient is 'expected', but selector_coef is 0, .*above 0$"):
+        LossOptions(selector_gradient="expected").check_options()
+    LossOptions(selector_gradient="expected", selector_coef=0.5).check_options()
+    assert not LossOptions(selector_coef=1.0).needs_choice_values
+    assert LossOptions(selector_coef=1.0, selector_gradient="distilled").needs_choice_values

@@ -26,7 +26,7 @@ from attention_rl_trainer.rollout.layout import Layout, LayoutOptions, Separator
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.types import KeyValuePairs, Trajectory
 from attention_rl_trainer.update.filter import RewardStatistics, Verdict
-from attention_rl_trainer.update.kept import KeptTrajectories
+from attention_rl_trainer.update.kept import KeptTrajectories, OtherQueries
 from attention_rl_trainer.update.losses import LossOptions
 from attention_rl_trainer.update.objective import LossTerms, compute_loss_terms
 from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
@@ -370,3 +370,66 @@ def test_vocabulary_logits_exist_at_query_positions_alone(llama: PreTrainedModel
     assert sum(rows) == num_query_tokens + 1  # and one position through the trainer's wrapper
     assert max(rows) <= 5
     assert loss.requires_grad
+
+
+class TestGroups:
+    """Further queries of each context, which are branches of the update's forward."""
+
+    @pytest.fixture
+    def group(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Bench:
+        bench = Bench(model, tokenizer)
+        generator = torch.Generator().manual_seed(4)
+        shape = (4, 3, 2)
+        queries = bench.policy.allowed_ids[torch.randint(0, 300, (*shape, 4), generator=generator)]
+        others = OtherQueries(queries, torch.zeros(*shape, 4), torch.randn(shape, generator=generator))
+        bench.kept = replace(bench.kept, others=others)
+        return bench
+
+    @staticmethod
+    def separate_losses(bench: Bench, beta: float) -> Tensor:
+        """The loss by one forward for each query alone: a third of each query's part."""
+        others, total = bench.kept.others, torch.zeros(())
+        assert others is not None
+        for step, start in enumerate(bench.kept.query_starts):
+            own = bench.kept.token_ids[:, start : start + 4]
+            queries = [(own, bench.kept.advantages[:, step])]
+            queries += [(others.token_ids[:, step, n], others.advantages[:, step, n]) for n in range(2)]
+            for query, advantages in queries:
+                text = torch.cat([bench.kept.token_ids[:, :start], query], dim=1)
+                with torch.no_grad(), bench.snapshot.swapped_in():
+                    before = bench.policy.query_log_probabilities(bench.policy.forward(text)[:, start - 1 : -1])
+                after = bench.policy.query_log_probabilities(bench.policy.forward(text)[:, start - 1 : -1])
+                index = bench.policy.allowed_index(query)
+                reinforced = -(advantages[:, None] * after.gather(2, index[:, :, None]).squeeze(2)).sum(dim=1)
+                divergence = (before.exp() * (before - after)).sum(dim=(1, 2))
+                total = total + ((reinforced + beta * divergence) / 3 / 16).sum()
+        return total
+
+    def test_loss_and_gradient_are_those_of_separate_forwards(self, group: Bench) -> None:
+        group.policy.model.eval()
+        group.move()
+        expected = self.separate_losses(group, beta=0.3)
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(expected, group.parameters)])
+
+        torch.testing.assert_close(group.loss(beta=0.3).loss, expected.detach(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(group.gradient(beta=0.3), gradient, atol=1e-5, rtol=1e-3)
+
+    def test_the_other_terms_are_those_of_the_trajectory_alone(self, group: Bench) -> None:
+        settings = {"selector_coef": 1.0, "reward_gradient_coef": 2.0}
+        added = group.loss(**settings).loss - group.loss().loss
+        group.kept = replace(group.kept, others=None)
+
+        torch.testing.assert_close(added, group.loss(**settings).loss - group.loss().loss, atol=1e-5, rtol=1e-4)
+
+    def test_micro_batches_add_up(self, group: Bench) -> None:
+        parts = [group.loss(part, beta=0.3).loss for part in group.kept.split(3)]
+
+        torch.testing.assert_close(sum(parts), group.loss(beta=0.3).loss, atol=1e-5, rtol=1e-5)
+
+    def test_a_later_iteration_clips_each_by_its_own_rollout(self, group: Bench) -> None:
+        others = group.kept.others
+        assert others is not None
+        far = replace(group.kept, others=replace(others, rollout_logprobs=others.rollout_logprobs - 50))
+        near = group.loss(num_iterations=2).policy
+
+        assert not torch.isclose(group.loss(far, num_iterations=2).policy, near)
