@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from attention_rl_trainer.rollout.environment import (
         CalibratedEnvironment,
         DifferentiableEnvironment,
+        ExactEnvironment,
         KVMemoryEnvironment,
         MemoryEnvironment,
         Selection,
@@ -110,6 +111,7 @@ _MODULES = {
     "CardFacts": "publishing.card",
     "ChosenHeads": "models.heads",
     "DifferentiableEnvironment": "rollout.environment",
+    "ExactEnvironment": "rollout.environment",
     "Entries": "memories.stream",
     "EntriesTable": "memories.tables.entries_table",
     "Estimate": "evaluation.estimates",
@@ -211,6 +213,7 @@ __all__ = [
     "Entries",
     "EntriesTable",
     "Estimate",
+    "ExactEnvironment",
     "FilterOptions",
     "HeadNumber",
     "HubUnreachableError",

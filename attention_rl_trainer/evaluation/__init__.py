@@ -2,6 +2,7 @@
 
 `evaluate` rolls trajectories out and summarizes them as training does. `orders` and `queries` measure each against
 baselines, `estimates` puts intervals around means, and `tables` joins them. `reading_gain` is an `evaluate.Metric`.
+`headroom` measures data before training: what an order could be worth.
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
 """From memories to trajectories: what a query draws, what reading it is worth (design §4 to §7).
 
 `layout` says where each token is, `environment` and `selector` draw pairs, with a `calibration` where one was fitted,
-`reward` pays for them, and `sampler` rolls trajectories out.
+`reward` pays for them, `information` says what each told about the rest, `groups` compares queries of one context (both
+by `branch_values`), and `sampler` rolls trajectories out.
 """
 
 from attention_rl_trainer.rollout.calibration import Calibration
