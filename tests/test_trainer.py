@@ -276,6 +276,8 @@ def test_micro_batches_do_not_change_the_update(
         {"attention_layer": 0, "selection_temperature": 0.1, "query_temperature": 0.8, "beta": 0.0},
         {"disable_dropout": False, "activation_checkpointing": True},
         {"dataloader_num_workers": 1},
+        {"information_coef": 1.0, "selector_coef": 1.0, "selector_gradient": "expected"},
+        {"num_queries": 3, "credit": "step", "advantage": "whitened"},
     ],
 )
 def test_every_option_runs(
@@ -303,7 +305,7 @@ def test_activation_checkpointing_gives_the_same_run(
 def test_logged_metrics_are_the_documented_ones(
     tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    trainer = tiny_trainer(tmp_path, texts, tokenizer, order_coef=0.1, filter_threshold=0.0)
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, order_coef=0.1, information_coef=0.1, filter_threshold=0.0)
     trainer.train()
     logged = {name for entry in steps_of(trainer) for name in entry}
     page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 
 from attention_rl_trainer.planning.footprint import cache_bytes_per_token
 from attention_rl_trainer.planning.sizes import ModelShape, RunShape
-from attention_rl_trainer.rollout.information import unread_tokens
+from attention_rl_trainer.rollout.groups import other_tokens
+from attention_rl_trainer.rollout.information import MAX_TREE_TOKENS, choice_tokens, unread_tokens
 
 # Share of a normal distribution above mean + 1 SD, which is what the default filter keeps.
 KEPT_BY_DEFAULT_FILTER = 0.16
@@ -106,6 +107,10 @@ def rollout_forwards(run: RunShape) -> Iterator[Forward]:
         context, block = run.layout.context_tokens(step), run.layout.block_tokens(step)
         cached, attended = context + (query - 1) / 2, context + (query + 1) / 2
         yield Forward("decode", apart * query, together, together, cached, attended, together)
+        if run.num_queries > 1:
+            # The last token is drawn, and not read.
+            written = (run.num_queries - 1) * (query - 1)
+            yield Forward("decode", written, batch, batch, cached, attended, batch)
         after_query = context + query
         if run.joint:
             yield _reading("read", 2 * batch, block, after_query, run)
@@ -117,9 +122,16 @@ def rollout_forwards(run: RunShape) -> Iterator[Forward]:
             yield _reading("order gain", batch, query + run.layout.scored_tokens, prompt, run)
     if run.information_coef > 0:
         tokens = unread_tokens(run.layout, run.memory_size)
-        # A place is compared with all others, whether it sees them or not.
-        unread = (tokens - run.layout.cached_tokens) // run.layout.scored_tokens
-        yield Forward("information", 1, batch * tokens, batch, 0, tokens, batch * unread * run.tokens_per_value)
+        yield _tree("information", run, tokens, (tokens - run.layout.cached_tokens) // run.layout.scored_tokens)
+    if run.num_queries > 1:
+        others = run.layout.num_steps * (run.num_queries - 1)
+        yield _tree("other queries", run, other_tokens(run.layout, run.num_queries), others)
+
+
+def _tree(kind: str, run: RunShape, num_tokens: int, num_values: int) -> Forward:
+    """Values of trajectories that are read as branches: a place is compared with all others, seen or not."""
+    rows = run.generation_batch_size
+    return Forward(kind, 1, rows * num_tokens, rows, 0, num_tokens, rows * num_values * run.tokens_per_value)
 
 
 def _reading(kind: str, rows: int, num_tokens: int, cached: int, run: RunShape) -> Forward:
@@ -158,14 +170,30 @@ class TimePlan:
 
 def update_flops(shape: ModelShape, run: RunShape) -> float:
     """Floating-point operations that one kept trajectory takes in the update."""
-    tokens = run.layout.trajectory_tokens
+    queries = run.layout.num_steps * run.tokens_per_query
+    # Other queries are branches; what is masked is computed too.
+    tokens = run.layout.trajectory_tokens + (run.num_queries - 1) * queries
+    attended = (tokens + 1) / 2 if run.num_queries == 1 else tokens
     linear = 2 * tokens * (shape.linear_parameters + shape.adapter_parameters(run.lora_rank))
-    attention = 4 * shape.num_layers * shape.query_width * tokens * (tokens + 1) / 2
+    attention = 4 * shape.num_layers * shape.query_width * tokens * attended
     forwards = 1 + run.has_kl + run.activation_checkpointing
     # Logits of one or both distributions, and the gradient of one.
     heads = 2 + run.has_kl
-    queries = run.layout.num_steps * run.tokens_per_query
-    return (forwards + 1) * linear + (forwards + 2) * attention + heads * 2 * queries * shape.head_parameters
+    own = (forwards + 1) * linear + (forwards + 2) * attention
+    return own + heads * 2 * run.num_queries * queries * shape.head_parameters + _choices_flops(shape, run)
+
+
+def _choices_flops(shape: ModelShape, run: RunShape) -> float:
+    """Floating-point operations of what every choice of a trajectory would tell, where the loss asks for it."""
+    if not run.needs_choice_values:
+        return 0.0
+    total = 0.0
+    for step in range(run.layout.num_steps):
+        unread = run.memory_size - step
+        tokens = choice_tokens(run.layout, step, unread)
+        linear = 2 * tokens * shape.linear_parameters + 2 * unread**2 * run.tokens_per_value * shape.head_parameters
+        total += linear + 4 * shape.num_layers * shape.query_width * tokens * min(tokens, MAX_TREE_TOKENS)
+    return total / run.num_iterations
 
 
 def plan_time(

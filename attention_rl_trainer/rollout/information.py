@@ -24,7 +24,7 @@ from attention_rl_trainer.rollout.selector import unread_masks
 from attention_rl_trainer.types import KeyValuePairs
 
 # Tokens of a tree above which what is read is cut into several: each place is compared with all others.
-_MAX_TREE_TOKENS = 1024
+MAX_TREE_TOKENS = 1024
 
 
 def _unread_columns(index: Tensor, num_pairs: int) -> list[Tensor]:
@@ -105,8 +105,7 @@ def _values_of_choices(
 ) -> Tensor:
     """Score the choices of unread columns ``[B, n]`` in contexts ``[B, P]``: ``[B, M]``."""
     num_pairs, count = memory.pair_numbers.shape[1], unread.shape[1]
-    per_choice = count * layout.scored_tokens + len(layout.separators.query)
-    at_once = max(1, (_MAX_TREE_TOKENS - context.shape[1]) // per_choice)
+    per_choice, at_once = _per_choice(layout, context.shape[1], count)
     parts = []
     for rows in row_chunks(len(unread), context.shape[1] + at_once * per_choice, unread.device):
         pairs, columns = memory.select_rows(rows), unread[rows]
@@ -123,6 +122,19 @@ def _values_of_choices(
         told = torch.cat(after, dim=1).sum(dim=2) - (before.sum(dim=1, keepdim=True) - before)
         parts.append(_placed(columns, told / num_pairs, num_pairs))
     return torch.cat(parts)
+
+
+def _per_choice(layout: Layout, context_tokens: int, num_unread: int) -> tuple[int, int]:
+    """Tokens of a choice's branches, and how many choices a tree has."""
+    tokens = num_unread * layout.scored_tokens + len(layout.separators.query)
+    return tokens, max(1, min(num_unread, (MAX_TREE_TOKENS - context_tokens) // tokens))
+
+
+def choice_tokens(layout: Layout, step: int, num_unread: int) -> int:
+    """Tokens per trajectory that `choice_values` reads for one step, counted from 0."""
+    context = layout.context_tokens(step)
+    tokens, at_once = _per_choice(layout, context, num_unread)
+    return -(-num_unread // at_once) * context + num_unread * tokens
 
 
 def _ask_after_choice(reading: BranchValues, end: int, columns: Tensor, choice: int) -> None:

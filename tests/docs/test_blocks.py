@@ -33,6 +33,7 @@ RUN_BY = {
     "order": "ordering/test_order_command.py",
     "report": "pages/test_report_command.py",
     "calibrate": "commands/test_calibrate.py",
+    "headroom": "commands/test_headroom_command.py",
     "plan": "commands/test_plan.py",
     "selftest": "selftest/test_verdict.py",
     "env": "commands/test_env.py",

@@ -20,7 +20,14 @@ class TestTime:
     @pytest.mark.parametrize("joint", [True, False])
     @pytest.mark.parametrize(
         ("num_steps", "query_length", "changes"),
-        [(1, 1, {}), (3, 4, {}), (2, 5, {"include_key_in_context": True}), (4, 2, {"order_coef": 0.5})],
+        [
+            (1, 1, {}),
+            (3, 4, {}),
+            (2, 5, {"include_key_in_context": True}),
+            (4, 2, {"order_coef": 0.5}),
+            (5, 3, {"information_coef": 0.5}),
+            (2, 3, {"num_queries": 3}),
+        ],
     )
     def test_forward_tokens_are_those_of_a_rollout(
         self,

@@ -17,7 +17,13 @@ from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.models.branches import TokenTree
 from attention_rl_trainer.models.projections import UnsupportedArchitectureError
 from attention_rl_trainer.rollout import branch_values, information
-from attention_rl_trainer.rollout.information import choice_values, information_gains, unread_tokens, unread_values
+from attention_rl_trainer.rollout.information import (
+    choice_tokens,
+    choice_values,
+    information_gains,
+    unread_tokens,
+    unread_values,
+)
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.types import PADDING, is_token
 
@@ -108,7 +114,7 @@ def test_choices_are_worth_what_they_tell_about_the_others(
     rolled_out: Callable[[str], RolledOut], name: str, max_tree_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A tree for all choices of a step, or one for each.
-    monkeypatch.setattr(information, "_MAX_TREE_TOKENS", max_tree_tokens)
+    monkeypatch.setattr(information, "MAX_TREE_TOKENS", max_tree_tokens)
     run = rolled_out(name)
     found = run.choices()
 
@@ -166,8 +172,11 @@ def test_tokens_are_counted(tokenizer: PreTrainedTokenizerFast, monkeypatch: pyt
 
     monkeypatch.setattr(run.sampler.policy, "forward_tree", count)
     run.values()
-
     assert read == [ROWS * unread_tokens(run.layout, PAIRS)]
+
+    read.clear()
+    run.choices()
+    assert sum(read) == sum(ROWS * choice_tokens(run.layout, step, PAIRS - step) for step in range(run.num_steps))
 
 
 def test_a_model_that_takes_no_tree_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
