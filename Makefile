@@ -61,7 +61,7 @@ test-newest test-oldest: test-%:
 
 # Nothing else may run beside it: two models on two threads each wait for one another.
 bench: setup
-	for name in selection update peer rollout growth processes; do \
+	for name in selection update peer rollout growth orders processes; do \
 		HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/$$name.py $(ARGS) || exit 1; \
 	done
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,8 @@ class StepQueries:
     """Its attention vectors, averaged over its tokens, ``[B, H, D]`` in float32."""
     counterfactual: DecodedQuery
     """The reference's query."""
+    others: Sequence[DecodedQuery] = ()
+    """Further queries of the policy, Q - 1 of them."""
 
 
 class Readers(ABC):
@@ -55,12 +58,14 @@ class Readers(ABC):
         """Those of them that were read in the shared context."""
 
     @abstractmethod
-    def write_other(self, noise: Tensor) -> DecodedQuery:
-        """Let the policy write a query in the present context, from uniform numbers ``[B, L]``, and forget it."""
+    def write_queries(
+        self, noise: Tensor, counterfactual_noise: Tensor, other_noise: Tensor | None = None
+    ) -> StepQueries:
+        """Let both write a query, each from its own uniform numbers in [0, 1), ``[B, L]``.
 
-    @abstractmethod
-    def write_queries(self, noise: Tensor, counterfactual_noise: Tensor) -> StepQueries:
-        """Let both write a query, each from its own uniform numbers in [0, 1), ``[B, L]``."""
+        Args:
+            other_noise: for further queries of the policy, which are forgotten, ``[B, Q - 1, L]``.
+        """
 
     @abstractmethod
     def read_response(self, block: Tensor, num_scored: int) -> tuple[Tensor, Tensor]:
@@ -97,6 +102,7 @@ def open_readers(
     joint: bool | None = None,
     replay: bool | None = None,
     padded: bool = False,
+    num_queries: int = 1,
 ) -> Readers:
     """Let policy and reference read a prompt.
 
@@ -104,6 +110,7 @@ def open_readers(
         joint: whether in one batch; by default wherever they can.
         replay: whether they decode by `ReplayedDecoder`; by default where the policy can and there is no padding.
         padded: whether there may be padding among the tokens.
+        num_queries: Q, those that the policy writes in a context.
 
     Raises:
         UnsupportedArchitectureError: there is padding, and the model does not read as if there was none.
@@ -122,7 +129,9 @@ def open_readers(
             "lengths in one batch; use texts cut into pairs of one length, or another base model"
         )
     replay = policy.can_replay and not padded if replay is None else replay
-    return (JointReaders if joint else SeparateReaders)(policy, prompt, capacity, replay=replay, padded=padded)
+    if joint:
+        return JointReaders(policy, prompt, capacity, replay=replay, padded=padded, num_queries=num_queries)
+    return SeparateReaders(policy, prompt, capacity, replay=replay, padded=padded)
 
 
 class ContextReader:
@@ -186,15 +195,17 @@ class SeparateReaders(Readers):
     def _context_tokens(self) -> int:
         return self._reader.forward_tokens + self._reference.forward_tokens
 
-    def write_other(self, noise: Tensor) -> DecodedQuery:
-        """See `Readers`."""
+    def _write_other(self, noise: Tensor) -> DecodedQuery:
         self._reader.mark()
         query = self._reader.decode(noise, read_last=False)
         self._reader.roll_back(noise.shape[1] - 1)
         return query
 
-    def write_queries(self, noise: Tensor, counterfactual_noise: Tensor) -> StepQueries:
+    def write_queries(
+        self, noise: Tensor, counterfactual_noise: Tensor, other_noise: Tensor | None = None
+    ) -> StepQueries:
         """See `Readers`."""
+        others = [self._write_other(of_one) for of_one in _by_query(other_noise)]
         with self._policy.attention.capture_queries() as capture:
             query = self._reader.decode(noise, read_last=True, capture=capture)
         with self._policy.reference():
@@ -202,7 +213,7 @@ class SeparateReaders(Readers):
             counterfactual = self._reference.decode(counterfactual_noise, read_last=False)
         self._last_token = counterfactual.token_ids[:, -1:]
         self._ahead = counterfactual.token_ids.shape[1] - 1
-        return StepQueries(query, capture.mean(), counterfactual)
+        return StepQueries(query, capture.mean(), counterfactual, others)
 
     def read_response(self, block: Tensor, num_scored: int) -> tuple[Tensor, Tensor]:
         """See `Readers`."""
@@ -220,57 +231,83 @@ class SeparateReaders(Readers):
 
 
 class JointReaders(Readers):
-    """Policy and reference in one batch of 2B rows: the policy's first, then the reference's."""
+    """Policy and reference in one batch: the rows of the policy's other queries, its own B rows, the reference's B.
+
+    Args:
+        num_queries: Q, those that the policy writes in a context.
+    """
 
     def __init__(
-        self, policy: PolicyModel, prompt: Tensor, capacity: int, *, replay: bool = False, padded: bool = False
+        self,
+        policy: PolicyModel,
+        prompt: Tensor,
+        capacity: int,
+        *,
+        replay: bool = False,
+        padded: bool = False,
+        num_queries: int = 1,
     ) -> None:
         super().__init__(policy, prompt, padded=padded)
-        self._rows = prompt.shape[0]
-        self._cache = PreallocatedCache.of(policy.causal_lm, 2 * self._rows, capacity, padded=padded)
+        self._rows = rows = prompt.shape[0]
+        self._other_rows = others = (num_queries - 1) * rows
+        self._cache = PreallocatedCache.of(policy.causal_lm, others + 2 * rows, capacity, padded=padded)
         self._decoder = make_decoder(policy, policy.device, replay=replay)
         self._own_tokens = 0
-        self._last_hidden = self._read(prompt)[:, -1]
-        self._reference_cache = self._cache.view(slice(self._rows, 2 * self._rows))
-        self._policy_cache = self._cache.view(slice(0, self._rows))
-        self._other_decoder = make_decoder(policy, policy.device, replay=replay)
+        self._last_hidden = self._read(prompt.repeat(num_queries + 1, 1), self._cache, others + rows)[:, -1]
+        self._other_cache = self._cache.view(slice(0, others))
+        self._pair_cache = self._cache.view(slice(others, others + 2 * rows))
+        self._reference_cache = self._cache.view(slice(others + rows, others + 2 * rows))
 
     @property
     def _context_tokens(self) -> int:
         return self._own_tokens
 
-    def write_other(self, noise: Tensor) -> DecodedQuery:
+    def write_queries(
+        self, noise: Tensor, counterfactual_noise: Tensor, other_noise: Tensor | None = None
+    ) -> StepQueries:
         """See `Readers`."""
-        self._policy_cache.length = self._cache.length
-        self._own_tokens += noise.numel() - len(noise)
-        return self._other_decoder.decode(self._policy_cache, self._last_hidden[: self._rows], noise, read_last=False)
-
-    def write_queries(self, noise: Tensor, counterfactual_noise: Tensor) -> StepQueries:
-        """See `Readers`."""
-        both = torch.cat([noise, counterfactual_noise])
-        with self._policy.jointly(self._rows), self._policy.attention.capture_queries() as capture:
-            decoded = self._decoder.decode(self._cache, self._last_hidden, both, read_last=True, captures=capture.parts)
-        self._own_tokens += both.numel()
-        vectors = capture.mean()[: self._rows]
-        return StepQueries(decoded.rows(slice(0, self._rows)), vectors, decoded.rows(slice(self._rows, None)))
+        every = torch.cat([*_by_query(other_noise), noise, counterfactual_noise])
+        by_policy = self._other_rows + self._rows
+        with self._policy.jointly(by_policy), self._policy.attention.capture_queries() as capture:
+            decoded = self._decoder.decode(
+                self._cache, self._last_hidden, every, read_last=True, captures=capture.parts
+            )
+        self._own_tokens += every.numel()
+        *others, query, counterfactual = (
+            decoded.rows(slice(start, start + self._rows)) for start in range(0, len(every), self._rows)
+        )
+        return StepQueries(query, capture.mean()[self._other_rows : by_policy], counterfactual, others)
 
     def read_response(self, block: Tensor, num_scored: int) -> tuple[Tensor, Tensor]:
         """See `Readers`; the reference reads the whole block too, because the batch is rectangular."""
-        hidden = self._read(block)
+        self._pair_cache.length = self._cache.length
+        hidden = self._read(block.repeat(2, 1), self._pair_cache, self._rows)
         self._last_hidden = hidden[:, -1]
         return hidden[: self._rows], hidden[self._rows :]
 
     def follow(self, token_ids: Tensor) -> Tensor:
-        """See `Readers`."""
-        self._reference_cache.length = self._cache.length - token_ids.shape[1]
+        """See `Readers`; where the policy wrote other queries, they give way too."""
+        end = self._pair_cache.length
+        before = end - token_ids.shape[1]
+        self._reference_cache.length = before
         with self._policy.reference():
             hidden = self._policy.forward(token_ids, self._reference_cache)
         self._own_tokens += token_ids.numel()
-        self._last_hidden = torch.cat([self._last_hidden[: self._rows], hidden[:, -1]])
+        last_hidden = [self._last_hidden[: self._rows], hidden[:, -1]]
+        if self._other_rows > 0:
+            self._other_cache.length = before
+            read = self._read(token_ids.repeat(self._other_rows // self._rows, 1), self._other_cache, self._other_rows)
+            last_hidden = [read[:, -1], *last_hidden]
+        self._cache.length = end
+        self._last_hidden = torch.cat(last_hidden)
         return hidden
 
-    def _read(self, token_ids: Tensor) -> Tensor:
-        """Let both read the same tokens, ``[2B, S, C]``."""
-        self._own_tokens += 2 * token_ids.numel()
-        with self._policy.jointly(self._rows):
-            return self._policy.forward(token_ids.repeat(2, 1), self._cache)
+    def _read(self, token_ids: Tensor, cache: PreallocatedCache, by_policy: int) -> Tensor:
+        """Let the first rows be read by the policy and the others by the reference."""
+        self._own_tokens += token_ids.numel()
+        with self._policy.jointly(by_policy):
+            return self._policy.forward(token_ids, cache)
+
+
+def _by_query(noise: Tensor | None) -> Sequence[Tensor]:
+    return () if noise is None else noise.unbind(dim=1)

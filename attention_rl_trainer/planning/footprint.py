@@ -164,7 +164,8 @@ def _fixed_parts(shape: ModelShape, run: RunShape) -> tuple[MemoryPart, ...]:
 def _rollout_parts(shape: ModelShape, run: RunShape) -> tuple[MemoryPart, ...]:
     batch = run.generation_batch_size
     logits = 4 * shape.vocabulary_size
-    prompt_rows = 2 * batch if run.joint else batch
+    prompt_rows = (1 + run.num_queries) * batch if run.joint else batch
+    cached_rows = max(2 * batch, prompt_rows)
     drawing = _DRAWING_COPIES * prompt_rows * logits
     scored = min(run.logits_positions(shape.vocabulary_size), batch * run.tokens_per_value)
     fewer, shorter = "lower generation_batch_size", "lower generation_batch_size, num_steps or the tokens per query"
@@ -177,7 +178,7 @@ def _rollout_parts(shape: ModelShape, run: RunShape) -> tuple[MemoryPart, ...]:
         ),
         MemoryPart(
             "caches of policy and reference",
-            2 * batch * run.layout.cached_tokens * cache_bytes_per_token(shape, run),
+            cached_rows * run.layout.cached_tokens * cache_bytes_per_token(shape, run),
             _CACHED_PHASES,
             shorter,
         ),

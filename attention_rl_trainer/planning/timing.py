@@ -98,8 +98,9 @@ def rollout_forwards(run: RunShape) -> Iterator[Forward]:
     for start in range(0, num_keys, run.embedding_batch_size):
         rows = min(run.embedding_batch_size, num_keys - start)
         yield Forward("keys", 1, rows * run.tokens_per_key, rows, 0, (run.tokens_per_key + 1) / 2)
-    # Policy and reference in one batch, or one after the other.
-    together, apart = (2 * batch, 1) if run.joint else (batch, 2)
+    # Policy and reference in one batch, or one after the other. In one batch the policy's other queries have rows too.
+    others = run.num_queries - 1
+    together, apart = ((2 + others) * batch, 1) if run.joint else (batch, 2)
     yield Forward("prefill", apart, together * prompt, together, 0, (prompt + 1) / 2)
     if run.compute_order_gain and run.layout.num_steps > 1:
         yield Forward("order gain", 1, batch * prompt, batch, 0, (prompt + 1) / 2)
@@ -107,10 +108,9 @@ def rollout_forwards(run: RunShape) -> Iterator[Forward]:
         context, block = run.layout.context_tokens(step), run.layout.block_tokens(step)
         cached, attended = context + (query - 1) / 2, context + (query + 1) / 2
         yield Forward("decode", apart * query, together, together, cached, attended, together)
-        if run.num_queries > 1:
+        if others and not run.joint:
             # The last token is drawn, and not read.
-            written = (run.num_queries - 1) * (query - 1)
-            yield Forward("decode", written, batch, batch, cached, attended, batch)
+            yield Forward("decode", others * (query - 1), batch, batch, cached, attended, batch)
         after_query = context + query
         if run.joint:
             yield _reading("read", 2 * batch, block, after_query, run)
@@ -118,6 +118,8 @@ def rollout_forwards(run: RunShape) -> Iterator[Forward]:
             yield _reading("read", batch, block, after_query, run)
             yield _reading("read", batch, run.layout.scored_tokens, after_query, run)
         yield _reading("follow", batch, query + block, context, run)
+        if others and run.joint:
+            yield Forward("follow", 1, others * batch * (query + block), others * batch, context, after_query)
         if run.compute_order_gain and step > 0:
             yield _reading("order gain", batch, query + run.layout.scored_tokens, prompt, run)
     if run.information_coef > 0:

@@ -188,18 +188,23 @@ class _Run:
         prompt = layout.prompt(batch, sampler.policy.device)
         self.blocks = [prompt]
         self.readers = open_readers(
-            sampler.policy, prompt, layout.cached_tokens, joint=sampler.joint, padded=layout.is_padded
+            sampler.policy,
+            prompt,
+            layout.cached_tokens,
+            joint=sampler.joint,
+            padded=layout.is_padded,
+            num_queries=sampler.num_queries,
         )
 
     def step(self, number: int) -> TrajectoryStep:
         sampler, layout = self.sampler, self.layout
         context = torch.cat(self.blocks, dim=1)
-        noise = self.noise[Purpose.OTHER_QUERIES][:, number].unbind(dim=1)
-        others = [self.readers.write_other(of_one) for of_one in noise]
         queries = self.readers.write_queries(
-            self.noise[Purpose.POLICY][:, number], self.noise[Purpose.COUNTERFACTUAL][:, number]
+            self.noise[Purpose.POLICY][:, number],
+            self.noise[Purpose.COUNTERFACTUAL][:, number],
+            self.noise[Purpose.OTHER_QUERIES][:, number] if sampler.num_queries > 1 else None,
         )
-        query, counterfactual = queries.query, queries.counterfactual
+        query, counterfactual, others = queries.query, queries.counterfactual, queries.others
         # The entropy is finite only where the logit of every token is.
         written = torch.cat([other.logprobs + other.entropy for other in (query, *others)], dim=1)
         quantities = {

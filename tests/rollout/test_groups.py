@@ -88,19 +88,27 @@ def test_each_is_compared_with_the_mean_of_the_others() -> None:
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_a_query_that_is_forgotten_leaves_the_context_as_it_was(
+def test_queries_that_are_forgotten_leave_the_context_as_it_was(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, joint: bool
 ) -> None:
     policy = make_policy(model, tokenizer)
     prompt = torch.randint(1, 380, (2, 9), generator=torch.Generator().manual_seed(0))
-    noise = torch.rand(3, 2, LENGTH, dtype=torch.float64)
+    noise = torch.rand(5, 2, LENGTH, dtype=torch.float64)
     with policy.inference():
-        readers = [open_readers(policy, prompt, 40, joint=joint) for _ in range(2)]
-        written = readers[0].write_other(noise[2])
-        found, expected = (reader.write_queries(noise[0], noise[1]) for reader in readers)
-
-    assert not torch.equal(written.token_ids, expected.query.token_ids)
-    assert torch.equal(found.query.token_ids, expected.query.token_ids)
-    assert torch.equal(found.counterfactual.token_ids, expected.counterfactual.token_ids)
-    torch.testing.assert_close(found.vectors, expected.vectors)
-    assert readers[0].forward_tokens - readers[1].forward_tokens == 2 * (LENGTH - 1)
+        readers = [open_readers(policy, prompt, 60, joint=joint, num_queries=count) for count in (4, 1)]
+        for _ in range(2):
+            found = readers[0].write_queries(noise[0], noise[1], noise[2:].transpose(0, 1))
+            expected = readers[1].write_queries(noise[0], noise[1])
+            blocks = [prompt[:, :3]] * 2
+            states = [reader.read_response(block, 3) for reader, block in zip(readers, blocks, strict=True)]
+            for of_group, alone in zip(*states, strict=True):
+                torch.testing.assert_close(of_group[:, :3], alone[:, :3], atol=1e-5, rtol=0)
+            text = torch.cat([expected.query.token_ids, prompt[:, :3]], dim=1)
+            followed = [reader.follow(text) for reader in readers]
+            torch.testing.assert_close(*followed, atol=1e-5, rtol=0)
+            assert len(found.others) == 3
+            assert not torch.equal(found.others[0].token_ids, found.others[1].token_ids)
+            assert torch.equal(found.query.token_ids, expected.query.token_ids)
+            assert torch.equal(found.counterfactual.token_ids, expected.counterfactual.token_ids)
+            torch.testing.assert_close(found.vectors, expected.vectors, atol=1e-5, rtol=0)
+    assert readers[0].forward_tokens > readers[1].forward_tokens
