@@ -19,6 +19,10 @@ ABLATIONS: tuple[dict[str, Any], ...] = (
     {"credit": "step"},
     {"selector_coef": 1.0},
     {"order_coef": 1.0},
+    {"information_coef": 1.0},
+    {"num_queries": 4, "credit": "step"},
+    {"selector_coef": 1.0, "selector_gradient": "expected"},
+    {"selector_coef": 1.0, "selector_gradient": "distilled"},
 )
 
 
