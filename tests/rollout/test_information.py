@@ -39,6 +39,12 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+NAMES = [
+    *("llama", "gpt2", "sliding"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "phi3", "gemma2")),
+]
+
+
 def with_padding(batch: MemoryBatch) -> MemoryBatch:
     """Shorten some keys, on the left, and some values, on the right."""
     keys, values = batch.key_tokens.clone(), batch.value_tokens.clone()
@@ -95,7 +101,7 @@ def rolled_out(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFas
     return roll_out
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_unread_values_are_those_of_plain_forwards(rolled_out: Callable[[str], RolledOut], name: str) -> None:
     run = rolled_out(name)
     found = run.values()
@@ -108,8 +114,8 @@ def test_unread_values_are_those_of_plain_forwards(rolled_out: Callable[[str], R
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("max_tree_tokens", [1024, 1])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("max_tree_tokens", [pytest.param(1024, marks=pytest.mark.slow), 1])
 def test_choices_are_worth_what_they_tell_about_the_others(
     rolled_out: Callable[[str], RolledOut], name: str, max_tree_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
