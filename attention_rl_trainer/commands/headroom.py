@@ -20,6 +20,7 @@ from attention_rl_trainer.commands.measured import Measured, MeasuredData, Measu
 from attention_rl_trainer.commands.parsing import CommandParser
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.evaluation.headroom import Headroom, measure_headroom, read_tables
+from attention_rl_trainer.memories.pairs import MemoryBatch
 
 FILE_NAME = "headroom.json"
 
@@ -51,11 +52,17 @@ def main(flags: Sequence[str], console: Console | None = None) -> int:
     data, config, model = parser().parse(flags)
     measured, count = Measured(config, model), data.headroom_memories
     _, memories, others = measured.memories(data, count, -(-count // 2))
-    read = [
+    if data.dataset_eval_name is None:
+        others = _of_other_articles(others, memories)
+    fitted_to, held_out = (
         read_tables(measured.policy, measured.layout, part, show_progress=not config.disable_tqdm)
         for part in (memories, others)
-    ]
-    found = measure_headroom(*read)
+    )
+    if data.dataset_eval_name is not None:
+        # Articles are numbered in each split.
+        fitted_to = fitted_to.of(data.dataset_name, data.dataset_train_split)
+        held_out = held_out.of(data.dataset_eval_name, data.dataset_eval_split)
+    found = measure_headroom(fitted_to, held_out)
     folder = Path(str(config.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE_NAME).write_text(found.to_json() + "\n", encoding="utf-8")
@@ -69,6 +76,18 @@ def main(flags: Sequence[str], console: Console | None = None) -> int:
     console.print(f"headroom: {found.headroom}", highlight=False, markup=False)
     console.print(f"keys_tell: {found.best.share}", highlight=False, markup=False)
     return 0
+
+
+def _of_other_articles(others: MemoryBatch, memories: MemoryBatch) -> MemoryBatch:
+    """Leave out what an article gives that gave other memories: where there are few, they come again."""
+    seen = {article.article_index for article in memories.articles}
+    rows = [row for row, article in enumerate(others.articles) if article.article_index not in seen]
+    if not rows:
+        raise ValueError(
+            f"all {len(seen)} articles are fitted to, so none is left to measure on; name other data in "
+            "dataset_eval_name, or lower headroom_memories"
+        )
+    return others.select_rows(rows)
 
 
 def readers_table(found: Headroom) -> Table:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -56,6 +56,10 @@ class Tables:
     """The keys' tokens, n times M."""
     articles: Sequence[Hashable]
     """Of each memory."""
+
+    def of(self, *names: str) -> Tables:
+        """Name the data that the articles are of, where they are to be told from those of other data."""
+        return replace(self, articles=[(*names, article) for article in self.articles])
 
     def rows(self, rows: Sequence[int]) -> Tables:
         """Take some memories."""

@@ -52,6 +52,16 @@ def test_it_measures_on_other_rows_where_they_are_named(
     assert f"({other})" in capsys.readouterr().out.replace("\n", "")
 
 
+def test_the_same_rows_are_not_measured_on(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Articles that are read again are left out; where all are, or the same are named, that is refused."""
+    assert main(["headroom", *flags, "--headroom_memories", "20"]) == 0
+    assert "on 4 memories" in capsys.readouterr().out.replace("\n", " ")
+    assert main(["headroom", *flags, "--headroom_memories", "24"]) == 2
+    assert "all 24 articles are fitted to" in capsys.readouterr().err
+    assert main(["headroom", *flags, "--headroom_memories", "12", "--dataset_eval_name", flags[0]]) == 2
+    assert "articles are both fitted to and measured on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
