@@ -52,12 +52,14 @@ def test_it_measures_on_other_rows_where_they_are_named(
     assert f"({other})" in capsys.readouterr().out.replace("\n", "")
 
 
-def test_the_same_rows_are_not_measured_on(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Articles that are read again are left out; where all are, or the same are named, that is refused."""
-    assert main(["headroom", *flags, "--headroom_memories", "20"]) == 0
-    assert "on 4 memories" in capsys.readouterr().out.replace("\n", " ")
-    assert main(["headroom", *flags, "--headroom_memories", "24"]) == 2
-    assert "all 24 articles are fitted to" in capsys.readouterr().err
+def test_few_articles_are_read_again_but_on_one_side_alone(
+    tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["headroom", *flags, "--headroom_memories", "40"]) == 0
+    record = json.loads((tmp_path / "out" / "headroom.json").read_text(encoding="utf-8"))
+    # Two and a half times 24 articles, of which every third is held out.
+    assert record["num_fitted"] + record["headroom"]["num_values"] == 60
+    assert record["headroom"]["num_clusters"] == 8
     assert main(["headroom", *flags, "--headroom_memories", "12", "--dataset_eval_name", flags[0]]) == 2
     assert "articles are both fitted to and measured on" in capsys.readouterr().err
 
