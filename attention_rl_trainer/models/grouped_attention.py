@@ -14,7 +14,7 @@ In bfloat16 even so the kernel takes four times as long as reading the keys. Two
 
 take half of its time, for scores that are rounded to bfloat16, as transformers' "eager" attention rounds them too. The
 products copy whatever is not a contiguous buffer, so they run over the whole buffer of which keys and values are the
-first places (`kv_cache` keeps it short), and a bias of -inf takes out the places after them.
+first places (`kv_cache` keeps it short), and a bias takes out the places after them.
 
 Registers with transformers as the attention implementation "sdpa_grouped".
 """
@@ -122,10 +122,14 @@ def _whole_buffer(states: Tensor) -> Tensor | None:
 
 
 def _bias(mask: Tensor | None, length: int, num_places: int, dtype: torch.dtype) -> Tensor | None:
-    """Turn a mask into what is added to the scores, with -inf for the places after; ``[1 or r · S, places]``."""
+    """Turn a mask into what is added to the scores, the lowest number for the places after; ``[1 or r · S, places]``.
+
+    It is finite, because padding at the beginning of a row sees nothing: what it attends to is never used, but must be
+    a number, since it is multiplied by 0.
+    """
     if mask is None and length == num_places:
         return None
-    bias = torch.full((1 if mask is None else mask.shape[2], num_places), -math.inf, dtype=dtype)
+    bias = torch.full((1 if mask is None else mask.shape[2], num_places), torch.finfo(dtype).min, dtype=dtype)
     if mask is None:
         bias[:, :length] = 0
     elif mask.dtype == torch.bool:
@@ -145,7 +149,7 @@ def attend_by_products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor |
 
     Args:
         query: ``[B, G, n, D]``, the shape of what is returned.
-        key: ``[B, G, C, D]``, contiguous; finite also where the bias is -inf.
+        key: ``[B, G, C, D]``, contiguous; finite also where the bias takes it out.
         value: like ``key``.
         bias: what is added to the scaled scores, ``[1 or n, C]``.
     """

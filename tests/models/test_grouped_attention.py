@@ -97,6 +97,17 @@ def test_products_run_in_bfloat16_over_a_buffer_and_equal_transformers_attention
     torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=0)
 
 
+def test_a_place_that_sees_nothing_gets_a_number() -> None:
+    query, states = torch.randn(1, 4, 3, 8, dtype=torch.bfloat16), torch.randn(2, 1, 2, 9, 8, dtype=torch.bfloat16)
+    mask = triangle(3, 9)[None, None].clone()
+    mask[..., 0, :] = False
+    got, _ = grouped_attention_forward(Attention(2), query, in_buffer(states[0], 16), in_buffer(states[1], 16), mask)
+    expected, _ = sdpa_attention_forward(Attention(2), query.float(), *states.float(), mask)
+
+    assert got[:, 0].isfinite().all()
+    torch.testing.assert_close(got[:, 1:].float(), expected[:, 1:], atol=2e-2, rtol=0)
+
+
 def test_what_is_not_a_slice_of_a_buffer_or_has_its_end_outside_is_left_to_the_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -216,6 +216,19 @@ def test_orders_equal_those_of_plain_forwards() -> None:
     assert OrderScorer(sampler.policy, memory).score(order) == pytest.approx(sum(expected) / 3, abs=1e-5)
 
 
+def test_one_memory_that_begins_with_padding_is_read_in_bfloat16() -> None:
+    """Nothing is seen from there: what the place gives is never used, and must be a number all the same."""
+    batch = padded_memories(9, (1,))
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        sampler = make_sampler(MODELS["llama"]().to(dtype), shown=True)
+        memory = ScoredMemory.of_row(sampler, batch, 0)
+        assert memory.prompt[0, 0] == PADDING
+        rewards = sampler.sample(batch, [0]).avg_reward
+        found.append([OrderScorer(sampler.policy, memory).score((2, 0, 1)), rewards.isfinite().all().item()])
+    assert found[0] == pytest.approx(found[1], abs=0.05)
+
+
 def test_every_rule_orders_padded_memories(tokenizer: Any) -> None:
     sampler = make_sampler(MODELS["llama"]())
     few, many = (
