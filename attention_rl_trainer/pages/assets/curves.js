@@ -56,6 +56,8 @@ const CHARTS = [
     about: "A better reader than the base model, after the same queries." },
   { id: "order-gain", title: "Order gain", unit: NATS, source: fromLedger("order_gain"), zero: true, hollow: true, optional: true,
     about: "What the pairs read before brought to the base model." },
+  { id: "information-gain", title: "Information gain", unit: NATS, source: fromLedger("information_gain"), zero: true, hollow: true, optional: true,
+    about: "What a step told the base model about the values that were unread after it." },
   { id: "kept", title: "Kept fraction", unit: "share of the judged trajectories", source: keptShare, floor: true,
     about: "Above the threshold, and trained on." },
   { id: "kl", title: "KL to the reference", unit: "nats per query token", source: fromLog("kl"), floor: true,
