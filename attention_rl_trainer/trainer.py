@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -24,7 +24,7 @@ from transformers.trainer_utils import PredictionOutput
 from attention_rl_trainer.config import NOT_OPTIONS, AttentionGuidedRLConfig
 from attention_rl_trainer.durability.discovery import Fact
 from attention_rl_trainer.durability.states import Stateful
-from attention_rl_trainer.errors import RunContext
+from attention_rl_trainer.errors import RunContext, expect_finite
 from attention_rl_trainer.evaluation.asking import AskedQuestions
 from attention_rl_trainer.evaluation.evaluate import evaluate, expect_evaluable
 from attention_rl_trainer.evaluation.tables import folder_name
@@ -60,15 +60,17 @@ from attention_rl_trainer.rollout import (
     RewardFunction,
     Separators,
 )
+from attention_rl_trainer.rollout.information import first_choice_values
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.update import KeptTrajectories, LossTerms, RewardFilter, TrajectoryFilter, Updater
 from attention_rl_trainer.update.agreement import RolloutAgreement
 from attention_rl_trainer.update.objective import compute_loss_terms
-from attention_rl_trainer.update.warm_start import WarmStartTerms, lay_out_lessons, warm_start_terms
+from attention_rl_trainer.update.warm_start import WarmStartOptions, WarmStartTerms, lay_out_lessons, warm_start_terms
 
 Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 
 RUN_CONFIG_NAME = "attention_rl_config.json"
+WARM_START = tuple(item.name for item in fields(WarmStartOptions))
 BEFORE_TRAINING = "_before_training"
 """After the name of an evaluation's folder where ``eval_on_start`` asked for it."""
 
@@ -197,7 +199,8 @@ class AttentionGuidedRLTrainer(PublishingTrainer):
 
     def _expect_trainable(self) -> None:
         args = self.args
-        reads_trees = args.information_coef > 0 or args.num_queries > 1 or args.needs_choice_values
+        is_informed = args.information_coef > 0 or args.warm_start_temperature is not None
+        reads_trees = is_informed or args.num_queries > 1 or args.needs_choice_values
         expect_trainable(self.policy, through_choice=args.selector_coef > 0, reads_trees=reads_trees)
 
     # ---- A step ----
@@ -278,6 +281,10 @@ class AttentionGuidedRLTrainer(PublishingTrainer):
 
         with self._all_or_nothing(), self.context.phase("update", len(batch), batch.articles):
             numbers = range(done + rows.start, done + rows.stop)
+            temperature, scores = self.args.warm_start_temperature, None
+            if temperature is not None and len(batch) > 0:
+                scores = first_choice_values(self.policy, self.layout, batch) / temperature
+                expect_finite({"log-probability of an unread value": scores}, batch.articles)
             lessons = lay_out_lessons(
                 batch,
                 self.layout,
@@ -287,6 +294,7 @@ class AttentionGuidedRLTrainer(PublishingTrainer):
                 self.updater.num_trajectories,
                 self.args.warm_start_mismatch or 0,
                 self.policy.device,
+                scores,
             )
             # The updater's is a mean over num_iterations, of which there is one here.
             loss = self.updater.accumulate(lessons, differentiate)
@@ -512,7 +520,7 @@ class AttentionGuidedRLTrainer(PublishingTrainer):
             facts |= {name: None if part is None else kind_of(part) for name, part in parts.items()}
             # The states of one optimizer mean nothing to another.
             optim = self._given_optimizer or str(getattr(args.optim, "value", args.optim))
-            warm_start = {name: getattr(args, name) for name in ("warm_start_episodes", "warm_start_mismatch")}
+            warm_start = {name: getattr(args, name) for name in WARM_START}
             self._identity = super().run_identity() | facts | warm_start | {"seed": args.seed, "optim": optim}
         # Each process has random numbers of its own for dropout; nothing else depends on their number.
         dropout = {"processes": self.processes.count} if self._draws_dropout else {}

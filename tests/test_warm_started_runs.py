@@ -23,6 +23,7 @@ from attention_rl_trainer import trainer as trainer_module
 from attention_rl_trainer.errors import NonFiniteError
 from attention_rl_trainer.records.ledger import read_ledger
 from attention_rl_trainer.records.progress import load_parts, load_previous_adapter
+from attention_rl_trainer.rollout.information import first_choice_values
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 
 STEPS_BEFORE = 2
@@ -265,6 +266,31 @@ def test_checkpoints_count_both_phases(every: int, steps: list[int], make_on_art
     assert found == steps
     done = load_parts(trainer.output_dir / f"checkpoint-{steps[0]}")["progress"]
     assert done["num_warm_start"] + done["num_episodes"] == 8 * steps[0]
+
+
+def test_pairs_that_tell_most_come_first(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a low temperature the lessons read what `first_choice_values` puts first, in its order."""
+    trainer = make(warm_start_temperature=1e-6, num_episodes=8)
+    lay_out, batches, orders = trainer_module.lay_out_lessons, [], []
+
+    def note(batch: Any, *arguments: Any) -> Any:
+        lessons = lay_out(batch, *arguments)
+        batches.append(batch)
+        orders.append(lessons.selected_index)
+        return lessons
+
+    monkeypatch.setattr(trainer_module, "lay_out_lessons", note)
+    trainer.train()
+    assert len(orders) == STEPS_BEFORE
+    for batch, order in zip(batches, orders, strict=True):
+        told = first_choice_values(trainer.policy, trainer.layout, batch)
+        assert torch.equal(order, told.argsort(dim=1, descending=True)[:, : order.shape[1]])
+
+
+def test_a_run_resumes_with_the_same_temperature_alone(make_on_articles: Make) -> None:
+    make_on_articles(warm_start_temperature=0.5).train()
+    with pytest.raises(ValueError, match="warm_start_temperature"):
+        make_on_articles(warm_start_temperature=0.4, num_episodes=32).train(resume_from_checkpoint=True)
 
 
 def test_a_resumed_run_ends_like_the_whole_one(make: Make) -> None:

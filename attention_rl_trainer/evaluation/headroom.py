@@ -28,11 +28,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from attention_rl_trainer.evaluation.estimates import Estimate, clustered_mean, clustered_ratio
-from attention_rl_trainer.memories.pairs import MemoryBatch, add_embeddings
+from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.models.heads import readable_layers
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.probing.vectors import LayerVectors, join_vectors, unasked_vectors
-from attention_rl_trainer.rollout.information import choice_values
+from attention_rl_trainer.rollout.information import first_choice_values
 from attention_rl_trainer.rollout.layout import Layout
 from attention_rl_trainer.types import is_token
 
@@ -84,10 +84,7 @@ def read_tables(policy: PolicyModel, layout: Layout, memories: MemoryBatch, *, s
     hidden = None if show_progress else True  # None: where standard error is no terminal
     for row in tqdm(range(len(memories)), "Reading what each value tells", disable=hidden, leave=False):
         memory = memories.select_rows([row]).trimmed()
-        pairs, of_one = add_embeddings(memory, policy.embed_keys), layout.for_batch(memory)
-        # One step, of which only where it begins matters.
-        first = torch.zeros(1, 1, dtype=torch.int64, device=policy.device)
-        values.append(choice_values(policy, of_one, pairs, of_one.prompt(memory, policy.device), first)[:, 0].cpu())
+        values.append(first_choice_values(policy, layout, memory).cpu())
         found = unasked_vectors(policy, layout, memory, layers)
         vectors.append({n: LayerVectors(v.queries.cpu(), v.keys.cpu()) for n, v in found.items()})
     keys = [[tuple(key[is_token(key)].tolist()) for key in row] for row in memories.key_tokens]

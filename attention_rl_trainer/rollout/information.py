@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attention_rl_trainer.memories.pairs import MemoryBatch, add_embeddings
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.rollout.branch_values import BranchValues, row_chunks
 from attention_rl_trainer.rollout.layout import Layout, repeated
@@ -98,6 +99,23 @@ def choice_values(
         context = token_ids[:, : layout.context_tokens(step)]
         steps.append(_values_of_choices(policy, layout, memory, context, unread))
     return torch.stack(steps, dim=1)
+
+
+def first_choice_values(policy: PolicyModel, layout: Layout, batch: MemoryBatch) -> Tensor:
+    """Score every pair of memories by what its value, read first, would tell about the others.
+
+    Args:
+        layout: of the run.
+
+    Returns:
+        A at the first step, nats per token, ``[B, M]`` float32.
+
+    Raises:
+        UnsupportedArchitectureError: the model does not read trees.
+    """
+    memory, layout = add_embeddings(batch, policy.embed_keys), layout.for_batch(batch)
+    every = torch.arange(memory.pair_numbers.shape[1], device=policy.device).expand(len(batch), -1)
+    return _values_of_choices(policy, layout, memory, layout.prompt(batch, policy.device), every)
 
 
 def _values_of_choices(

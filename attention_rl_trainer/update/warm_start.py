@@ -1,7 +1,8 @@
 """A supervised phase before the first episode: what a query is, before which query pays (design §9).
 
 A small model writes prose where a query is wanted, and reinforcement alone does not find queries among all texts. Here
-each query is the key of an unread pair, drawn uniformly, and the loss is the mean over steps of
+each query is the key of an unread pair, drawn uniformly or, at a temperature, by what its value would tell about the
+others (`rollout.information`); and the loss is the mean over steps of
 
     - mean_L log p(query tokens)  -  mean_V log p(value tokens)
 
@@ -21,7 +22,7 @@ from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.models.sampling import Purpose, episode_noise
-from attention_rl_trainer.options import CountOrZero, Options, Share, option
+from attention_rl_trainer.options import CountOrZero, Options, Positive, Share, option
 from attention_rl_trainer.rollout.layout import Layout, positions
 from attention_rl_trainer.types import KeyValuePairs, is_token
 from attention_rl_trainer.update.kept import KeptTrajectories
@@ -35,14 +36,28 @@ class WarmStartOptions(Options):
 
     warm_start_episodes: CountOrZero = option(
         0,
-        "Trajectories of a supervised phase before the first episode: each query is the key of an unread pair, drawn "
-        "uniformly, and the loss is on queries and values alike.",
+        "Trajectories of a supervised phase before the first episode: each query is the key of an unread pair, and the "
+        "loss is on queries and values alike.",
+    )
+    warm_start_temperature: Positive | None = option(
+        None,
+        "Draw the warm start's pairs by a softmax of what each value, read first, would tell about the others (nats "
+        "per token, divided by this), so that the policy learns to ask for what tells most. Default: all alike.",
     )
     warm_start_mismatch: Share | None = option(
         None,
         "Share of the warm start's steps whose query is the key of another pair than the one that is read, as it will "
         "happen: or the reader takes every query for the beginning of its answer. Default: none.",
     )
+
+    def check_options(self) -> None:
+        """Check the ranges, and that the temperature has something to act on."""
+        super().check_options()
+        if self.warm_start_temperature is not None and self.warm_start_episodes == 0:
+            raise ValueError(
+                f"warm_start_temperature is {self.warm_start_temperature}, but warm_start_episodes is 0, so nothing is "
+                "drawn; set warm_start_episodes, or leave the temperature out"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +87,7 @@ def lay_out_lessons(
     total: int,
     mismatch: float = 0.0,
     device: torch.device | None = None,
+    scores: Tensor | None = None,
 ) -> KeptTrajectories:
     """Make the trajectories of a batch in which every query is the key of the pair that follows.
 
@@ -82,6 +98,7 @@ def lay_out_lessons(
         total: B_all, the trajectories of the whole update.
         mismatch: share of the steps whose query is the key of any other pair of the memory.
         device: where the trajectories, memories included, are; by default where the batch is.
+        scores: the pairs are drawn by their softmax, ``[B, M]``, without replacement; by default all alike.
 
     Returns:
         The trajectories; their advantages are 1.
@@ -90,7 +107,10 @@ def lay_out_lessons(
     layout = layout.for_batch(batch)
     num_rows, num_pairs = batch.pair_numbers.shape
     noise = episode_noise(seed, episodes, Purpose.WARM_START, (num_pairs + layout.num_steps,)).to(device)
-    order = noise[:, :num_pairs].argsort(dim=1)[:, : layout.num_steps]
+    drawn = noise[:, :num_pairs]
+    # The largest of scores with Gumbel noise is a draw from their softmax, and so is the largest of the rest.
+    ranks = drawn if scores is None else (-drawn.log()).log() - scores
+    order = ranks.argsort(dim=1)[:, : layout.num_steps]
     asked = _mismatched(order, noise[:, num_pairs:], num_pairs, mismatch)
     memory = KeyValuePairs(
         key_tokens=batch.key_tokens.to(device),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -159,6 +161,25 @@ class TestLessons:
         counts = {tuple(order): orders.count(order) for order in orders}
         assert len(counts) == 6
         assert all(abs(count - 100) < 46 for count in counts.values())
+
+    def test_scores_draw_by_their_softmax_without_replacement(self, encoder: PlainTextEncoder) -> None:
+        """1,200 draws of an order of three; 5 standard deviations of the rarest count are at least 12."""
+        batch = random_batch(1200, 3, 2, 2)
+        layout = layout_of(num_kv_pairs=4, num_steps=3, tokens_per_query=1)
+        weights = torch.tensor([4.0, 2.0, 1.0])
+        scores = weights.log().expand(1200, -1)
+        orders = lay_out_lessons(batch, layout, encoder, range(1200), 0, 16, scores=scores).selected_index.tolist()
+        for order in itertools.permutations(range(3)):
+            first, second, third = weights[list(order)].tolist()
+            expected = 1200 * first / 7 * second / (second + third)
+            assert abs(orders.count(list(order)) - expected) < 5 * math.sqrt(expected)
+
+    def test_equal_scores_leave_all_alike(self, encoder: PlainTextEncoder) -> None:
+        batch = random_batch(300, PAIRS, KEY, VALUE)
+        scores = torch.full((300, PAIRS), 0.7)
+        lessons = lay_out_lessons(batch, layout_of(), encoder, range(300), 0, 16, scores=scores)
+        counts = torch.bincount(lessons.selected_index[:, 0], minlength=PAIRS)
+        assert (counts - 300 / PAIRS).abs().max() < 5 * math.sqrt(300 / PAIRS)
 
     def test_a_draw_depends_on_the_seed_and_the_number_alone(self, encoder: PlainTextEncoder) -> None:
         batch = random_batch(8, PAIRS, KEY, VALUE)
@@ -338,6 +359,12 @@ def test_numbers_that_are_not_finite_are_named(
         head[-1] = torch.inf
     with pytest.raises(NonFiniteError, match=r"log-probability of a value.*title 0"):
         bench.terms()
+
+
+def test_a_temperature_without_a_phase_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^warm_start_temperature is 0\.1, but warm_start_episodes is 0, "):
+        WarmStartOptions(warm_start_temperature=0.1).check_options()
+    WarmStartOptions(warm_start_temperature=0.1, warm_start_episodes=8).check_options()
 
 
 def test_the_phase_is_off_by_itself() -> None:
