@@ -45,7 +45,13 @@ from attention_rl_trainer.planning.footprint import (
 from attention_rl_trainer.planning.launch import describe_threads, set_threads
 from attention_rl_trainer.planning.measuring import Measurement, measure
 from attention_rl_trainer.planning.sizes import LLAMA_3_2_3B, ModelShape, RunShape, WeightBits
-from attention_rl_trainer.planning.timing import Accelerator, MeasuredSpeed, TimePlan, plan_time
+from attention_rl_trainer.planning.timing import (
+    Accelerator,
+    MeasuredSpeed,
+    TimePlan,
+    plan_time,
+    warm_start_seconds,
+)
 from attention_rl_trainer.records.health import expected_kept_fraction
 from attention_rl_trainer.rollout.layout import Separators
 
@@ -327,8 +333,7 @@ def _print(
     what, seconds = f"{config.num_episodes:,} episodes", time.seconds * config.num_episodes
     if config.warm_start_episodes:
         what += f" after {config.warm_start_episodes:,} of a warm start"
-        # Which rolls nothing out, and trains on all.
-        seconds += plan_time(shape, run, speed, 1.0).update_seconds * config.warm_start_episodes
+        seconds += warm_start_seconds(shape, run, speed) * config.warm_start_episodes
     console.print(memory_table(plan))
     console.print(facts_table(shape, run, time, free_bytes, (what, seconds), device.price_per_hour))
     if free_bytes is not None:

@@ -189,13 +189,15 @@ def _choices_flops(shape: ModelShape, run: RunShape) -> float:
     """Floating-point operations of what every choice of a trajectory would tell, where the loss asks for it."""
     if not run.needs_choice_values:
         return 0.0
-    total = 0.0
-    for step in range(run.layout.num_steps):
-        unread = run.memory_size - step
-        tokens = choice_tokens(run.layout, step, unread)
-        linear = 2 * tokens * shape.linear_parameters + 2 * unread**2 * run.tokens_per_value * shape.head_parameters
-        total += linear + 4 * shape.num_layers * shape.query_width * tokens * min(tokens, MAX_TREE_TOKENS)
-    return total / run.num_iterations
+    return sum(choice_flops(shape, run, step) for step in range(run.layout.num_steps)) / run.num_iterations
+
+
+def choice_flops(shape: ModelShape, run: RunShape, step: int) -> float:
+    """Floating-point operations of what every choice of a step, counted from 0, would tell."""
+    unread = run.memory_size - step
+    tokens = choice_tokens(run.layout, step, unread)
+    linear = 2 * tokens * shape.linear_parameters + 2 * unread**2 * run.tokens_per_value * shape.head_parameters
+    return linear + 4 * shape.num_layers * shape.query_width * tokens * min(tokens, MAX_TREE_TOKENS)
 
 
 def plan_time(
@@ -244,3 +246,14 @@ def plan_time(
         rollout_seconds=rollout_seconds,
         update_seconds=update_seconds,
     )
+
+
+def warm_start_seconds(shape: ModelShape, run: RunShape, device: Accelerator | MeasuredSpeed) -> float:
+    """Plan the time of a trajectory of the warm start, which rolls nothing out, and trains on all in one step."""
+    lesson = replace(run, num_iterations=1, num_queries=1, selector_coef=0.0, selector_gradient="sampled")
+    seconds = plan_time(shape, lesson, device, 1.0).update_seconds
+    if run.warm_start_temperature is None:
+        return seconds
+    if isinstance(device, MeasuredSpeed):
+        return seconds + choice_tokens(run.layout, 0, run.memory_size) / device.reading
+    return seconds + device.seconds(choice_flops(shape, run, 0), 0)

@@ -13,7 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
 from attention_rl_trainer.planning.sizes import LLAMA_3_2_3B, ModelShape, RunShape
-from attention_rl_trainer.planning.timing import Accelerator, Forward, plan_time, rollout_forwards, update_flops
+from attention_rl_trainer.planning.timing import (
+    Accelerator,
+    Forward,
+    MeasuredSpeed,
+    choice_flops,
+    plan_time,
+    rollout_forwards,
+    update_flops,
+    warm_start_seconds,
+)
+from attention_rl_trainer.rollout.information import choice_tokens
 
 
 class TestTime:
@@ -59,6 +69,33 @@ class TestTime:
         time = plan_time(SMALL, run, Accelerator(1.0, 1.0))
         assert time.forward_tokens == pytest.approx(trajectory.forward_tokens / 3)
         assert run.layout.trajectory_tokens == trajectory.token_ids.shape[1]
+
+    @pytest.mark.parametrize("device", [Accelerator(1e9, 1e9), MeasuredSpeed(1e3, 1e3, 1e3)])
+    def test_a_lesson_takes_one_update_and_what_its_temperature_asks_for(
+        self, device: Accelerator | MeasuredSpeed
+    ) -> None:
+        several = replace(SHORT, num_iterations=3, num_queries=2)
+        lesson = plan_time(SMALL, SHORT, device, 1.0).update_seconds
+        assert warm_start_seconds(SMALL, several, device) == pytest.approx(lesson)
+        scored = (
+            warm_start_seconds(SMALL, replace(several, warm_start_episodes=8, warm_start_temperature=0.1), device)
+            - lesson
+        )
+        tokens = choice_tokens(SHORT.layout, 0, SHORT.memory_size)
+        if isinstance(device, MeasuredSpeed):
+            assert scored == pytest.approx(tokens / 1e3)
+        else:
+            assert scored == pytest.approx(choice_flops(SMALL, SHORT, 0) / 1e9)
+            assert choice_flops(SMALL, SHORT, 0) > 2 * tokens * SMALL.linear_parameters
+
+    @pytest.mark.parametrize("changes", [{"num_queries": 3}, {"selector_coef": 1.0, "selector_gradient": "expected"}])
+    def test_an_update_for_orders_takes_more(self, changes: dict[str, Any]) -> None:
+        plain, more = update_flops(SMALL, SHORT), update_flops(SMALL, replace(SHORT, **changes))
+        if "num_queries" in changes:
+            # Two further queries of each step: their tokens, seen by all, and their logits.
+            assert more > plain * (1 + 2 * 2 * 2 / SHORT.layout.trajectory_tokens)
+        else:
+            assert more - plain == pytest.approx(sum(choice_flops(SMALL, SHORT, step) for step in range(2)))
 
     def test_forwards_by_hand(self) -> None:
         assert list(rollout_forwards(replace(SHORT, embedding_batch_size=10))) == [
