@@ -180,7 +180,9 @@ def evaluate(arguments: EvaluateArguments, console: Console) -> dict[str, float]
         processing_class=tokenizer,
         calibration=adapter if (adapter / CALIBRATION_NAME).is_file() else None,
     )
-    logger.info("Evaluating on up to %d trajectories; their orders take most of the time", arguments.episodes)
+    orders = config.eval_episodes if config.eval_order_episodes is None else config.eval_order_episodes
+    slow = f"; the orders of {min(orders, arguments.episodes)} take most of the time" if orders > 0 else ""
+    logger.info("Evaluating on up to %d trajectories%s", arguments.episodes, slow)
     metrics = trainer.evaluate()
     written = output_dir / "evaluation" / "eval" / "evaluation.md"
     # As it is: its lines are those of the file.
