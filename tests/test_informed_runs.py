@@ -102,6 +102,20 @@ def test_micro_batches_and_iterations_take_what_was_scored_once(
     assert first.abs().sum() > 0
 
 
+def test_an_evaluation_writes_one_query_in_each_context(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    options = OPTIONS | {"num_queries": 3, "eval_tables": False, "eval_episodes": 4}
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, **options)
+    results = [trainer.evaluate([{"text": text} for text in texts[:4]])]
+    assert trainer.sampler.num_queries == 3
+    trainer.sampler.num_queries = 1
+    results.append(trainer.evaluate([{"text": text} for text in texts[:4]]))
+
+    assert results[0] == results[1]
+    assert "eval_information_gain" in results[0]
+
+
 def test_groups_need_the_credit_of_a_step(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^num_queries is 2: .* credit must be 'step' .* got 'trajectory'"):
         tiny_config(tmp_path, num_queries=2)

@@ -97,6 +97,8 @@ def evaluate(
     sampler = copy.copy(sampler)
     sampler.seed += _SEED_OFFSET
     sampler.compute_order_gain = True
+    # Further queries are there to be trained on.
+    sampler.num_queries = 1
     num_episodes, num_ordered = options.eval_episodes, options.eval_order_episodes
     # A memory whose orders are scored counts once more: that takes most of the time.
     again = 0 if not options.eval_tables else num_episodes if num_ordered is None else min(num_ordered, num_episodes)

@@ -133,8 +133,10 @@ class OrderSettings:
 
     def rollout(self, num_pairs: int, num_steps: int, **changes: Any) -> RolloutOptions:
         """Lay trajectories of T steps over memories of M pairs out, otherwise as in training."""
-        size = {"num_kv_pairs": num_pairs + 1, "subset_fraction": 1.0, "num_steps": num_steps, "order_coef": 0.0}
-        return _taken(RolloutOptions, self.options, **size | changes)
+        size = {"num_kv_pairs": num_pairs + 1, "subset_fraction": 1.0, "num_steps": num_steps}
+        # Nothing is rewarded or trained.
+        unpaid = {"order_coef": 0.0, "information_coef": 0.0, "num_queries": 1}
+        return _taken(RolloutOptions, self.options, **size | unpaid | changes)
 
 
 def _taken(kind: type[OptionsT], options: Mapping[str, Any], **changes: Any) -> OptionsT:

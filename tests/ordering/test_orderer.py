@@ -32,6 +32,13 @@ def expect_same(order: ReadingOrder, other: ReadingOrder) -> None:
         assert ours == pytest.approx(theirs, **EXACT)
 
 
+def test_what_was_paid_for_in_training_is_left_out(orderer: AttentionGuidedOrderer) -> None:
+    trained = {"order_coef": 1.0, "information_coef": 2.0, "num_queries": 4}
+    options = OrderSettings(orderer.settings.options | trained).rollout(4, 4)
+
+    assert (options.order_coef, options.information_coef, options.num_queries) == (0, 0, 1)
+
+
 def test_a_drawn_order_is_that_of_a_rollout(orderer: AttentionGuidedOrderer, texts: list[str]) -> None:
     """Of a text of whole pieces, whose first is the example, as the trainer's sampler rolls it out."""
     encode = orderer.encoder.encode
