@@ -177,6 +177,12 @@ class AttentionGuidedRLConfig(
                 f"others there, so credit must be 'step' and advantage 'centered' or 'whitened'; got {self.credit!r} "
                 f"and {self.advantage!r}"
             )
+        if self.num_queries > 1 and (self.order_coef > 0 or self.information_coef > 0):
+            raise ValueError(
+                f"num_queries is {self.num_queries}, and order_coef or information_coef above 0: what a step brings or "
+                "tells is the same for every query of its context, which are compared with one another, so it would "
+                "count for nothing; set num_queries to 1, or both coefficients to 0"
+            )
         if self.warm_start_episodes % self.episodes_per_step != 0:
             raise ValueError(
                 f"warm_start_episodes must be a multiple of the trajectories of a step, {self.episodes_per_step} "

@@ -199,9 +199,14 @@ class AttentionGuidedRLTrainer(PublishingTrainer):
 
     def _expect_trainable(self) -> None:
         args = self.args
-        is_informed = args.information_coef > 0 or args.warm_start_temperature is not None
-        reads_trees = is_informed or args.num_queries > 1 or args.needs_choice_values
-        expect_trainable(self.policy, through_choice=args.selector_coef > 0, reads_trees=reads_trees)
+        needs = {
+            "information_coef": args.information_coef > 0,
+            "num_queries": args.num_queries > 1,
+            "selector_gradient": args.needs_choice_values,
+            "warm_start_temperature": args.warm_start_temperature is not None,
+        }
+        trees_for = [name for name, is_needed in needs.items() if is_needed]
+        expect_trainable(self.policy, through_choice=args.selector_coef > 0, trees_for=trees_for)
 
     # ---- A step ----
 

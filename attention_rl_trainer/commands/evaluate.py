@@ -24,6 +24,7 @@ from attention_rl_trainer.ordering.adapter import read_options
 from attention_rl_trainer.records.console import metrics_table
 from attention_rl_trainer.rollout.calibration import CALIBRATION_NAME
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
+from attention_rl_trainer.update.warm_start import WarmStartOptions
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class EvaluateArguments:
 
 
 # How a run was launched and how it began, which an evaluation need not be able to do again.
-_OF_TRAINING = {"model_init_kwargs", "num_processes", "num_threads", "warm_start_episodes"}
+_OF_TRAINING = {"model_init_kwargs", "num_processes", "num_threads"} | {item.name for item in fields(WarmStartOptions)}
 
 
 def trained_options(adapter: Path) -> dict[str, Any]:

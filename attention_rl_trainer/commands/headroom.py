@@ -19,8 +19,15 @@ from rich.table import Table
 from attention_rl_trainer.commands.measured import Measured, MeasuredData, MeasuredModel
 from attention_rl_trainer.commands.parsing import CommandParser
 from attention_rl_trainer.config import AttentionGuidedRLConfig
-from attention_rl_trainer.evaluation.headroom import Headroom, measure_headroom, read_tables
+from attention_rl_trainer.evaluation.headroom import (
+    Headroom,
+    articles_of,
+    expect_measurable,
+    measure_headroom,
+    read_tables,
+)
 from attention_rl_trainer.memories.pairs import MemoryBatch
+from attention_rl_trainer.planning.preflight import expect_tokens
 
 FILE_NAME = "headroom.json"
 
@@ -28,6 +35,10 @@ FILE_NAME = "headroom.json"
 @dataclass
 class HeadroomData(MeasuredData):
     """What is read."""
+
+    dataset_eval_name: str | None = field(
+        default=None, metadata={"help": "What to measure on. Default: every third article, which is not fitted to."}
+    )
 
     headroom_memories: int = field(
         default=300, metadata={"help": "Memories that readers of keys are fitted to; half as many are measured on."}
@@ -51,20 +62,23 @@ def main(flags: Sequence[str], console: Console | None = None) -> int:
     """Parse, read, fit, write and print, by default to standard output; returns the exit code."""
     data, config, model = parser().parse(flags)
     measured, count = Measured(config, model), data.headroom_memories
+    expect_tokens(measured.model, measured.layout.told_tokens(0, 2), "a value is read after another one")
+    fitted_to: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
     if data.dataset_eval_name is None:
         _, every, _ = measured.memories(data, count + count // 2, 0)
         memories, others = _by_article(every)
     else:
         _, memories, others = measured.memories(data, count, count // 2)
-    fitted_to, held_out = (
-        read_tables(measured.policy, measured.layout, part, show_progress=not config.disable_tqdm)
-        for part in (memories, others)
-    )
-    if data.dataset_eval_name is not None:
         # Articles are numbered in each split.
-        fitted_to = fitted_to.of(data.dataset_name, data.dataset_train_split)
-        held_out = held_out.of(data.dataset_eval_name, data.dataset_eval_split)
-    found = measure_headroom(fitted_to, held_out)
+        fitted_to = data.dataset_name, data.dataset_train_split
+        held_out = data.dataset_eval_name, data.dataset_eval_split
+    parts = [(memories, articles_of(memories, *fitted_to)), (others, articles_of(others, *held_out))]
+    expect_measurable(*(articles for _, articles in parts))
+    tables = [
+        read_tables(measured.policy, measured.layout, *part, show_progress=not config.disable_tqdm) for part in parts
+    ]
+    found = measure_headroom(*tables)
     folder = Path(str(config.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE_NAME).write_text(found.to_json() + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -57,10 +57,6 @@ class Tables:
     articles: Sequence[Hashable]
     """Of each memory."""
 
-    def of(self, *names: str) -> Tables:
-        """Name the data that the articles are of, where they are to be told from those of other data."""
-        return replace(self, articles=[(*names, article) for article in self.articles])
-
     def rows(self, rows: Sequence[int]) -> Tables:
         """Take some memories."""
         layers = {
@@ -71,7 +67,14 @@ class Tables:
         return Tables(self.values[list(rows)], layers, keys, articles)
 
 
-def read_tables(policy: PolicyModel, layout: Layout, memories: MemoryBatch, *, show_progress: bool = False) -> Tables:
+def read_tables(
+    policy: PolicyModel,
+    layout: Layout,
+    memories: MemoryBatch,
+    articles: Sequence[Hashable],
+    *,
+    show_progress: bool = False,
+) -> Tables:
     """Score every first choice of each memory, and take the vectors of all layers that could select.
 
     Raises:
@@ -88,8 +91,12 @@ def read_tables(policy: PolicyModel, layout: Layout, memories: MemoryBatch, *, s
         found = unasked_vectors(policy, layout, memory, layers)
         vectors.append({n: LayerVectors(v.queries.cpu(), v.keys.cpu()) for n, v in found.items()})
     keys = [[tuple(key[is_token(key)].tolist()) for key in row] for row in memories.key_tokens]
-    articles = [(article.source, article.article_index) for article in memories.articles]
     return Tables(torch.cat(values), join_vectors(vectors), keys, articles)
+
+
+def articles_of(memories: MemoryBatch, *names: str) -> list[Hashable]:
+    """Name the article of each memory; ``names`` of the data tell it from the articles of other data."""
+    return [(*names, article.source, article.article_index) for article in memories.articles]
 
 
 Reader = Callable[[Tables], Tensor]
@@ -270,19 +277,28 @@ class Headroom:
         return json.dumps(record, indent=2)
 
 
+def expect_measurable(fitted_to: Sequence[Hashable], held_out: Sequence[Hashable]) -> None:
+    """Refuse memories that nothing can be fitted to or measured on, by their articles.
+
+    Raises:
+        ValueError: there are fewer than five articles to fit to, none to measure on, or one is on both sides.
+    """
+    if len(set(fitted_to)) < _FOLDS or not held_out:
+        raise ValueError(
+            f"to fit readers of keys takes {_FOLDS} articles or more, and one to measure on; got {len(set(fitted_to))} "
+            f"and {len(set(held_out))}; give more data, or name other data in dataset_eval_name"
+        )
+    if both := set(fitted_to) & set(held_out):
+        raise ValueError(f"{len(both)} articles are both fitted to and measured on")
+
+
 def measure_headroom(fitted_to: Tables, held_out: Tables) -> Headroom:
     """Fit readers of keys to some memories, and let them choose on others, which must come from other articles.
 
     Raises:
-        ValueError: there are fewer than five articles to fit to, or an article is on both sides.
+        ValueError: see `expect_measurable`.
     """
-    if len(set(fitted_to.articles)) < _FOLDS:
-        raise ValueError(
-            f"to fit readers of keys takes {_FOLDS} articles or more, got {len(set(fitted_to.articles))}; raise "
-            "headroom_memories or give more data"
-        )
-    if both := set(fitted_to.articles) & set(held_out.articles):
-        raise ValueError(f"{len(both)} articles are both fitted to and measured on")
+    expect_measurable(fitted_to.articles, held_out.articles)
     best: list[tuple[str, str, float, Fit]] = []
     for name, settings in _candidates(fitted_to).items():
         scored = [(_cross_validated(fit, fitted_to), setting, fit) for setting, fit in settings]

@@ -95,17 +95,23 @@ class PaddingReader:
         inputs: dict[str, Any] = {"input_ids": token_ids.clamp_min(0)}
         if self._takes_positions:
             inputs["position_ids"] = positions.expand(len(token_ids), -1)
-        inputs["attention_mask"] = self._masks(seen[:, None], positions[:, None, :, None] - positions[:, None, None, :])
+        inputs["attention_mask"] = self._masks(seen[:, None], positions, positions)
         return inputs
 
     def _windowed(self, are_tokens: Tensor, places: Tensor, positions: Tensor) -> Any:
-        distance = positions[:, None, :, None] - places[:, None, None, :]
-        return self._masks(are_tokens[:, None, None, :] & (distance >= 0), distance)
+        seen = are_tokens[:, None, None, :] & (positions[:, None, :, None] >= places[:, None, None, :])
+        return self._masks(seen, positions, places)
 
-    def _masks(self, seen: Tensor, distance: Tensor) -> Any:
-        """Turn what is seen, and how far away it is, ``[B, 1, S, places]`` each, into a mask, or one for each kind."""
+    def _masks(self, seen: Tensor, positions: Tensor, places: Tensor) -> Any:
+        """Turn what is seen, ``[B, 1, S, places]``, into a mask, or one for each kind of layers.
+
+        Args:
+            positions: of those that see, ``[B, S]``.
+            places: positions of those that are seen, ``[B, places]``.
+        """
         if self._window is None:
             return self._bias(seen)
+        distance = positions[:, None, :, None] - places[:, None, None, :]
         near = self._bias(seen & (distance < self._window))
         if not self._kinds:
             return near

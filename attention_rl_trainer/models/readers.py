@@ -197,7 +197,9 @@ class SeparateReaders(Readers):
 
     def _write_other(self, noise: Tensor) -> DecodedQuery:
         self._reader.mark()
-        query = self._reader.decode(noise, read_last=False)
+        # Hooked as the query that goes on is: what was captured as a graph is replayed with its hooks.
+        with self._policy.attention.capture_queries() as capture:
+            query = self._reader.decode(noise, read_last=False, capture=capture)
         self._reader.roll_back(noise.shape[1] - 1)
         return query
 

@@ -22,14 +22,14 @@ from attention_rl_trainer.models.readers import open_readers
 _ROWS, _TOKENS = 2, 4
 
 
-def expect_trainable(policy: PolicyModel, *, through_choice: bool, reads_trees: bool = False) -> None:
+def expect_trainable(policy: PolicyModel, *, through_choice: bool, trees_for: Sequence[str] = ()) -> None:
     """Embed keys, take a step of a rollout, and compute the gradient of an update, with a few tokens each.
 
     Weights, gradients and random states are those before.
 
     Args:
         through_choice: whether the update differentiates the choice of a pair too.
-        reads_trees: whether unread values are scored, as branches of a tree.
+        trees_for: options that need trees to be read, for the message.
 
     Raises:
         UnsupportedArchitectureError: names what does not work, and the way out where there is one.
@@ -52,26 +52,31 @@ def expect_trainable(policy: PolicyModel, *, through_choice: bool, reads_trees: 
         _expect_shape(queries.vectors, (_ROWS, heads.num_query_heads, heads.head_dim))
         readers.read_response(ids, _TOKENS)
         readers.follow(torch.cat([queries.query.token_ids, ids], dim=1))
-    if reads_trees:
-        with _named(policy, "scoring unread values"), policy.inference(), policy.reference():
-            policy.forward_tree(TokenTree(ids))
+    tokens: Tensor | TokenTree = ids
+    if trees_for:
+        asked = ", ".join(trees_for)
+        with _named(policy, f"reading branches of a text, which {asked} needs (leave it out),"), policy.inference():
+            tokens = TokenTree(ids)
+            tokens.grow(0, ids[:, :1])
+            policy.forward_tree(tokens)
     with _named(policy, "the forward and backward of an update"):
-        _expect_gradient(policy, ids, through_choice=through_choice)
+        _expect_gradient(policy, tokens, through_choice=through_choice)
 
 
-def _expect_gradient(policy: PolicyModel, ids: Tensor, *, through_choice: bool) -> None:
+def _expect_gradient(policy: PolicyModel, tokens: Tensor | TokenTree, *, through_choice: bool) -> None:
     was_training = policy.model.training
     trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     # Activation checkpointing acts in train mode alone.
     policy.model.train()
     try:
         with update_mode(policy.model):
-            hidden, capture = policy.training_forward(policy.model, ids, capture_queries=True)
+            hidden, capture = policy.training_forward(policy.model, tokens, capture_queries=True)
             assert capture is not None
             vectors = capture.heads()
-            _expect_shape(hidden, (*ids.shape, hidden.shape[-1]))
+            shape = (tokens.token_ids if isinstance(tokens, TokenTree) else tokens).shape
+            _expect_shape(hidden, (*shape, hidden.shape[-1]))
             heads = policy.attention.heads
-            _expect_shape(vectors, (*ids.shape, heads.num_query_heads, heads.head_dim))
+            _expect_shape(vectors, (*shape, heads.num_query_heads, heads.head_dim))
             if through_choice and not vectors.requires_grad:
                 raise UnsupportedArchitectureError(
                     "selector_coef is above 0, but the query vectors carry no gradient: either activation "

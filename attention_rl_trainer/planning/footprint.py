@@ -25,7 +25,8 @@ from enum import StrEnum
 from attention_rl_trainer.models.grouped_attention import rows_at_once
 from attention_rl_trainer.planning.sizes import ModelShape, RunShape
 from attention_rl_trainer.rollout.branch_values import rows_read_together
-from attention_rl_trainer.rollout.information import unread_tokens
+from attention_rl_trainer.rollout.groups import other_tokens
+from attention_rl_trainer.rollout.information import MAX_TREE_TOKENS, unread_tokens
 
 GIBIBYTE = 2**30
 # Float32 copies of the logits that are alive at once. Drawing a token: log-probabilities, probabilities, the same in
@@ -199,14 +200,24 @@ def _rollout_parts(shape: ModelShape, run: RunShape) -> tuple[MemoryPart, ...]:
         tokens = run.layout.prompt_tokens + run.tokens_per_query + run.layout.scored_tokens
         size = batch * tokens * cache_bytes_per_token(shape, run)
         parts.append(MemoryPart("cache of the order gain", size, _CACHED_PHASES, "set order_coef to 0"))
-    if run.information_coef > 0:
-        tokens = unread_tokens(run.layout, run.memory_size)
-        rows = min(batch, rows_read_together(tokens))
-        # The mask of padded memories has a row for each, and attention adds its scores where it is no kernel.
-        mask = rows * tokens**2 * run.bytes_per_number
-        size = _forward_bytes(shape, run, rows * tokens, mask)
-        parts.append(MemoryPart("tree of unread values in a layer", size, (Phase.SCORE,), "set information_coef to 0"))
+    trees = {
+        "set information_coef to 0": (run.information_coef > 0, unread_tokens(run.layout, run.memory_size)),
+        "lower num_queries": (run.num_queries > 1, other_tokens(run.layout, run.num_queries)),
+        "set selector_gradient to sampled": (run.needs_choice_values, MAX_TREE_TOKENS),
+    }
+    read = {_tree_bytes(shape, run, tokens): remedy for remedy, (is_read, tokens) in trees.items() if is_read}
+    if read:
+        # One after the other.
+        largest = max(read)
+        parts.append(MemoryPart("tree of values in a layer", largest, (Phase.SCORE,), read[largest]))
     return (*parts, *_dequantized(shape, run))
+
+
+def _tree_bytes(shape: ModelShape, run: RunShape, num_tokens: int) -> int:
+    """Bytes alive in a layer while trees are read, as many rows as are read together."""
+    rows = min(run.generation_batch_size, rows_read_together(num_tokens))
+    # The mask of padded memories has a row for each.
+    return _forward_bytes(shape, run, rows * num_tokens, rows * num_tokens**2 * run.bytes_per_number)
 
 
 def _reading_bytes(shape: ModelShape, run: RunShape) -> int:
@@ -230,8 +241,12 @@ def _dequantized(shape: ModelShape, run: RunShape) -> tuple[MemoryPart, ...]:
 
 def _update_parts(shape: ModelShape, run: RunShape) -> tuple[MemoryPart, ...]:
     number, hidden = run.bytes_per_number, shape.hidden_size
-    tokens = run.micro_batch_size * run.layout.trajectory_tokens
-    query_tokens = run.micro_batch_size * run.layout.num_steps * run.tokens_per_query
+    # Other queries are branches of the trajectory.
+    per_query = run.layout.num_steps * run.tokens_per_query
+    row_tokens = run.layout.trajectory_tokens + (run.num_queries - 1) * per_query
+    tokens = run.micro_batch_size * row_tokens
+    query_tokens = run.micro_batch_size * run.num_queries * per_query
+    mask = run.micro_batch_size * row_tokens**2 * number if run.num_queries > 1 else 0
     layer = tokens * saved_bytes_per_token(shape, run)
     saved, again = shape.num_layers * layer, 0
     fewer = "lower training_batch_size, or set activation_checkpointing"
@@ -245,6 +260,7 @@ def _update_parts(shape: ModelShape, run: RunShape) -> tuple[MemoryPart, ...]:
     states = number * hidden * (tokens + 4 * query_tokens)
     return (
         MemoryPart("activations", saved, UPDATE_PHASES, fewer),
+        *([MemoryPart("mask of other queries", mask, UPDATE_PHASES, "lower num_queries")] if mask else []),
         MemoryPart("last states", states, (Phase.LOSS,), fewer),
         MemoryPart("logits of queries", logits, (Phase.LOSS,), "lower logits_chunk_size"),
         MemoryPart("a layer's backward", again + gradients, (Phase.BACKWARD,), fewer),

@@ -17,11 +17,13 @@ from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.memories.pairs import MemoryBatch, add_embeddings
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.models.readers import open_readers
+from attention_rl_trainer.options import take_options
 from attention_rl_trainer.planning.timing import MeasuredSpeed
 from attention_rl_trainer.rollout.environment import KVMemoryEnvironment, SelectionOptions
 from attention_rl_trainer.rollout.layout import Layout, Separators
 from attention_rl_trainer.types import ArticleReference, KeyValuePairs, StreamPosition
 from attention_rl_trainer.update.kept import KeptTrajectories
+from attention_rl_trainer.update.losses import LossOptions
 from attention_rl_trainer.update.objective import compute_loss_terms
 from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
 
@@ -117,9 +119,11 @@ def _made_up_trajectories(
 
 def _differentiate(policy: PolicyModel, kept: KeptTrajectories, config: AttentionGuidedRLConfig) -> float:
     environment, snapshot = KVMemoryEnvironment(SelectionOptions()), AdapterSnapshot(policy.model)
+    # What the choices would tell is read before, and counted by its tokens.
+    options = take_options(LossOptions, config, selector_gradient="sampled")
 
     def differentiate() -> None:
-        terms = compute_loss_terms(policy, policy.model, environment, snapshot, kept, config)
+        terms = compute_loss_terms(policy, policy.model, environment, snapshot, kept, options)
         terms.loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
 
     seconds = _seconds(differentiate)

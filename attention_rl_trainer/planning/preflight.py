@@ -61,6 +61,7 @@ def expect_fitting(
     """
     expect_fitting_vocabulary(encoder.max_token_id, input_embeddings(base_language_model(model)))
     expect_fitting_context(layout, model)
+    expect_fitting_trees(layout, model, config)
     if with_orders:
         expect_fitting_orders(layout, model, config)
 
@@ -129,6 +130,41 @@ def expect_fitting_context(layout: Layout, model: PeftModel) -> None:
         f"{frame} + {layout.tokens_per_query} + {response}. "
         "Lower num_steps, subset_fraction, num_kv_pairs or the tokens per query, key or value"
     )
+
+
+def expect_fitting_trees(layout: Layout, model: PeftModel, config: AttentionGuidedRLConfig) -> None:
+    """Refuse to score unread values beyond the model's context: they are read after trajectories, and after each other.
+
+    Raises:
+        ValueError: says the arithmetic.
+    """
+    memory_size, last = config.memory_size, layout.num_steps - 1
+    at_most_two = min(2, memory_size - last)
+    # After the last step, if any value is unread then, or before it.
+    after_steps = layout.told_tokens(last + (at_most_two > 1), 1)
+    first_two = layout.told_tokens(0, min(2, memory_size))
+    asked = {
+        "information_coef": (config.information_coef > 0, after_steps),
+        "selector_gradient": (config.needs_choice_values, layout.told_tokens(last, at_most_two)),
+        "warm_start_temperature": (config.warm_start_temperature is not None, first_two),
+    }
+    for option, (is_asked, needed) in asked.items():
+        if is_asked:
+            expect_tokens(model, needed, f"{option} scores values that are unread")
+
+
+def expect_tokens(model: PeftModel, needed: int, what: str) -> None:
+    """Refuse what reads more tokens than the model's context holds, where its config says how many.
+
+    Raises:
+        ValueError: says what takes how many.
+    """
+    available = context_length_of(base_language_model(model).config)
+    if available is not None and needed > available:
+        raise ValueError(
+            f"{what}, which takes {needed} tokens, but the model's context holds {available}; leave that out, or lower "
+            "num_steps, subset_fraction, num_kv_pairs or the tokens per query, key or value"
+        )
 
 
 def expect_fitting_orders(layout: Layout, model: PeftModel, config: AttentionGuidedRLConfig) -> None:

@@ -192,6 +192,10 @@ def _choices_flops(shape: ModelShape, run: RunShape) -> float:
     return sum(choice_flops(shape, run, step) for step in range(run.layout.num_steps)) / run.num_iterations
 
 
+def _choices_tokens(run: RunShape) -> int:
+    return sum(choice_tokens(run.layout, step, run.memory_size - step) for step in range(run.layout.num_steps))
+
+
 def choice_flops(shape: ModelShape, run: RunShape, step: int) -> float:
     """Floating-point operations of what every choice of a step, counted from 0, would tell."""
     unread = run.memory_size - step
@@ -208,7 +212,7 @@ def plan_time(
 ) -> TimePlan:
     """Plan the time of an episode; ``kept_fraction`` of the trajectories, in [0, 1], are trained on.
 
-    A measured update had no activation checkpointing; it is scaled by the operations that this adds.
+    A measured update had neither activation checkpointing nor other queries; it is scaled by what these add.
 
     Raises:
         ValueError: ``kept_fraction`` is out of range.
@@ -223,9 +227,13 @@ def plan_time(
         decode_seconds = run.layout.num_steps * run.tokens_per_query / device.decoding / batch
         others = sum(forward.count * forward.num_tokens for forward in forwards if forward.kind != "decode")
         rollout_seconds = others / batch / device.reading + decode_seconds
-        again = update_flops(shape, run) / update_flops(shape, replace(run, activation_checkpointing=False))
+        sampled = replace(run, selector_gradient="sampled")
+        measured = replace(sampled, activation_checkpointing=False, num_queries=1)
+        more = update_flops(shape, sampled) / update_flops(shape, measured)
         tokens = run.num_iterations * kept_fraction * run.layout.trajectory_tokens
-        update_seconds = again * tokens / device.update
+        update_seconds = more * tokens / device.update
+        if run.needs_choice_values:
+            update_seconds += kept_fraction * _choices_tokens(run) / device.reading
     else:
 
         def seconds(forward: Forward) -> float:

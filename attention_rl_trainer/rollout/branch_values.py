@@ -63,8 +63,6 @@ class BranchValues:
         Raises:
             UnsupportedArchitectureError: the model does not read trees.
         """
-        if not self._values:
-            return self._memory.key_vectors.new_zeros(len(self._memory.pair_numbers), 0)
         with self._policy.inference():
             hidden = self._policy.forward_tree(self._tree)
             values = torch.stack(self._values, dim=1)

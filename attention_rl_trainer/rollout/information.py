@@ -34,10 +34,16 @@ def _unread_columns(index: Tensor, num_pairs: int) -> list[Tensor]:
     return [mask.nonzero()[:, 1].view(len(index), -1) for mask in masks.unbind(dim=1)]
 
 
+def _unread_trees(layout: Layout, num_pairs: int) -> tuple[int, int]:
+    """How many values `unread_values` scores of a trajectory, and how many of them a tree has."""
+    count = sum(num_pairs - step for step in range(layout.num_steps + 1))
+    return count, max(1, min(count, (MAX_TREE_TOKENS - layout.cached_tokens) // layout.scored_tokens))
+
+
 def unread_tokens(layout: Layout, num_pairs: int) -> int:
     """Tokens per trajectory that `unread_values` reads."""
-    unread = sum(num_pairs - step for step in range(layout.num_steps + 1))
-    return layout.cached_tokens + unread * layout.scored_tokens
+    count, at_once = _unread_trees(layout, num_pairs)
+    return -(-count // at_once) * layout.cached_tokens + count * layout.scored_tokens
 
 
 def unread_values(
@@ -57,17 +63,25 @@ def unread_values(
         UnsupportedArchitectureError: the model does not read trees.
     """
     num_pairs = memory.pair_numbers.shape[1]
+    _, at_once = _unread_trees(layout, num_pairs)
     parts = []
-    for rows in row_chunks(len(index), unread_tokens(layout, num_pairs), index.device):
+    for rows in row_chunks(len(index), layout.cached_tokens + at_once * layout.scored_tokens, index.device):
         columns = _unread_columns(index[rows], num_pairs)
         separator = repeated(layout.separators.query, len(rows), token_ids.device)
-        reading = BranchValues(policy, layout, memory.select_rows(rows), torch.cat([token_ids[rows], separator], dim=1))
-        for step, unread in enumerate(columns):
-            for column in unread.unbind(dim=1):
-                reading.ask(layout.context_tokens(step) - 1, column)
-        with policy.reference():
-            read = reading.read()
-        found = torch.split(read, [unread.shape[1] for unread in columns], dim=1)
+        pairs, context = memory.select_rows(rows), torch.cat([token_ids[rows], separator], dim=1)
+        asked = [
+            (layout.context_tokens(step) - 1, column)
+            for step, unread in enumerate(columns)
+            for column in unread.unbind(dim=1)
+        ]
+        read = []
+        for start in range(0, len(asked), at_once):
+            reading = BranchValues(policy, layout, pairs, context)
+            for end, column in asked[start : start + at_once]:
+                reading.ask(end, column)
+            with policy.reference():
+                read.append(reading.read())
+        found = torch.split(torch.cat(read, dim=1), [unread.shape[1] for unread in columns], dim=1)
         parts.append(torch.stack([_placed(*part, num_pairs) for part in zip(columns, found, strict=True)], dim=1))
     return torch.cat(parts)
 

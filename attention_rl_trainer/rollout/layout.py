@@ -177,6 +177,11 @@ class Layout:
         """Tokens of a row that the caches have room for: S and a separator after the last response."""
         return self.prompt_tokens + self.num_steps * self.step_tokens
 
+    def told_tokens(self, step: int, num_values: int) -> int:
+        """Tokens up to the end of so many values, read one after the other, without a query, where a step begins."""
+        between = (num_values - 1) * len(self.separators.query)
+        return self.context_tokens(step) + num_values * self.scored_tokens + between
+
     def block_tokens(self, step: int) -> int:
         """Tokens after the query of a step, counted from 0: the response, and a separator unless it is the last."""
         return self.scored_tokens + (0 if step == self.num_steps - 1 else len(self.separators.query))

@@ -5,7 +5,8 @@
     model_gain  = log p_θ(value | policy's query)    - log p_base(value | policy's query)
     order_gain  = log p_base(value | context, counterfactual query) - log p_base(value | pair 0 alone, the same query)
 
-all in nats per value token. The first is the sum of the next two; the last is not paid for unless ``order_coef`` > 0.
+all in nats per value token. The first is the sum of the next two; the last is not paid for unless ``order_coef`` > 0,
+nor is what a step tells about the values still unread unless ``information_coef`` > 0 (`information`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ each of them once (`models.readers`). The cost of a step:
 3. the reference, rolled back, reads ``query [" Response:"] value [" Query:"]``, which brings it level with the context
    and scores the value after the policy's query.
 
-Where ``information_coef`` > 0, one forward after the last step scores every value that was unread (`information`).
+Where ``information_coef`` > 0, the reference scores in the end every value that was unread (`information`), and where
+``num_queries`` > 1 the policy scores the values after its other queries (`groups`), each as branches of a tree.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class OtherQueries:
     rollout_logprobs: Tensor
     """Log-probabilities of the tokens at the time of the rollout, ``[b, T, Q - 1, L]``."""
     advantages: Tensor
-    """``[b, T, Q - 1]``."""
+    """Each query's reward less the mean of the other Q - 1, the one that went on first, ``[b, T, Q]``."""
 
     def select_rows(self, rows: Tensor) -> OtherQueries:
         """Take those of some trajectories."""
@@ -62,7 +62,8 @@ class KeptTrajectories:
         query_starts: position of each step's first query token, T integers; ``value_starts``, of its first value token.
         query_length: L; ``value_length``, V.
         rollout_logprobs: log-probabilities of the query tokens at the time of the rollout, ``[b, T, L]``.
-        selected_index: columns of the memory that were drawn, ``[b, T]`` int64; ``advantages``, ``[b, T]``.
+        selected_index: columns of the memory that were drawn, ``[b, T]`` int64.
+        advantages: of the draws, and of the queries too where there are no others, ``[b, T]``.
         weights: weight of each trajectory in the loss, 1 / B_all, ``[b]``.
         articles: what was read, b articles or none; for errors.
         others: the other queries of each context, where ``num_queries`` > 1.
@@ -119,11 +120,10 @@ class KeptTrajectories:
             by_query = leave_one_out(torch.cat([own[:, :, None], rewards], dim=2))
             if options.advantage == "whitened" and verdict.history.std > 0:
                 by_query = by_query / verdict.history.std
-            advantages = by_query[:, :, 0]
             tokens, logprobs = (trajectories.stack(f"other_{name}")[rows] for name in ("queries", "query_logprobs"))
-            others = OtherQueries(tokens, logprobs, by_query[:, :, 1:])
+            others = OtherQueries(tokens, logprobs, by_query)
         if len(rows) > 0:
-            expect_finite({"advantage": advantages}, read)
+            expect_finite({"advantage": advantages if others is None else others.advantages.sum(dim=2)}, read)
         first = trajectories.steps[0]
         return cls(
             token_ids=trajectories.token_ids[rows],
@@ -165,11 +165,10 @@ class KeptTrajectories:
             return torch.cat([of_own[:, :, None], of_others], dim=2).flatten(1)
 
         steps = (len(self), len(self.query_starts), length)
-        every = torch.cat([advantages, self.others.advantages], dim=2)
         return WrittenQueries(
             predicted_from=torch.tensor(predicted, device=device),
             token_ids=by_step(own.token_ids.view(steps), self.others.token_ids),
-            advantages=every.repeat_interleave(length, dim=2).flatten(1),
+            advantages=self.others.advantages.repeat_interleave(length, dim=2).flatten(1),
             rollout_logprobs=by_step(self.rollout_logprobs, self.others.rollout_logprobs),
             group_size=1 + self.others.token_ids.shape[2],
             tree=tree,

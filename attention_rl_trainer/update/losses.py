@@ -65,7 +65,8 @@ class LossOptions(Options):
         "tell about the others: raise its mean ('expected'), or imitate its softmax ('distilled').",
     )
     distillation_temperature: Positive = option(
-        0.02, "Divides what values tell, nats per token, before the softmax that 'distilled' imitates."
+        0.02,
+        "Divides what values tell, nats per token, before the softmax that 'distilled' imitates.",
     )
     reward_gradient_coef: Coefficient = option(
         0.0, "Weight of the gradient through log p_θ(value): the model also learns to read."

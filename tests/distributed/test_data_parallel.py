@@ -44,9 +44,9 @@ RUNS: Variants = {
     "micro-batches": variant(training_batch_size=1),
     "checkpointed": variant(gradient_checkpointing=True),
     "selector": variant(selector_coef=0.5, reward_gradient_coef=2.0),
-    "orders": variant(
-        num_queries=2, credit="step", information_coef=1.0, selector_coef=0.5, selector_gradient="distilled"
-    ),
+    "information": variant(information_coef=1.0, selector_coef=0.5, selector_gradient="distilled"),
+    "groups": variant(num_queries=2, credit="step", selector_coef=0.5),
+    "told first": variant(warm_start_episodes=16, warm_start_temperature=0.01),
     "calibrated": variant(**CALIBRATED, calibration_memories=6),
     "logged rarely": variant(logging_steps=2),
 }

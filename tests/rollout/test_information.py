@@ -160,6 +160,18 @@ def test_over_a_whole_memory_the_gains_add_up_to_what_the_pairs_before_brought(
     torch.testing.assert_close(found, (when_read - alone).mean(dim=1))
 
 
+@pytest.mark.parametrize("max_tree_tokens", [1, 150])
+def test_unread_values_may_be_branches_of_several_trees(
+    tokenizer: PreTrainedTokenizerFast, max_tree_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RolledOut(make_sampler(tiny_llama(), tokenizer), with_padding(random_batch(ROWS, PAIRS)))
+    in_one = run.values()
+    monkeypatch.setattr(information, "MAX_TREE_TOKENS", max_tree_tokens)
+
+    torch.testing.assert_close(run.values(), in_one, atol=1e-6, rtol=0)
+    assert unread_tokens(run.layout, PAIRS) > run.layout.cached_tokens + 14 * run.layout.scored_tokens
+
+
 def test_what_is_drawn_does_not_count() -> None:
     values = torch.tensor([[[-1.0, -2.0, 0.0], [0.0, -1.5, -0.5]]])
 

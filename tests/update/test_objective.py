@@ -381,7 +381,7 @@ class TestGroups:
         generator = torch.Generator().manual_seed(4)
         shape = (4, 3, 2)
         queries = bench.policy.allowed_ids[torch.randint(0, 300, (*shape, 4), generator=generator)]
-        others = OtherQueries(queries, torch.zeros(*shape, 4), torch.randn(shape, generator=generator))
+        others = OtherQueries(queries, torch.zeros(*shape, 4), torch.randn(4, 3, 3, generator=generator))
         bench.kept = replace(bench.kept, others=others)
         return bench
 
@@ -392,9 +392,8 @@ class TestGroups:
         assert others is not None
         for step, start in enumerate(bench.kept.query_starts):
             own = bench.kept.token_ids[:, start : start + 4]
-            queries = [(own, bench.kept.advantages[:, step])]
-            queries += [(others.token_ids[:, step, n], others.advantages[:, step, n]) for n in range(2)]
-            for query, advantages in queries:
+            queries = [own, *others.token_ids[:, step].unbind(dim=1)]
+            for query, advantages in zip(queries, others.advantages[:, step].unbind(dim=1), strict=True):
                 text = torch.cat([bench.kept.token_ids[:, :start], query], dim=1)
                 with torch.no_grad(), bench.snapshot.swapped_in():
                     before = bench.policy.query_log_probabilities(bench.policy.forward(text)[:, start - 1 : -1])
@@ -420,6 +419,17 @@ class TestGroups:
         group.kept = replace(group.kept, others=None)
 
         torch.testing.assert_close(added, group.loss(**settings).loss - group.loss().loss, atol=1e-5, rtol=1e-4)
+
+    def test_the_draws_are_reinforced_by_the_steps_own_reward(self, group: Bench) -> None:
+        """How a query of the group compares with the others says nothing of what it drew."""
+        others = group.kept.others
+        assert others is not None
+        compared = replace(group.kept, others=replace(others, advantages=5 * others.advantages))
+        term = group.loss(selector_coef=1.0).loss - group.loss().loss
+
+        torch.testing.assert_close(
+            group.loss(compared, selector_coef=1.0).loss - group.loss(compared).loss, term, atol=1e-4, rtol=1e-4
+        )
 
     def test_micro_batches_add_up(self, group: Bench) -> None:
         parts = [group.loss(part, beta=0.3).loss for part in group.kept.split(3)]
