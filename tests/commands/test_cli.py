@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import OPTIONS, article_texts, byte_level_tokenizer, save_tiny_llama, tiny_trainer, write_rows
+from tiny import OPTIONS, article_texts, byte_level_tokenizer, save_tiny_llama, tiny_config, tiny_trainer, write_rows
 
 import attention_rl_trainer
 from attention_rl_trainer.cli import COMMANDS, DONE, FAILED, INTERRUPTED, MISTAKEN, UNREAD, main
 from attention_rl_trainer.commands.evaluate import trained_options
+from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.configs import find_config, shipped_configs, with_config_path
 from attention_rl_trainer.durability.guard import RunLockedError
 from attention_rl_trainer.durability.pushes import HubPushError
@@ -356,3 +357,14 @@ class TestConfigs:
     def test_a_flag_without_a_file(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["train", "--config"]) == 2
         assert "--config must be followed by a path or a name" in capsys.readouterr().err
+
+
+def test_an_evaluation_needs_no_warm_start(tmp_path: Path) -> None:
+    """Its options do without the phase that they are options of."""
+    began = {"warm_start_episodes": 16, "warm_start_temperature": 0.1, "warm_start_mismatch": 0.3}
+    config = tiny_config(tmp_path, **began)
+    config.save_json(tmp_path / "attention_rl_config.json")
+
+    options = trained_options(tmp_path)
+    assert not options.keys() & began.keys()
+    assert AttentionGuidedRLConfig(**options, use_cpu=True).num_steps == 3

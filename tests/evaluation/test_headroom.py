@@ -128,7 +128,5 @@ def test_the_same_articles_on_both_sides_are_refused() -> None:
 
 
 def test_too_few_articles_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"^to fit readers of keys takes 5 articles or more, .* got 4 and 4; "
-    ):
+    with pytest.raises(ValueError, match=r"^to fit readers of keys takes 5 articles or more, .* got 4 and 4; "):
         measure_headroom(made_up(4, 0, told_by="keys"), made_up(4, 9, told_by="keys", first_article=10**6))

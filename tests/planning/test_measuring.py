@@ -102,6 +102,20 @@ class TestCommand:
         assert "caches of policy and reference" in text
         assert "fits: " in text
 
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ["--selector_coef", "1", "--selector_gradient", "distilled", "--distillation_temperature", "0.1"],
+            ["--num_queries", "3", "--credit", "step"],
+            ["--information_coef", "1", "--warm_start_temperature", "0.1"],
+        ],
+    )
+    def test_a_run_for_orders_is_measured_too(self, tmp_path: Path, flags: list[str]) -> None:
+        save_tiny_llama(tmp_path / "model", article_texts(3))
+        text = printed("--model_name_or_path", str(tmp_path / "model"), *self.OPTIONS, *flags)
+        assert "tree of values in a layer" in text
+        assert "fits: " in text
+
     def test_a_gpu_that_is_described_is_planned_for(self, tmp_path: Path) -> None:
         GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=420).save_pretrained(tmp_path)
         text = printed("--model_name_or_path", str(tmp_path), "--gpu_memory_gib", "12", "--dtype", "float32")

@@ -23,6 +23,7 @@ from attention_rl_trainer.planning.preflight import (
     expect_double_precision,
     expect_fitting_context,
     expect_fitting_orders,
+    expect_fitting_trees,
     expect_fitting_vocabulary,
     expect_log_prob,
     expect_no_mixed_precision,
@@ -127,6 +128,30 @@ class TestContext:
         needed, _, *parts = [int(number) for number in re.findall(r"\d+", str(caught.value))]
         example, (steps, *of_step) = parts[:3], parts[3:7]
         assert needed == sum(example) + steps * sum(of_step)
+
+    # (4 + 6 + 6) and a separator of 2, then steps of 4 + 4 + 6; a value is a separator and 6 tokens, two are 8 + 2 + 8.
+    @pytest.mark.parametrize(
+        ("changes", "needed"),
+        [
+            ({"information_coef": 1.0}, 18 + 3 * 14 + 8),
+            ({"information_coef": 1.0, "num_steps": 4}, 18 + 3 * 14 + 8),
+            ({"selector_coef": 1.0, "selector_gradient": "expected"}, 18 + 2 * 14 + 18),
+            ({"selector_coef": 1.0, "selector_gradient": "expected", "num_steps": 4}, 18 + 3 * 14 + 8),
+            ({"warm_start_episodes": 8, "warm_start_temperature": 0.1}, 18 + 18),
+        ],
+    )
+    def test_unread_values_are_read_beyond_a_trajectory(
+        self, tmp_path: Path, changes: dict[str, Any], needed: int
+    ) -> None:
+        config = tiny_config(tmp_path, **changes)
+        layout = Layout.of(config, SEPARATORS)
+        for available in (needed, None):
+            expect_fitting_trees(layout, model_of_context(available), config)
+        message = (
+            rf"^{next(name for name in reversed(changes) if name != 'num_steps')} scores .* takes {needed} tokens, "
+        )
+        with pytest.raises(ValueError, match=message):
+            expect_fitting_trees(layout, model_of_context(needed - 1), config)
 
     def test_orders_read_all_pairs_and_may_be_left_out(self, tmp_path: Path) -> None:
         # Four pairs, where a trajectory reads three: 16 + 4 · 14 tokens.

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from attention_rl_trainer.models.causal_lm import deterministic_inference
+from attention_rl_trainer.models.decoding import DecodedQuery, ReplayedDecoder
 from attention_rl_trainer.models.readers import open_readers
 from attention_rl_trainer.rollout.groups import leave_one_out
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
@@ -112,3 +113,24 @@ def test_queries_that_are_forgotten_leave_the_context_as_it_was(
             assert torch.equal(found.counterfactual.token_ids, expected.counterfactual.token_ids)
             torch.testing.assert_close(found.vectors, expected.vectors, atol=1e-5, rtol=0)
     assert readers[0].forward_tokens > readers[1].forward_tokens
+
+
+def test_what_is_replayed_has_the_hooks_that_it_was_captured_with(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that was captured without the query's hooks would give no vectors where it is replayed."""
+    hooked: list[int] = []
+    decode = ReplayedDecoder.decode
+
+    def note(decoder: ReplayedDecoder, *arguments: Any, **options: Any) -> DecodedQuery:
+        hooked.append(len(options["captures"]))
+        return decode(decoder, *arguments, **options)
+
+    monkeypatch.setattr(ReplayedDecoder, "decode", note)
+    policy = make_policy(tiny_llama(), tokenizer)
+    noise = torch.rand(4, 2, LENGTH, dtype=torch.float64)
+    with policy.inference():
+        readers = open_readers(policy, torch.randint(1, 380, (2, 9)), 60, joint=False, replay=True)
+        readers.write_queries(noise[0], noise[1], noise[2:].transpose(0, 1))
+    # Two others and the query itself of the policy, and one of the reference, whose cache is its own.
+    assert hooked == [1, 1, 1, 0]
