@@ -72,6 +72,6 @@ def test_every_benchmark_has_its_place_on_the_page() -> None:
     scripts = {path.stem for path in FOLDER.glob("*.py")} - {"harness", "scene", "naive", "planning_peaks"}
     # Their figures have a page of their own, docs/gpu.md.
     scripts -= {"gpu", "gpu_facts", "gpu_parts"}
-    assert scripts == {"calibrated", "rollout", "growth", "update", "selection", "peer", "processes"}
+    assert scripts == {"calibrated", "rollout", "growth", "update", "selection", "peer", "processes", "orders"}
     for name in scripts:
         assert page.count(f"<!-- {name}: begin -->") == page.count(f"<!-- {name}: end -->") == 1

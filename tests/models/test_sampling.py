@@ -21,7 +21,7 @@ def test_streams_differ_by_seed_episode_and_purpose() -> None:
     streams = [
         episode_noise(seed, [episode], purpose, (8,)) for seed in (1, 2) for episode in (0, 1) for purpose in Purpose
     ]
-    assert len({tuple(stream.flatten().tolist()) for stream in streams}) == 2 * 2 * len(Purpose) == 20
+    assert len({tuple(stream.flatten().tolist()) for stream in streams}) == 2 * 2 * len(Purpose) == 24
 
 
 def test_never_draws_an_outcome_of_probability_zero() -> None:
