@@ -87,7 +87,7 @@ if TYPE_CHECKING:
         TrajectoryFilter,
         Verdict,
     )
-    from attention_rl_trainer.update.kept import KeptTrajectories
+    from attention_rl_trainer.update.kept import KeptTrajectories, OtherQueries
     from attention_rl_trainer.update.losses import LossOptions
     from attention_rl_trainer.update.objective import LossTerms
     from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
@@ -121,6 +121,7 @@ _MODULES = {
     "JoinedCapture": "models.heads",
     "KVMemoryEnvironment": "rollout.environment",
     "KeptTrajectories": "update.kept",
+    "OtherQueries": "update.kept",
     "KeyDistribution": "rollout.key_index",
     "KeyIndex": "rollout.key_index",
     "KeyValuePair": "types",
@@ -239,6 +240,7 @@ __all__ = [
     "NonFiniteError",
     "OrderSettings",
     "OrderTrust",
+    "OtherQueries",
     "PairOptions",
     "Phase",
     "PieceEncoder",

@@ -64,6 +64,7 @@ from attention_rl_trainer.rollout.information import first_choice_values
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
 from attention_rl_trainer.update import KeptTrajectories, LossTerms, RewardFilter, TrajectoryFilter, Updater
 from attention_rl_trainer.update.agreement import RolloutAgreement
+from attention_rl_trainer.update.kept import with_choice_values
 from attention_rl_trainer.update.objective import compute_loss_terms
 from attention_rl_trainer.update.warm_start import WarmStartOptions, WarmStartTerms, lay_out_lessons, warm_start_terms
 
@@ -257,7 +258,7 @@ class AttentionGuidedRLTrainer(PublishingTrainer):
                     num_trajectories = self.updater.num_trajectories
                     kept = KeptTrajectories.of(trajectories, mine, self.args, num_trajectories, batch.articles)
                     if self.args.needs_choice_values and len(kept) > 0:
-                        kept = kept.with_choice_values(self.policy, self.layout.for_batch(batch))
+                        kept = with_choice_values(kept, self.policy, self.layout.for_batch(batch))
                     loss = self.updater.accumulate(kept, differentiate)
                 loss = loss + self._take_further_steps(model, differentiate)
             self.progress.advance(whole)

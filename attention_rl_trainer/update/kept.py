@@ -140,50 +140,6 @@ class KeptTrajectories:
             others=others,
         )
 
-    def written_queries(self) -> WrittenQueries:
-        """Collect the tokens that are reinforced."""
-        length, device = self.query_length, self.token_ids.device
-        places = positions(self.query_starts, length, device)
-        advantages = self.advantages[:, :, None]
-        own = WrittenQueries(
-            predicted_from=places - 1,
-            token_ids=self.token_ids[:, places],
-            advantages=advantages.repeat_interleave(length, dim=2).flatten(1),
-            rollout_logprobs=self.rollout_logprobs.flatten(1),
-        )
-        if self.others is None:
-            return own
-        tree, predicted = TokenTree(self.token_ids), list[int]()
-        for step, start in enumerate(self.query_starts):
-            predicted += range(start - 1, start - 1 + length)
-            for query in self.others.token_ids[:, step].unbind(dim=1):
-                first = tree.grow(start - 1, query)
-                predicted += [start - 1, *range(first, first + length - 1)]
-
-        def by_step(of_own: Tensor, of_others: Tensor) -> Tensor:
-            """Join ``[b, T, L]`` and ``[b, T, Q - 1, L]``."""
-            return torch.cat([of_own[:, :, None], of_others], dim=2).flatten(1)
-
-        steps = (len(self), len(self.query_starts), length)
-        return WrittenQueries(
-            predicted_from=torch.tensor(predicted, device=device),
-            token_ids=by_step(own.token_ids.view(steps), self.others.token_ids),
-            advantages=self.others.advantages.repeat_interleave(length, dim=2).flatten(1),
-            rollout_logprobs=by_step(self.rollout_logprobs, self.others.rollout_logprobs),
-            group_size=1 + self.others.token_ids.shape[2],
-            tree=tree,
-        )
-
-    def with_choice_values(self, policy: PolicyModel, layout: Layout) -> KeptTrajectories:
-        """Let the base model score what each choice would tell (`rollout.information`), once for all optimizer steps.
-
-        Args:
-            layout: of this batch (`Layout.for_batch`).
-        """
-        values = choice_values(policy, layout, self.memory, self.token_ids, self.selected_index)
-        expect_finite({"log-probability of an unread value": values}, self.articles)
-        return replace(self, choice_values=values)
-
     def split(self, size: int) -> Iterator[KeptTrajectories]:
         """Cut into micro-batches of ``size`` trajectories; the last may have fewer."""
         for start in range(0, len(self), size):
@@ -206,3 +162,49 @@ class KeptTrajectories:
             others=None if self.others is None else self.others.select_rows(rows),
             choice_values=None if self.choice_values is None else self.choice_values[rows],
         )
+
+
+def written_queries(kept: KeptTrajectories) -> WrittenQueries:
+    """Collect the tokens that are reinforced."""
+    length, device = kept.query_length, kept.token_ids.device
+    places = positions(kept.query_starts, length, device)
+    advantages = kept.advantages[:, :, None]
+    own = WrittenQueries(
+        predicted_from=places - 1,
+        token_ids=kept.token_ids[:, places],
+        advantages=advantages.repeat_interleave(length, dim=2).flatten(1),
+        rollout_logprobs=kept.rollout_logprobs.flatten(1),
+    )
+    if kept.others is None:
+        return own
+    tree, predicted = TokenTree(kept.token_ids), list[int]()
+    for step, start in enumerate(kept.query_starts):
+        predicted += range(start - 1, start - 1 + length)
+        for query in kept.others.token_ids[:, step].unbind(dim=1):
+            first = tree.grow(start - 1, query)
+            predicted += [start - 1, *range(first, first + length - 1)]
+
+    def by_step(of_own: Tensor, of_others: Tensor) -> Tensor:
+        """Join ``[b, T, L]`` and ``[b, T, Q - 1, L]``."""
+        return torch.cat([of_own[:, :, None], of_others], dim=2).flatten(1)
+
+    steps = (len(kept), len(kept.query_starts), length)
+    return WrittenQueries(
+        predicted_from=torch.tensor(predicted, device=device),
+        token_ids=by_step(own.token_ids.view(steps), kept.others.token_ids),
+        advantages=kept.others.advantages.repeat_interleave(length, dim=2).flatten(1),
+        rollout_logprobs=by_step(kept.rollout_logprobs, kept.others.rollout_logprobs),
+        group_size=1 + kept.others.token_ids.shape[2],
+        tree=tree,
+    )
+
+
+def with_choice_values(kept: KeptTrajectories, policy: PolicyModel, layout: Layout) -> KeptTrajectories:
+    """Let the base model score what each choice would tell (`rollout.information`), once for all optimizer steps.
+
+    Args:
+        layout: of this batch (`Layout.for_batch`).
+    """
+    values = choice_values(policy, layout, kept.memory, kept.token_ids, kept.selected_index)
+    expect_finite({"log-probability of an unread value": values}, kept.articles)
+    return replace(kept, choice_values=values)

@@ -16,7 +16,7 @@ from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.rollout.environment import DifferentiableEnvironment, ExactEnvironment, MemoryEnvironment
 from attention_rl_trainer.rollout.layout import positions
 from attention_rl_trainer.types import expect_tensor, is_token
-from attention_rl_trainer.update.kept import KeptTrajectories, WrittenQueries
+from attention_rl_trainer.update.kept import KeptTrajectories, WrittenQueries, written_queries
 from attention_rl_trainer.update.losses import (
     LossOptions,
     QueryTokens,
@@ -67,7 +67,7 @@ def compute_loss_terms(
         ValueError: ``log_prob`` does not return one number per draw.
     """
     places = positions(kept.query_starts, kept.query_length, kept.token_ids.device)
-    written = kept.written_queries()
+    written = written_queries(kept)
     with update_mode(policy.model):
         previous_hidden = _reference_hidden(policy, snapshot, kept, written, options)
     with update_mode(policy.model, adapter_dropout=not options.disable_dropout):

@@ -20,7 +20,7 @@ from attention_rl_trainer.rollout.environment import KVMemoryEnvironment
 from attention_rl_trainer.rollout.layout import Separators
 from attention_rl_trainer.rollout.sampler import RolloutOptions, TrajectorySampler
 from attention_rl_trainer.update.filter import FilterOptions, RewardFilter
-from attention_rl_trainer.update.kept import KeptTrajectories
+from attention_rl_trainer.update.kept import KeptTrajectories, with_choice_values
 from attention_rl_trainer.update.losses import LossOptions
 from attention_rl_trainer.update.objective import compute_loss_terms
 from attention_rl_trainer.update.previous_adapter import AdapterSnapshot
@@ -66,7 +66,7 @@ def measure(rows: int, repeats: int) -> Report:
             verdict = judge.judge(trajectories.avg_reward)
             kept = KeptTrajectories.of(trajectories, verdict, losses, rows, batch.articles)
             if losses.needs_choice_values:
-                kept = kept.with_choice_values(policy, sampler.layout.for_batch(batch))
+                kept = with_choice_values(kept, policy, sampler.layout.for_batch(batch))
             with update_mode(policy.model):
                 compute_loss_terms(policy, policy.model, environment, snapshot, kept, losses).loss.backward()
             policy.model.zero_grad()
