@@ -154,7 +154,8 @@ RUNS = {
 @pytest.mark.parametrize("ended", list(RUNS))
 def test_a_run_is_stopped_in_time(ended: str) -> None:
     watched: list[None] = []
-    seconds = 2 if ended in ("stopped", "killed") else 60
+    # A tenth of it is what a program that stops has for that, on a machine that does other things too.
+    seconds = {"stopped": 8, "killed": 2}.get(ended, 60)
     command = [sys.executable, "-c", RUNS[ended]]
     assert gpu_parts.run_for(command, seconds, lambda: watched.append(None), every=0.3) == ended
     assert len(watched) >= 3 or seconds == 60
