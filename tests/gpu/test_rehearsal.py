@@ -146,7 +146,9 @@ def test_code_is_named_by_its_content(tmp_path: Path, monkeypatch: pytest.Monkey
 RUNS = {
     "done": "pass",
     "failed": "raise SystemExit(3)",
-    "stopped": "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: raise SystemExit(130)",
+    # As a run does, whatever a shell in the background said of the signal.
+    "stopped": "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "try: time.sleep(60)\nexcept KeyboardInterrupt: raise SystemExit(130)",
     "killed": "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)",
 }
 
