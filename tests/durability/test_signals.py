@@ -176,6 +176,7 @@ class TestSignals:
         trainer.train()
         assert [path.name for path in list_checkpoints(job.run)] == ["checkpoint-3"]
 
+    @pytest.mark.slow
     def test_a_signal_to_the_whole_group_with_a_worker(self, tmp_path: Path) -> None:
         job = Job(tmp_path, OPTIONS | {"dataloader_num_workers": 1})
         process = start(job, slow_train_in_a_group)
