@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from attention_rl_trainer.commands.measured import Measured, MeasuredData, MeasuredModel
 from attention_rl_trainer.commands.parsing import CommandParser
@@ -111,5 +112,5 @@ def readers_table(found: Headroom) -> Table:
         table.add_column(name, justify="right")
     for reader in found.readers:
         mark = "yes" if reader is found.best else ""
-        table.add_row(reader.name, str(reader.gain).replace("[", r"\["), str(reader.share).replace("[", r"\["), mark)
+        table.add_row(reader.name, Text(str(reader.gain)), Text(str(reader.share)), mark)
     return table

@@ -16,9 +16,10 @@ articles; the reader that is reported is the one that was best there, not on the
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,7 @@ from attention_rl_trainer.evaluation.estimates import Estimate, clustered_mean, 
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.models.heads import readable_layers
 from attention_rl_trainer.models.policy import PolicyModel
+from attention_rl_trainer.probing.fit import means_of
 from attention_rl_trainer.probing.vectors import LayerVectors, join_vectors, unasked_vectors
 from attention_rl_trainer.rollout.information import first_choice_values
 from attention_rl_trainer.rollout.layout import Layout
@@ -141,16 +143,15 @@ class _Means:
     """The vectors' means over some memories, by layer."""
 
     def __init__(self, tables: Tables) -> None:
-        self._queries = {n: v.queries.mean(dim=(0, 1)) for n, v in tables.layers.items()}
-        self._keys = {n: v.keys.mean(dim=(0, 1)) for n, v in tables.layers.items()}
+        self._of = functools.cache(lambda layer: means_of(tables.layers[layer]))
 
     def queries(self, tables: Tables, layer: int) -> Tensor:
         """Less their mean, ``[n, H, D]``."""
-        return tables.layers[layer].queries[:, 0] - self._queries[layer]
+        return tables.layers[layer].queries[:, 0] - self._of(layer)[0]
 
     def keys(self, tables: Tables, layer: int) -> Tensor:
         """Less their mean, ``[n, M, G, D]``."""
-        return tables.layers[layer].keys - self._keys[layer]
+        return tables.layers[layer].keys - self._of(layer)[1]
 
     def cosines(self, tables: Tables) -> Tensor:
         """Of every head of every layer, ``[n, M, heads]``."""
@@ -197,25 +198,29 @@ def _fit_low_rank(tables: Tables, layer: int, decay: float) -> Reader:
 
 
 def _candidates(tables: Tables) -> dict[str, list[tuple[str, Fit]]]:
-    """List, by reader, the settings that cross-validation chooses from, each with its fit."""
+    """List the settings that cross-validation chooses from, by reader, each with its fit; of `LAYER` see below."""
 
     def heads(strength: float, part: Tables) -> Reader:
         return _fit_ridge(_Means(part).cosines, part, strength)
 
-    def layer(number: int, strength: float, part: Tables) -> Reader:
-        return _fit_ridge(partial(_Means(part).flat_keys, number), part, strength)
-
     found: dict[str, list[tuple[str, Fit]]] = {
-        HEADS: [(f"ridge {ridge:g}", partial(heads, ridge)) for ridge in _RIDGES],
-        LAYER: [
-            (f"layer {number}, ridge {ridge:g}", partial(layer, number, ridge))
-            for number in tables.layers
-            for ridge in _RIDGES
-        ],
+        HEADS: [(f"ridge {ridge:g}", partial(heads, ridge)) for ridge in _RIDGES]
     }
     if sum(map(len, tables.keys)) > len({key for keys in tables.keys for key in keys}):
         found[KEYS_MEAN] = [("", _fit_keys_mean)]
     return found
+
+
+def _layer_candidates(tables: Tables) -> dict[int, list[tuple[str, Fit]]]:
+    """List the settings of the reader of one layer's keys, by layer."""
+
+    def fit(number: int, strength: float, part: Tables) -> Reader:
+        return _fit_ridge(partial(_Means(part).flat_keys, number), part, strength)
+
+    return {
+        number: [(f"layer {number}, ridge {ridge:g}", partial(fit, number, ridge)) for ridge in _RIDGES]
+        for number in tables.layers
+    }
 
 
 def _folds(articles: Sequence[Hashable]) -> list[tuple[list[int], list[int]]]:
@@ -234,10 +239,17 @@ def gains_of(reader: Reader, tables: Tables) -> Tensor:
     return _centered(tables.values).gather(1, chosen).squeeze(1)
 
 
-def _cross_validated(fit: Fit, tables: Tables) -> float:
-    """Mean gain on the parts that were not fitted to."""
-    gains = [gains_of(fit(tables.rows(fitted)), tables.rows(judged)) for fitted, judged in _folds(tables.articles)]
-    return torch.cat(gains).mean().item()
+def _best(settings: Sequence[tuple[str, Fit]], tables: Tables) -> tuple[str, float, Fit]:
+    """Choose a setting by cross-validation: by the mean gain, which is returned too, on what was not fitted to."""
+    gains: list[list[Tensor]] = [[] for _ in settings]
+    for fitted, judged in _folds(tables.articles):
+        fitted_to, others = tables.rows(fitted), tables.rows(judged)
+        for (_, fit), of_setting in zip(settings, gains, strict=True):
+            of_setting.append(gains_of(fit(fitted_to), others))
+    means = [torch.cat(of_setting).mean().item() for of_setting in gains]
+    best = max(range(len(means)), key=means.__getitem__)
+    name, fit = settings[best]
+    return name, means[best], fit
 
 
 @dataclass(frozen=True)
@@ -299,16 +311,16 @@ def measure_headroom(fitted_to: Tables, held_out: Tables) -> Headroom:
         ValueError: see `expect_measurable`.
     """
     expect_measurable(fitted_to.articles, held_out.articles)
-    best: list[tuple[str, str, float, Fit]] = []
-    for name, settings in _candidates(fitted_to).items():
-        scored = [(_cross_validated(fit, fitted_to), setting, fit) for setting, fit in settings]
-        gain, setting, fit = max(scored, key=lambda item: item[0])
-        best.append((name, setting, gain, fit))
-    chosen_layer = next(setting for name, setting, _, _ in best if name == LAYER)
-    number = int(chosen_layer.partition(",")[0].removeprefix("layer "))
-    low_rank = [(decay, partial(_fit_low_rank, layer=number, decay=decay)) for decay in _RANK_DECAYS]
-    gain, decay, fit = max(((_cross_validated(f, fitted_to), d, f) for d, f in low_rank), key=lambda item: item[0])
-    best.append((LOW_RANK, f"layer {number}, decay {decay:g}", gain, fit))
+    best = {name: _best(settings, fitted_to) for name, settings in _candidates(fitted_to).items()}
+    layers = {
+        number: _best(settings, replace(fitted_to, layers={number: fitted_to.layers[number]}))
+        for number, settings in _layer_candidates(fitted_to).items()
+    }
+    number = max(layers, key=lambda layer: layers[layer][1])
+    best[LAYER] = layers[number]
+    name = f"layer {number}, decay"
+    low_rank = [(f"{name} {decay:g}", partial(_fit_low_rank, layer=number, decay=decay)) for decay in _RANK_DECAYS]
+    best[LOW_RANK] = _best(low_rank, fitted_to)
     above = _centered(held_out.values)
     highest = above.max(dim=1).values.tolist()
 
@@ -320,6 +332,6 @@ def measure_headroom(fitted_to: Tables, held_out: Tables) -> Headroom:
     return Headroom(
         headroom=clustered_mean(highest, held_out.articles),
         spread=above.std(dim=1).mean().item(),
-        readers=tuple(measured(*item) for item in best),
+        readers=tuple(measured(name, *item) for name, item in best.items()),
         num_fitted=len(fitted_to.articles),
     )

@@ -247,19 +247,18 @@ class PolicyModel:
         Raises:
             UnsupportedArchitectureError: the model does not read a branch as it reads a text.
         """
-        self._expect_trees()
-        return self._read_tree(tree)
+        return self._read(self._tree_inputs(tree))
 
-    def _expect_trees(self) -> None:
+    def _tree_inputs(self, tree: TokenTree) -> dict[str, Any]:
         if not self.reads_trees:
             raise UnsupportedArchitectureError(
                 f"{described(self.causal_lm)} does not read a tree of tokens as it reads each of its texts: its layers "
                 "are no plain attention, or take positions or masks of their own"
             )
+        return self._padding.tree_inputs(tree.token_ids, tree.sees())
 
-    def _read_tree(self, tree: TokenTree) -> Tensor:
-        output = self.backbone(**self._padding.tree_inputs(tree.token_ids, tree.sees()), use_cache=False)
-        hidden: Tensor = output.last_hidden_state
+    def _read(self, inputs: dict[str, Any]) -> Tensor:
+        hidden: Tensor = self.backbone(**inputs, use_cache=False).last_hidden_state
         return hidden
 
     @cached_property
@@ -267,9 +266,13 @@ class PolicyModel:
         """Whether a tree's branches read like texts that end in them: proved on a few tokens."""
         if not self._padding.can_be:
             return False
+
+        def read(tree: TokenTree) -> Tensor:
+            return self._read(self._padding.tree_inputs(tree.token_ids, tree.sees()))
+
         try:
             with self.inference(), self.reference():
-                return reads_branches_exactly(self._read_tree, self.forward, self._tried_ids())
+                return reads_branches_exactly(read, self.forward, self._tried_ids())
         except torch.OutOfMemoryError:
             raise
         # Whatever a model's own code does with a mask of four dimensions.
@@ -375,8 +378,7 @@ class PolicyModel:
             Hidden states ``[b, S, C]``, and the attention layer's query heads where wanted.
         """
         if isinstance(tokens, TokenTree):
-            self._expect_trees()
-            inputs = self._padding.tree_inputs(tokens.token_ids, tokens.sees())
+            inputs = self._tree_inputs(tokens)
         else:
             inputs = self._inputs(tokens, None, padded=padded)
         states: list[Tensor] = []

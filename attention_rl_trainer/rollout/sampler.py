@@ -156,12 +156,13 @@ class TrajectorySampler:
         More steps leave the numbers of the first ones as they are.
         """
         tokens = self.layout.tokens_per_query
-        shapes = {
+        shapes: dict[Purpose, tuple[int, ...]] = {
             Purpose.POLICY: (num_steps, tokens),
             Purpose.COUNTERFACTUAL: (num_steps, tokens),
             Purpose.SELECTION: (num_steps,),
-            Purpose.OTHER_QUERIES: (num_steps, self.num_queries - 1, tokens),
         }
+        if self.num_queries > 1:
+            shapes[Purpose.OTHER_QUERIES] = (num_steps, self.num_queries - 1, tokens)
         return {
             purpose: episode_noise(self.seed, episodes, purpose, shape).to(self.policy.device)
             for purpose, shape in shapes.items()
@@ -203,7 +204,7 @@ class _Run:
         queries = self.readers.write_queries(
             self.noise[Purpose.POLICY][:, number],
             self.noise[Purpose.COUNTERFACTUAL][:, number],
-            self.noise[Purpose.OTHER_QUERIES][:, number] if sampler.num_queries > 1 else None,
+            self.noise[Purpose.OTHER_QUERIES][:, number] if Purpose.OTHER_QUERIES in self.noise else None,
         )
         query, counterfactual, others = queries.query, queries.counterfactual, queries.others
         # The entropy is finite only where the logit of every token is.
