@@ -1,7 +1,7 @@
 """What keeps a run from losing anything: staged checkpoints, their manifest, a lock, and an orderly stop.
 
-Works with any `transformers.Trainer` of a PEFT adapter. `DurableTrainer` is in `trainer` and `ResumePoint` in `resume`,
-so that what only writes files does not load transformers.
+Works with any `transformers.Trainer` of a PEFT adapter. `DurableTrainer` is in `trainer`, what it pushes in `pushing`,
+and `ResumePoint` in `resume`, so that what only writes files does not load transformers.
 """
 
 from attention_rl_trainer.durability.discovery import CheckpointError, Fact, find_checkpoint

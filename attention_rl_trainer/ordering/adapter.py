@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from attention_rl_trainer.episodes import RUN_CONFIG_NAME
 from attention_rl_trainer.hub import HubUnreachableError, hub_obstacle
 from attention_rl_trainer.models.policy import PolicyOptions
 from attention_rl_trainer.options import Options, OptionsT
@@ -20,7 +21,6 @@ from attention_rl_trainer.publishing.published import FIGURES_NAME
 from attention_rl_trainer.rollout.calibration import CALIBRATION_NAME, Calibration
 from attention_rl_trainer.rollout.environment import SelectionOptions
 from attention_rl_trainer.rollout.sampler import RolloutOptions
-from attention_rl_trainer.trainer import RUN_CONFIG_NAME
 
 # Neither checkpoints nor what somebody else may have put beside them.
 _FILES = (

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from attention_rl_trainer.durability.discovery import Fact
 from attention_rl_trainer.durability.staging import staged_files
+from attention_rl_trainer.records.heat_maps import plot_selection
 from attention_rl_trainer.records.ledger import LEDGER_NAME, LedgerRow, read_ledger
-from attention_rl_trainer.records.plots import plot_gains, plot_kl, plot_rewards, plot_selection
+from attention_rl_trainer.records.plots import plot_gains, plot_kl, plot_rewards
 from attention_rl_trainer.records.thirds import MIN_EPISODES_PER_THIRD, Change, Mean, compare_thirds
 
 REPORT_FOLDER = "report"

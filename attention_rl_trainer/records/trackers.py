@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from attention_rl_trainer.records.heat_maps import plot_selection
 from attention_rl_trainer.records.ledger import LedgerRow
-from attention_rl_trainer.records.plots import plot_selection
 from attention_rl_trainer.records.summary import escape_control_characters
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from attention_rl_trainer.memories.tokenization import PlainTextEncoder
 from attention_rl_trainer.models.policy import PolicyModel
 from attention_rl_trainer.models.sampling import Purpose, episode_noise
 from attention_rl_trainer.options import CountOrZero, Options, Positive, Share, option
+from attention_rl_trainer.rollout.information import first_choice_values
 from attention_rl_trainer.rollout.layout import Layout, positions
 from attention_rl_trainer.types import KeyValuePairs, is_token
 from attention_rl_trainer.update.kept import KeptTrajectories
@@ -139,6 +140,22 @@ def lay_out_lessons(
         weights=torch.full((num_rows,), 1 / total, device=device),
         articles=tuple(batch.articles),
     )
+
+
+def lesson_scores(policy: PolicyModel, layout: Layout, batch: MemoryBatch, options: WarmStartOptions) -> Tensor | None:
+    """Score pairs ``[B, M]`` by what each value, read first, would tell, divided by ``warm_start_temperature``.
+
+    Returns:
+        The scores of `lay_out_lessons`; ``None`` where no temperature is given.
+
+    Raises:
+        NonFiniteError: a log-probability is not finite; names the articles.
+    """
+    if options.warm_start_temperature is None or len(batch) == 0:
+        return None
+    scores = first_choice_values(policy, layout, batch) / options.warm_start_temperature
+    expect_finite({"log-probability of an unread value": scores}, batch.articles)
+    return scores
 
 
 def _mismatched(order: Tensor, noise: Tensor, num_pairs: int, share: float) -> Tensor:

@@ -17,7 +17,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_options_are_where_the_trainer_writes_them() -> None:
-    from attention_rl_trainer.trainer import RUN_CONFIG_NAME
+    from attention_rl_trainer.episodes import RUN_CONFIG_NAME
 
     assert OPTIONS_NAME == RUN_CONFIG_NAME
 

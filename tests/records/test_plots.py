@@ -15,19 +15,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+from attention_rl_trainer.records.heat_maps import (
+    drawable_title,
+    first_and_last_batch,
+    plot_selection,
+    selection_scale,
+    unread_pairs,
+)
 from attention_rl_trainer.records.ledger import LedgerRow
 from attention_rl_trainer.records.plots import (
-    drawable_title,
     finite_points,
-    first_and_last_batch,
     plot_gains,
     plot_kl,
     plot_rewards,
-    plot_selection,
-    selection_scale,
     trailing_interval,
     trailing_mean,
-    unread_pairs,
 )
 
 Plot = Callable[[Sequence[Mapping[str, float]], Path], Path]
