@@ -262,7 +262,7 @@ class AttentionGuidedRLTrainer(EpisodeTrainer):
                 numbers,
                 self.args.seed,
                 self.updater.num_trajectories,
-                self.args.warm_start_mismatch or 0,
+                self.args,
                 self.policy.device,
                 lesson_scores(self.policy, self.layout, batch, self.args),
             )

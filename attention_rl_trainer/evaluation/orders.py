@@ -320,6 +320,8 @@ def score_orders(
             "BM25": bm25_order(keys, values, example),
             "embedding similarity": embedding_order(vectors[row], example_vectors[row]),
         }
+        if sampler.layout.shown_tokens > 0:
+            rules["as listed"] = tuple(range(len(in_order)))
         scores = score_rules(scorer, rules, num_random, (sampler.seed, episodes[row]))
         alone = [scorer.score((column,)) for column in range(scorer.num_pairs)]
         chosen = learned[row][: sampler.layout.num_steps]

@@ -1,18 +1,20 @@
 """A supervised phase before the first episode: what a query is, before which query pays (design §9).
 
 A small model writes prose where a query is wanted, and reinforcement alone does not find queries among all texts. Here
-each query is the key of an unread pair, drawn uniformly or, at a temperature, by what its value would tell about the
-others (`rollout.information`); and the loss is the mean over steps of
+each query is the key of an unread pair, and the loss is the mean over steps of
 
     - mean_L log p(query tokens)  -  mean_V log p(value tokens)
 
-weighed alike: with queries alone the reader is lost. A key shorter than a query is followed by line breaks.
+weighed alike: with queries alone the reader is lost. A key shorter than a query is followed by line breaks. The order
+of a lesson's pairs is learned with them: it is uniformly random, or that of the list of keys or of the article, or
+drawn, at a temperature, by what each value would tell about the others (`rollout.information`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,8 @@ from attention_rl_trainer.update.kept import KeptTrajectories
 from attention_rl_trainer.update.losses import reward_gradient_term
 from attention_rl_trainer.update.objective import reading_term
 
+WarmStartOrder = Literal["random", "listed", "article"]
+
 
 @dataclass
 class WarmStartOptions(Options):
@@ -39,6 +43,11 @@ class WarmStartOptions(Options):
         0,
         "Trajectories of a supervised phase before the first episode: each query is the key of an unread pair, and the "
         "loss is on queries and values alike.",
+    )
+    warm_start_order: WarmStartOrder = option(
+        "random",
+        "Order in which the warm start reads the pairs of a memory: random, listed (as show_keys lists them), or "
+        "article (as the article or the group has them).",
     )
     warm_start_temperature: Positive | None = option(
         None,
@@ -52,12 +61,21 @@ class WarmStartOptions(Options):
     )
 
     def check_options(self) -> None:
-        """Check the ranges, and that the temperature has something to act on."""
+        """Check the ranges, and that order and temperature have something to act on, and not both."""
         super().check_options()
-        if self.warm_start_temperature is not None and self.warm_start_episodes == 0:
+        ordered = {"warm_start_temperature": self.warm_start_temperature}
+        ordered |= {"warm_start_order": None if self.warm_start_order == "random" else self.warm_start_order}
+        given = {name: value for name, value in ordered.items() if value is not None}
+        if given and self.warm_start_episodes == 0:
+            name, value = next(iter(given.items()))
             raise ValueError(
-                f"warm_start_temperature is {self.warm_start_temperature}, but warm_start_episodes is 0, so nothing is "
-                "drawn; set warm_start_episodes, or leave the temperature out"
+                f"{name} is {value}, but warm_start_episodes is 0, so nothing is read; set warm_start_episodes, or "
+                f"leave {name} out"
+            )
+        if len(given) > 1:
+            raise ValueError(
+                f"warm_start_order is {self.warm_start_order} and warm_start_temperature "
+                f"{self.warm_start_temperature}, and each of them says in which order pairs are read; leave one out"
             )
 
 
@@ -86,7 +104,7 @@ def lay_out_lessons(
     episodes: Sequence[int],
     seed: int,
     total: int,
-    mismatch: float = 0.0,
+    options: WarmStartOptions | None = None,
     device: torch.device | None = None,
     scores: Tensor | None = None,
 ) -> KeptTrajectories:
@@ -97,22 +115,22 @@ def lay_out_lessons(
         encoder: gives the line breaks after a short key.
         episodes: numbers of the trajectories among those of the phase, which seed their draws.
         total: B_all, the trajectories of the whole update.
-        mismatch: share of the steps whose query is the key of any other pair of the memory.
+        options: the order of the pairs, and the share of the steps whose query is the key of any other pair.
         device: where the trajectories, memories included, are; by default where the batch is.
-        scores: the pairs are drawn by their softmax, ``[B, M]``, without replacement; by default all alike.
+        scores: where the order is random, pairs are drawn by their softmax, ``[B, M]``, without replacement; by default
+            all alike.
 
     Returns:
         The trajectories; their advantages are 1.
     """
+    options = WarmStartOptions() if options is None else options
     device = batch.key_tokens.device if device is None else device
     layout = layout.for_batch(batch)
     num_rows, num_pairs = batch.pair_numbers.shape
     noise = episode_noise(seed, episodes, Purpose.WARM_START, (num_pairs + layout.num_steps,)).to(device)
-    drawn = noise[:, :num_pairs]
-    # The largest of scores with Gumbel noise is a draw from their softmax, and so is the largest of the rest.
-    ranks = drawn if scores is None else (-drawn.log()).log() - scores
+    ranks = _places_in_order(options.warm_start_order, batch.pair_numbers.to(device), noise[:, :num_pairs], scores)
     order = ranks.argsort(dim=1)[:, : layout.num_steps]
-    asked = _mismatched(order, noise[:, num_pairs:], num_pairs, mismatch)
+    asked = _mismatched(order, noise[:, num_pairs:], num_pairs, options.warm_start_mismatch or 0)
     memory = KeyValuePairs(
         key_tokens=batch.key_tokens.to(device),
         value_tokens=batch.value_tokens.to(device),
@@ -156,6 +174,16 @@ def lesson_scores(policy: PolicyModel, layout: Layout, batch: MemoryBatch, optio
     scores = first_choice_values(policy, layout, batch) / options.warm_start_temperature
     expect_finite({"log-probability of an unread value": scores}, batch.articles)
     return scores
+
+
+def _places_in_order(order: WarmStartOrder, pair_numbers: Tensor, drawn: Tensor, scores: Tensor | None) -> Tensor:
+    """Number the pairs ``[B, M]`` in a way that the smallest is read first, from uniform numbers of this shape."""
+    if order == "listed":
+        return torch.arange(pair_numbers.shape[1], device=pair_numbers.device).expand_as(pair_numbers)
+    if order == "article":
+        return pair_numbers
+    # The largest of scores with Gumbel noise is a draw from their softmax, and so is the largest of the rest.
+    return drawn if scores is None else (-drawn.log()).log() - scores
 
 
 def _mismatched(order: Tensor, noise: Tensor, num_pairs: int, share: float) -> Tensor:

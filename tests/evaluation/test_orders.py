@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,9 @@ def score_by_whole_forwards(sampler: TrajectorySampler, batch: MemoryBatch, orde
     """Each value's log-probability from one forward of the base model over the whole sequence of an order."""
     separators = sampler.layout.separators
     query, response = torch.tensor(separators.query), torch.tensor(separators.response)
-    sequence = [query, batch.example_keys[row], response, batch.example_values[row], query]
+    around = [torch.tensor(frame, dtype=torch.int64) for frame in separators.around_keys]
+    shown = [part for pair in zip(around, batch.key_tokens[row], strict=False) for part in pair] + around[-1:]
+    sequence = [*shown, query, batch.example_keys[row], response, batch.example_values[row], query]
     starts = []
     for column in order:
         sequence.append(response)
@@ -211,6 +214,20 @@ def test_oracles_against_enumeration(model: PreTrainedModel, tokenizer: PreTrain
             *("learned", "untrained attention", "article order", "reverse", "BM25", "embedding similarity"),
             *(RANDOM, ORACLE, BEST, WORST),
         }
+
+
+def test_keys_that_are_shown_can_be_read_from_top_to_bottom(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    sampler = make_sampler(llama, tokenizer, show_keys="plain", num_kv_pairs=5)
+    batch = replace(random_batch(1, num_pairs=4), pair_numbers=torch.tensor([[30, 2, 7, 5]]))
+    (record,) = score_orders(sampler, batch, [5], PlainTextEncoder(tokenizer))
+    by_order = {
+        order: sum(score_by_whole_forwards(sampler, batch, order)) / 4 for order in ((0, 1, 2, 3), (1, 3, 2, 0))
+    }
+    assert record.scores["as listed"] == pytest.approx(by_order[0, 1, 2, 3], abs=1e-5)
+    assert record.scores["article order"] == pytest.approx(by_order[1, 3, 2, 0], abs=1e-5)
+    assert abs(by_order[0, 1, 2, 3] - by_order[1, 3, 2, 0]) > 1e-4
 
 
 def test_a_large_memory_has_drawn_random_orders_and_no_exact_one(

@@ -174,6 +174,20 @@ class TestLessons:
             expected = 1200 * first / 7 * second / (second + third)
             assert abs(orders.count(list(order)) - expected) < 5 * math.sqrt(expected)
 
+    @pytest.mark.parametrize("order", ["listed", "article"])
+    def test_a_fixed_order_reads_from_its_start(self, order: Any, encoder: PlainTextEncoder) -> None:
+        """The list of keys has the pairs as the memory has them, the article by their numbers."""
+        batch = random_batch(ROWS, PAIRS, KEY, VALUE)
+        numbers = torch.stack([torch.randperm(50)[:PAIRS] for _ in range(ROWS)])
+        batch = replace(batch, pair_numbers=numbers)
+        options = WarmStartOptions(warm_start_order=order, warm_start_episodes=8)
+        lessons = lay_out_lessons(batch, layout_of(), encoder, range(ROWS), 0, 16, options)
+        expected = torch.arange(STEPS).expand(ROWS, -1) if order == "listed" else numbers.argsort(dim=1)[:, :STEPS]
+        assert torch.equal(lessons.selected_index, expected)
+        first = lessons.value_starts[0]
+        read = lessons.token_ids[:, first : first + VALUE]
+        assert torch.equal(read, batch.value_tokens[torch.arange(ROWS), expected[:, 0]])
+
     def test_equal_scores_leave_all_alike(self, encoder: PlainTextEncoder) -> None:
         batch = random_batch(300, PAIRS, KEY, VALUE)
         scores = torch.full((300, PAIRS), 0.7)
@@ -197,7 +211,9 @@ class TestLessons:
         """Of 1,200 draws; 5 standard deviations of the share are 0.07, of the count of another pair 75."""
         batch, layout = random_batch(400, PAIRS, KEY, VALUE), layout_of()
         plain = lessons_of(batch, encoder, layout)
-        lessons = lay_out_lessons(batch, layout, encoder, range(400), 0, 16, share)
+        lessons = lay_out_lessons(
+            batch, layout, encoder, range(400), 0, 16, WarmStartOptions(warm_start_mismatch=share)
+        )
         assert torch.equal(lessons.selected_index, plain.selected_index)
         others: list[int] = []
         for row, order in enumerate(lessons.selected_index.tolist()):
@@ -214,7 +230,7 @@ class TestLessons:
 
     def test_of_one_pair_there_is_no_other(self, encoder: PlainTextEncoder) -> None:
         batch, layout = random_batch(4, 1, KEY, VALUE), layout_of(num_kv_pairs=2, num_steps=1)
-        lessons = lay_out_lessons(batch, layout, encoder, range(4), 0, 4, 1.0)
+        lessons = lay_out_lessons(batch, layout, encoder, range(4), 0, 4, WarmStartOptions(warm_start_mismatch=1.0))
         start = lessons.query_starts[0]
         assert torch.equal(lessons.token_ids[:, start : start + QUERY], batch.key_tokens[:, 0, :QUERY])
 
@@ -361,10 +377,16 @@ def test_numbers_that_are_not_finite_are_named(
         bench.terms()
 
 
-def test_a_temperature_without_a_phase_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^warm_start_temperature is 0\.1, but warm_start_episodes is 0, "):
-        WarmStartOptions(warm_start_temperature=0.1).check_options()
-    WarmStartOptions(warm_start_temperature=0.1, warm_start_episodes=8).check_options()
+@pytest.mark.parametrize(("name", "value"), [("warm_start_temperature", 0.1), ("warm_start_order", "listed")])
+def test_an_order_without_a_phase_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is {value}, but warm_start_episodes is 0, "):
+        WarmStartOptions(**{name: value}).check_options()
+    WarmStartOptions(**{name: value}, warm_start_episodes=8).check_options()
+
+
+def test_two_orders_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^warm_start_order is article and warm_start_temperature 0\.1, "):
+        WarmStartOptions(warm_start_episodes=8, warm_start_order="article", warm_start_temperature=0.1)
 
 
 def test_the_phase_is_off_by_itself() -> None:
