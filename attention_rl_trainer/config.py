@@ -183,6 +183,11 @@ class AttentionGuidedRLConfig(
                 "tells is the same for every query of its context, which are compared with one another, so it would "
                 "count for nothing; set num_queries to 1, or both coefficients to 0"
             )
+        if self.warm_start_order == "listed" and self.show_keys == "none":
+            raise ValueError(
+                "warm_start_order is listed, but show_keys is none, so no key is listed; set show_keys, or the order "
+                "to random or article"
+            )
         if self.warm_start_episodes % self.episodes_per_step != 0:
             raise ValueError(
                 f"warm_start_episodes must be a multiple of the trajectories of a step, {self.episodes_per_step} "

@@ -268,6 +268,12 @@ def test_checkpoints_count_both_phases(every: int, steps: list[int], make_on_art
     assert done["num_warm_start"] + done["num_episodes"] == 8 * steps[0]
 
 
+def test_a_list_that_is_not_shown_has_no_order(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="warm_start_order is listed, but show_keys is none"):
+        tiny_config(tmp_path, warm_start_episodes=8, warm_start_order="listed")
+    tiny_config(tmp_path, warm_start_episodes=8, warm_start_order="listed", show_keys="plain")
+
+
 def test_pairs_that_tell_most_come_first(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a low temperature the lessons read what `first_choice_values` puts first, in its order."""
     trainer = make(warm_start_temperature=1e-6, num_episodes=8)

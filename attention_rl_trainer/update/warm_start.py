@@ -63,8 +63,8 @@ class WarmStartOptions(Options):
     def check_options(self) -> None:
         """Check the ranges, and that order and temperature have something to act on, and not both."""
         super().check_options()
-        ordered = {"warm_start_temperature": self.warm_start_temperature}
-        ordered |= {"warm_start_order": None if self.warm_start_order == "random" else self.warm_start_order}
+        fixed = None if self.warm_start_order == "random" else self.warm_start_order
+        ordered = {"warm_start_temperature": self.warm_start_temperature, "warm_start_order": fixed}
         given = {name: value for name, value in ordered.items() if value is not None}
         if given and self.warm_start_episodes == 0:
             name, value = next(iter(given.items()))
