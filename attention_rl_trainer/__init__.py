@@ -12,6 +12,10 @@ from attention_rl_trainer._version import __version__
 
 if TYPE_CHECKING:
     from attention_rl_trainer.config import AttentionGuidedRLConfig
+    from attention_rl_trainer.durability.discovery import CheckpointError
+    from attention_rl_trainer.durability.guard import RunLockedError
+    from attention_rl_trainer.durability.pushes import HubPushError
+    from attention_rl_trainer.durability.staging import StagingError
     from attention_rl_trainer.durability.states import Stateful
     from attention_rl_trainer.errors import BaseModelError, NonFiniteError
     from attention_rl_trainer.evaluation.estimates import Estimate
@@ -109,19 +113,20 @@ _MODULES = {
     "CalibratedEnvironment": "rollout.environment",
     "Calibration": "rollout.calibration",
     "CardFacts": "publishing.card",
+    "CheckpointError": "durability.discovery",
     "ChosenHeads": "models.heads",
     "DifferentiableEnvironment": "rollout.environment",
-    "ExactEnvironment": "rollout.environment",
     "Entries": "memories.stream",
     "EntriesTable": "memories.tables.entries_table",
     "Estimate": "evaluation.estimates",
+    "ExactEnvironment": "rollout.environment",
     "FilterOptions": "update.filter",
     "HeadNumber": "models.heads",
+    "HubPushError": "durability.pushes",
     "HubUnreachableError": "hub",
     "JoinedCapture": "models.heads",
     "KVMemoryEnvironment": "rollout.environment",
     "KeptTrajectories": "update.kept",
-    "OtherQueries": "update.kept",
     "KeyDistribution": "rollout.key_index",
     "KeyIndex": "rollout.key_index",
     "KeyValuePair": "types",
@@ -141,6 +146,7 @@ _MODULES = {
     "NonFiniteError": "errors",
     "OrderSettings": "ordering.adapter",
     "OrderTrust": "ordering.trust",
+    "OtherQueries": "update.kept",
     "PairOptions": "memories.pairs",
     "Phase": "planning.footprint",
     "PieceEncoder": "memories.pieces",
@@ -155,11 +161,13 @@ _MODULES = {
     "RewardStatistics": "update.filter",
     "RolloutOptions": "rollout.sampler",
     "RunCounts": "records.summary",
+    "RunLockedError": "durability.guard",
     "RunShape": "planning.sizes",
     "Selection": "rollout.environment",
     "SelectionOptions": "rollout.environment",
     "Selector": "rollout.selector",
     "Separators": "rollout.layout",
+    "StagingError": "durability.staging",
     "Stateful": "durability.states",
     "StreamPosition": "types",
     "TimePlan": "planning.timing",
@@ -209,6 +217,7 @@ __all__ = [
     "CalibratedEnvironment",
     "Calibration",
     "CardFacts",
+    "CheckpointError",
     "ChosenHeads",
     "DifferentiableEnvironment",
     "Entries",
@@ -217,6 +226,7 @@ __all__ = [
     "ExactEnvironment",
     "FilterOptions",
     "HeadNumber",
+    "HubPushError",
     "HubUnreachableError",
     "JoinedCapture",
     "KVMemoryEnvironment",
@@ -255,11 +265,13 @@ __all__ = [
     "RewardStatistics",
     "RolloutOptions",
     "RunCounts",
+    "RunLockedError",
     "RunShape",
     "Selection",
     "SelectionOptions",
     "Selector",
     "Separators",
+    "StagingError",
     "Stateful",
     "StreamPosition",
     "TimePlan",

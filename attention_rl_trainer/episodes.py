@@ -194,6 +194,8 @@ class EpisodeTrainer(PublishingTrainer):
             # The states of one optimizer mean nothing to another.
             optim = self._given_optimizer or str(getattr(args.optim, "value", args.optim))
             warm_start = {name: getattr(args, name) for name in WARM_START}
+            if args.warm_start_order == "random":  # older checkpoints know no other
+                del warm_start["warm_start_order"]
             self._identity = super().run_identity() | facts | warm_start | {"seed": args.seed, "optim": optim}
         # Each process has random numbers of its own for dropout; nothing else depends on their number.
         dropout = {"processes": self.processes.count} if self._draws_dropout else {}

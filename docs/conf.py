@@ -57,7 +57,10 @@ nitpick_ignore_regex = [
     ),
     # What annotations are written as that cannot be read at run time: ranges and choices, which options.md spells out.
     ("py:class", r"(Count|CountOrZero|Coefficient|Positive|Share|Bytes|SaveStrategy|WeightBits)"),
-    ("py:class", r"(Advantage|Credit|HeadAggregation|HeadSimilarity|KLReference|SelectorGradient|Window)"),
+    (
+        "py:class",
+        r"(Advantage|Credit|HeadAggregation|HeadSimilarity|KLReference|SelectorGradient|WarmStartOrder|Window)",
+    ),
     ("py:class", r"(attention_rl_trainer\.options\.(AtLeast|Above)|dict\[str|tuple\[~.*|inf)"),
 ]
 

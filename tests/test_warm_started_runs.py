@@ -293,10 +293,39 @@ def test_pairs_that_tell_most_come_first(make: Make, monkeypatch: pytest.MonkeyP
         assert torch.equal(order, told.argsort(dim=1, descending=True)[:, : order.shape[1]])
 
 
-def test_a_run_resumes_with_the_same_temperature_alone(make_on_articles: Make) -> None:
-    make_on_articles(warm_start_temperature=0.5).train()
-    with pytest.raises(ValueError, match="warm_start_temperature"):
-        make_on_articles(warm_start_temperature=0.4, num_episodes=32).train(resume_from_checkpoint=True)
+def test_lessons_read_in_the_order_of_the_article(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(warm_start_order="article", num_episodes=8)
+    lay_out, orders = trainer_module.lay_out_lessons, []
+
+    def note(batch: Any, *arguments: Any) -> Any:
+        lessons = lay_out(batch, *arguments)
+        steps = lessons.selected_index.shape[1]
+        orders.append((lessons.selected_index, batch.pair_numbers.argsort(dim=1)[:, :steps]))
+        return lessons
+
+    monkeypatch.setattr(trainer_module, "lay_out_lessons", note)
+    trainer.train()
+    assert len(orders) == STEPS_BEFORE
+    assert all(torch.equal(order, expected) for order, expected in orders)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("warm_start_temperature", 0.5, 0.4),
+        ("warm_start_order", "article", "random"),
+        ("warm_start_order", "random", "article"),
+    ],
+)
+def test_a_run_resumes_with_the_same_order_alone(name: str, before: Any, after: Any, make_on_articles: Make) -> None:
+    make_on_articles(**{name: before}).train()
+    with pytest.raises(ValueError, match=name):
+        make_on_articles(**{name: after}, num_episodes=32).train(resume_from_checkpoint=True)
+
+
+def test_the_identity_of_a_run_in_random_order_is_as_before_there_were_others(make_on_articles: Make) -> None:
+    assert "warm_start_order" not in make_on_articles().run_identity()
+    assert make_on_articles(warm_start_order="article").run_identity()["warm_start_order"] == "article"
 
 
 def test_a_resumed_run_ends_like_the_whole_one(make: Make) -> None:

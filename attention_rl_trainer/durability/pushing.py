@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class PushingTrainer(Trainer):
-    """A Trainer of an adapter whose pushes are an allow-list; of several processes the first one pushes."""
+    """A Trainer of an adapter whose pushes are an allow-list; of several processes the first one pushes.
+
+    What a save writes, and how, a subclass says (`DurableTrainer`).
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

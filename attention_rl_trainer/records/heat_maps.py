@@ -66,6 +66,7 @@ def plot_selection(rows: Sequence[SelectionRow], path: Path, trajectories_per_ba
 
     Raises:
         ValueError: `trajectories_per_batch` is below 1.
+        ImportError: matplotlib is not installed.
     """
     if trajectories_per_batch < 1:
         raise ValueError(f"trajectories_per_batch must be at least 1, got {trajectories_per_batch}")

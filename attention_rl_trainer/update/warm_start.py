@@ -121,7 +121,7 @@ def lay_out_lessons(
             all alike.
 
     Returns:
-        The trajectories; their advantages are 1.
+        The trajectories; their advantages are 1, or 0 where the query is not to be learned.
     """
     options = WarmStartOptions() if options is None else options
     device = batch.key_tokens.device if device is None else device
@@ -154,7 +154,7 @@ def lay_out_lessons(
         rollout_logprobs=torch.zeros(*steps, layout.tokens_per_query, device=device),
         selected_index=order,
         memory=memory,
-        advantages=torch.ones(steps, device=device),
+        advantages=_learned_queries(asked, order, options.warm_start_order).to(torch.float32),
         weights=torch.full((num_rows,), 1 / total, device=device),
         articles=tuple(batch.articles),
     )
@@ -186,6 +186,11 @@ def _places_in_order(order: WarmStartOrder, pair_numbers: Tensor, drawn: Tensor,
     return drawn if scores is None else (-drawn.log()).log() - scores
 
 
+def _learned_queries(asked: Tensor, read: Tensor, order: WarmStartOrder) -> Tensor:
+    """Say of which steps ``[B, T]`` the query is learned: in an order of its own no other is to be asked for."""
+    return torch.ones_like(asked, dtype=torch.bool) if order == "random" else asked == read
+
+
 def _mismatched(order: Tensor, noise: Tensor, num_pairs: int, share: float) -> Tensor:
     """Replace a share of the pairs ``[B, T]`` by others of the memory, by uniform numbers ``[B, T]``."""
     if share == 0 or num_pairs == 1:
@@ -211,7 +216,8 @@ def warm_start_terms(policy: PolicyModel, model: nn.Module, lessons: KeptTraject
     query_term, query_logprobs = reward_gradient_term(
         hidden[:, places - 1].flatten(0, 1),
         lessons.token_ids[:, places].flatten(),
-        lessons.weights.repeat_interleave(len(places)) / len(places),
+        (lessons.weights[:, None] * lessons.advantages).repeat_interleave(lessons.query_length, dim=1).flatten()
+        / len(places),
         policy.score_query_tokens,
         chunk_size=policy.logits_chunk_size,
     )

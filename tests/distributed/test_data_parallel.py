@@ -47,6 +47,7 @@ RUNS: Variants = {
     "information": variant(information_coef=1.0, selector_coef=0.5, selector_gradient="distilled"),
     "groups": variant(num_queries=2, credit="step", selector_coef=0.5),
     "told first": variant(warm_start_episodes=16, warm_start_temperature=0.01),
+    "article order first": variant(warm_start_episodes=16, warm_start_order="article"),
     "calibrated": variant(**CALIBRATED, calibration_memories=6),
     "logged rarely": variant(logging_steps=2),
 }

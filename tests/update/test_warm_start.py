@@ -188,6 +188,21 @@ class TestLessons:
         read = lessons.token_ids[:, first : first + VALUE]
         assert torch.equal(read, batch.value_tokens[torch.arange(ROWS), expected[:, 0]])
 
+    @pytest.mark.parametrize(("order", "learned"), [("article", 0.0), ("random", 1.0)])
+    def test_in_an_order_of_its_own_a_wrong_query_is_not_learned(
+        self, order: Any, learned: float, encoder: PlainTextEncoder
+    ) -> None:
+        batch, layout = random_batch(40, PAIRS, KEY, VALUE), layout_of()
+        options = WarmStartOptions(warm_start_order=order, warm_start_mismatch=0.4, warm_start_episodes=8)
+        lessons = lay_out_lessons(batch, layout, encoder, range(40), 0, 16, options)
+        wrong = torch.zeros_like(lessons.selected_index, dtype=torch.bool)
+        for step, start in enumerate(lessons.query_starts):
+            named = batch.key_tokens[torch.arange(40), lessons.selected_index[:, step], :QUERY]
+            wrong[:, step] = (lessons.token_ids[:, start : start + QUERY] != named).any(dim=1)
+        assert 30 < wrong.sum() < 70
+        assert (lessons.advantages[wrong] == learned).all()
+        assert (lessons.advantages[~wrong] == 1).all()
+
     def test_equal_scores_leave_all_alike(self, encoder: PlainTextEncoder) -> None:
         batch = random_batch(300, PAIRS, KEY, VALUE)
         scores = torch.full((300, PAIRS), 0.7)
@@ -266,7 +281,8 @@ class Bench:
         for row, weight in enumerate(self.lessons.weights):
             of_queries, of_values = self.logprobs(row)
             # The means of a step, the values' over that step's own tokens.
-            steps = [q.mean() + v.mean() for q, v in zip(of_queries, of_values, strict=True)]
+            learned = self.lessons.advantages[row]
+            steps = [a * q.mean() + v.mean() for a, q, v in zip(learned, of_queries, of_values, strict=True)]
             loss = loss - weight * sum(steps) / STEPS
             queries.append(torch.cat(of_queries).mean())
             values.append(torch.cat(of_values).mean())
@@ -317,6 +333,12 @@ class TestTerms:
         gradient = bench.gradient(expected.loss)
         assert gradient.norm() > 0.01
         torch.testing.assert_close(bench.gradient(found.loss), gradient, atol=1e-5, rtol=1e-4)
+
+    def test_a_query_of_advantage_0_is_not_learned(self, bench: Bench) -> None:
+        bench.lessons = replace(bench.lessons, advantages=torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 0]]))
+        found, expected = bench.terms(), bench.by_hand()
+        torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(bench.gradient(found.loss), bench.gradient(expected.loss), atol=1e-5, rtol=1e-4)
 
     def test_micro_batches_add_up(self, bench: Bench) -> None:
         whole, parts = bench.terms(), [bench.terms(part) for part in bench.lessons.split(2)]
