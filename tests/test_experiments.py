@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import yaml
 from experiments import grid as grids
-from experiments import learning_curve
+from experiments import learning_curve, order_bounds
 from scipy import stats
 from tiny import OPTIONS, article_texts, save_tiny_llama, write_rows
 
@@ -106,3 +107,32 @@ def test_a_grid_with_other_keys_is_refused(tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text("config: a\nrows: b\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"grid\.yaml must have the keys changes, .*, got config, rows"):
         grids.read_grid(tmp_path / "grid.yaml")
+
+
+class TestOrderBounds:
+    @staticmethod
+    def memory(generator: np.random.Generator) -> order_bounds.Scored:
+        """Four of six keys; the oracle reads them by the alphabet, all with a Yes after a Yes for the key "a"."""
+        keys = [str(key) for key in generator.permutation(list("abcdef"))[:4]]
+        answers = [str(answer) for answer in generator.choice(["yes", "no"], 4)]
+        turned = dict(zip(keys, answers, strict=True)).get("a") == "no"
+        first = [column for column in range(4) if keys[column] == "a"]
+        rest = sorted((column for column in range(4) if keys[column] != "a"), key=keys.__getitem__, reverse=turned)
+        order = (*first, *rest)
+        return order_bounds.Scored("article", keys, answers, order, [], (order, 0.0), cast("Any", None))
+
+    def test_a_clone_does_as_the_oracle_did(self) -> None:
+        """It learns that what comes after "a" depends on its answer."""
+        generator = np.random.default_rng(0)
+        clone = order_bounds.Clone([self.memory(generator) for _ in range(400)])
+        others = [self.memory(generator) for _ in range(50)]
+        same = [clone.order(memory) == memory.oracle[0] for memory in others]
+        assert np.mean(same) > 0.9
+        assert {memory.oracle[0][1] for memory in others if memory.keys[memory.oracle[0][0]] == "a"} == {0, 1, 2, 3}
+
+    def test_mean_places(self) -> None:
+        memories = [
+            order_bounds.Scored("article", ["x", "y"], ["", ""], order, [], (order, 0.0), cast("Any", None))
+            for order in ((0, 1), (1, 0), (1, 0), (1, 0))
+        ]
+        assert order_bounds.mean_places(memories) == {"x": 0.75, "y": 0.25}

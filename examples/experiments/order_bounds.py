@@ -21,8 +21,8 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from scipy import optimize, sparse
 from tqdm.auto import tqdm
 
 from attention_rl_trainer.commands.headroom import parser
@@ -33,6 +33,8 @@ from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.rollout.environment import KVMemoryEnvironment
 from attention_rl_trainer.rollout.layout import Separators
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
+
+Numbers = NDArray[np.float64]
 
 PENALTY = 1.0
 """Of the clone's squared weights; 0.3 and 3 fit held-out choices no better."""
@@ -105,7 +107,6 @@ class Clone:
             for step, column in enumerate(memory.oracle[0][:-1])
         ]
         rows = [self._rows(memory, read, grow=True) for memory, read, _ in steps]
-        self._weights = torch.zeros(len(self._numbers))
         self._fit(rows, [unread(memory, read).index(column) for memory, read, column in steps])
 
     def _rows(self, memory: Scored, read: Sequence[int], *, grow: bool = False) -> list[list[tuple[int, float]]]:
@@ -118,33 +119,35 @@ class Clone:
                 rows.append([(self._numbers[name], value) for name, value in named if name in self._numbers])
         return rows
 
-    def _matrix(self, rows: list[list[tuple[int, float]]]) -> Tensor:
-        places = [(row, number) for row, found in enumerate(rows) for number, _ in found]
-        values = torch.tensor([value for found in rows for _, value in found])
-        return torch.sparse_coo_tensor(torch.tensor(places).T, values, (len(rows), len(self._numbers))).coalesce()
+    def _matrix(self, rows: list[list[tuple[int, float]]]) -> sparse.csr_array:
+        numbers = [number for found in rows for number, _ in found]
+        values = [value for found in rows for _, value in found]
+        ends = np.cumsum([0, *(len(found) for found in rows)])
+        return sparse.csr_array((values, numbers, ends), shape=(len(rows), len(self._numbers)))
 
     def _fit(self, steps: list[list[list[tuple[int, float]]]], chosen: list[int]) -> None:
         matrix = self._matrix([row for rows in steps for row in rows])
-        sizes = [len(rows) for rows in steps]
-        weights = self._weights.requires_grad_()
-        optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
+        starts = np.cumsum([0, *(len(rows) for rows in steps[:-1])])
+        step_of = np.repeat(np.arange(len(steps)), [len(rows) for rows in steps])
+        places = starts + chosen
 
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            scores = torch.sparse.mm(matrix, weights[:, None])[:, 0].split(sizes)
-            chances = [part.log_softmax(0)[place] for part, place in zip(scores, chosen, strict=True)]
-            total: Tensor = PENALTY * weights.square().sum() - torch.stack(chances).sum()
-            total.backward()  # type: ignore[no-untyped-call]
-            return total
+        def loss(weights: Numbers) -> tuple[float, Numbers]:
+            scores = matrix @ weights
+            scores -= np.maximum.reduceat(scores, starts)[step_of]
+            totals = np.add.reduceat(np.exp(scores), starts)
+            surplus = np.exp(scores) / totals[step_of]
+            surplus[places] -= 1
+            value = np.log(totals).sum() - scores[places].sum() + PENALTY * np.square(weights).sum()
+            return float(value), matrix.T @ surplus + 2 * PENALTY * weights
 
-        optimizer.step(loss)  # type: ignore[arg-type]
-        self._weights = weights.detach()
+        start = np.zeros(len(self._numbers))
+        self._weights = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
 
     def order(self, memory: Scored) -> Order:
         """Read a memory."""
         read: list[int] = []
         while len(read) < len(memory.keys):
-            scores = torch.sparse.mm(self._matrix(self._rows(memory, read)), self._weights[:, None])
+            scores = self._matrix(self._rows(memory, read)) @ self._weights
             read.append(unread(memory, read)[int(scores.argmax())])
         return tuple(read)
 
