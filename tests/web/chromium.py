@@ -55,6 +55,12 @@ class Browser:
         """Find elements by CSS."""
         return list(self.driver.find_elements("css selector", selector))
 
+    def wait_for(self, selector: str) -> list[Any]:
+        """Find elements that an event makes, which comes after the click that asks for it."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        return list(WebDriverWait(self.driver, 30).until(lambda _: self.all(selector)))
+
     def one(self, selector: str) -> Any:
         """Find the only element of its kind."""
         (element,) = self.all(selector)

@@ -132,7 +132,7 @@ class TestControls:
         browser.open(page)
         assert browser.all("#chart-reward table") == []
         browser.one("#chart-reward summary").click()
-        rows = browser.all("#chart-reward tbody tr")
+        rows = browser.wait_for("#chart-reward tbody tr")
         assert len(rows) == 25 + 25 + 25  # with threshold and mean before, which the first step lacks
         assert rows[0].text.startswith("run ")
 
@@ -251,7 +251,9 @@ class TestNumbers:
         browser.choose("#points", "6")
         browser.one("#chart-query-gain summary").click()
         rows = make_rows(240)
-        for number, line in enumerate(browser.all("#chart-query-gain tbody tr")):
+        lines = browser.wait_for("#chart-query-gain tbody tr")
+        assert len(lines) == 6
+        for number, line in enumerate(lines):
             cells = [cell.text for cell in line.find_elements("css selector", "td")]
             gains = [row.query_gain for row in rows[40 * number : 40 * number + 40]]
             low, high = stats.t.interval(0.95, 39, np.mean(gains), stats.sem(gains))
