@@ -33,12 +33,7 @@ from attention_rl_trainer.records.identity import calibration_origin, identity_f
 from attention_rl_trainer.records.progress import CHECKPOINT_PARTS, Progress, expect_format, restore_run, save_run
 from attention_rl_trainer.records.recorder import Recorder
 from attention_rl_trainer.records.summary import REPORT_FOLDER, RunCounts
-from attention_rl_trainer.rollout import (
-    Layout,
-    MemoryEnvironment,
-    RewardFunction,
-    Separators,
-)
+from attention_rl_trainer.rollout import Layout, MemoryEnvironment, RewardFunction, Separators
 from attention_rl_trainer.update import TrajectoryFilter, Updater
 from attention_rl_trainer.update.warm_start import WarmStartOptions
 

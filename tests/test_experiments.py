@@ -112,7 +112,7 @@ def test_a_grid_with_other_keys_is_refused(tmp_path: Path) -> None:
 class TestOrderBounds:
     @staticmethod
     def memory(generator: np.random.Generator) -> order_bounds.Scored:
-        """Four of six keys; the oracle reads them by the alphabet, all with a Yes after a Yes for the key "a"."""
+        """Four of six keys; the oracle reads "a" first, then the alphabet, backwards after a No to "a"."""
         keys = [str(key) for key in generator.permutation(list("abcdef"))[:4]]
         answers = [str(answer) for answer in generator.choice(["yes", "no"], 4)]
         turned = dict(zip(keys, answers, strict=True)).get("a") == "no"

@@ -31,7 +31,6 @@ from attention_rl_trainer.evaluation.estimates import clustered_mean, clustered_
 from attention_rl_trainer.evaluation.orders import Order, OrderScorer, ScoredMemory, article_order, random_orders
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.rollout.environment import KVMemoryEnvironment
-from attention_rl_trainer.rollout.layout import Separators
 from attention_rl_trainer.rollout.sampler import TrajectorySampler
 
 Numbers = NDArray[np.float64]
@@ -177,8 +176,8 @@ def main() -> None:
     data, config, model = parser().parse(["--config", options.config])
     measured = Measured(config, model)
     _, fitted, held_out = measured.memories(data, options.fitted, options.measured)
-    separators = Separators.encode(measured.encoder, config)
-    sampler = TrajectorySampler(measured.policy, KVMemoryEnvironment(), separators, config, config.seed)
+    given = measured.policy, KVMemoryEnvironment(), measured.layout.separators
+    sampler = TrajectorySampler(*given, config, config.seed)
 
     def read(batch: MemoryBatch) -> list[Scored]:
         one_by_one = (batch.select_rows([row]).trimmed() for row in tqdm(range(len(batch))))
