@@ -240,7 +240,7 @@ class EpisodeTrainer(PublishingTrainer):
         """Collect what the card says of the adapter."""
         config = self.policy.model.peft_config[self.policy.model.active_adapter].to_dict()
         return CardFacts(
-            name=(self.hub_model_id or self.args.hub_model_id or self.output_dir.absolute().name).rpartition("/")[2],
+            name=self._destination().repo_id.rpartition("/")[2],
             repo_id=self.hub_model_id or self.args.hub_model_id,
             tags=self._tag_names,
             base=ModelName(config.get("base_model_name_or_path") or "", config.get("revision")),

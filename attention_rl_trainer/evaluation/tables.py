@@ -276,7 +276,9 @@ class TableBuilder:
         articles = [f"{article.source}:{article.article_index}" for article in batch.articles]
         self._articles += articles
         self._add_queries(trajectory, control, articles)
-        if self._questions is not None:
+        num_steps, num_pairs = trajectory.stack("selected_index").shape[1], trajectory.memory.pair_numbers.shape[1]
+        # Where all pairs are read, every player asks the same.
+        if self._questions is not None and num_steps < num_pairs:
             self._add_questions(self._questions, batch, trajectory)
         self._add_orders(batch, trajectory.episodes.tolist())
 

@@ -142,19 +142,14 @@ class Recorder:
         Args:
             learned: the terms of each micro-batch of this process, and its number of trajectories.
         """
-        parts = [
-            (
-                {
-                    "warm_start_query_logprob": terms.query_logprob.item(),
-                    "warm_start_value_logprob": terms.value_logprob.item(),
-                },
-                number,
-            )
-            for terms, number in learned
-        ]
+        parts = []
+        for terms, number in learned:
+            parts.append(({"warm_start_value_logprob": terms.value_logprob.item()}, number))
+            if terms.num_learned:
+                parts.append(({"warm_start_query_logprob": terms.query_logprob.item()}, terms.num_learned))
         for share in self._processes.gather(parts):
-            for logprobs, number in share:
-                self._metrics.add(logprobs, weight=number)
+            for logprobs, weight in share:
+                self._metrics.add(logprobs, weight=weight)
 
     def add_times(self, trajectories: Trajectory | None) -> None:
         """Collect how long the phases of a rollout batch took in the slowest process, and the largest peak memory."""

@@ -86,7 +86,9 @@ class WarmStartTerms:
     loss: Tensor
     """What to differentiate."""
     query_logprob: Tensor
-    """Mean log-probability of the query tokens, nats."""
+    """Mean log-probability of the tokens of the queries that are learned, nats; NaN where none is."""
+    num_learned: int
+    """Queries that are learned."""
     value_logprob: Tensor
     """Mean log-probability of the values, nats per token."""
 
@@ -228,4 +230,5 @@ def warm_start_terms(policy: PolicyModel, model: nn.Module, lessons: KeptTraject
     )
     values = is_token(lessons.token_ids[:, positions(lessons.value_starts, lessons.value_length, places.device)])
     means = value_logprobs.flatten(1).sum(dim=1) / values.sum(dim=1)
-    return WarmStartTerms(query_term + value_term, query_logprobs.mean(), means.mean())
+    learned = query_logprobs.view(by_step)[lessons.advantages > 0]
+    return WarmStartTerms(query_term + value_term, learned.mean(), len(learned), means.mean())

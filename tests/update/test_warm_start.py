@@ -284,9 +284,9 @@ class Bench:
             learned = self.lessons.advantages[row]
             steps = [a * q.mean() + v.mean() for a, q, v in zip(learned, of_queries, of_values, strict=True)]
             loss = loss - weight * sum(steps) / STEPS
-            queries.append(torch.cat(of_queries).mean())
+            queries += [query for is_learned, query in zip(learned, of_queries, strict=True) if is_learned]
             values.append(torch.cat(of_values).mean())
-        return WarmStartTerms(loss, torch.stack(queries).mean(), torch.stack(values).mean())
+        return WarmStartTerms(loss, torch.stack(queries).mean(), len(queries), torch.stack(values).mean())
 
     def logprobs(self, row: int) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probabilities of each step's query and value tokens, each predicted by a forward of what is before it."""
@@ -339,6 +339,8 @@ class TestTerms:
         found, expected = bench.terms(), bench.by_hand()
         torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(bench.gradient(found.loss), bench.gradient(expected.loss), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.query_logprob, expected.query_logprob, atol=1e-5, rtol=1e-5)
+        assert found.num_learned == expected.num_learned == 4
 
     def test_micro_batches_add_up(self, bench: Bench) -> None:
         whole, parts = bench.terms(), [bench.terms(part) for part in bench.lessons.split(2)]
