@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -20,19 +20,20 @@ from attention_rl_trainer.evaluation.evaluate import expect_evaluable
 from attention_rl_trainer.memories import ArticleStream, MemoryLoader, PlainTextEncoder
 from attention_rl_trainer.models import PolicyModel
 from attention_rl_trainer.models.base import ModelName
+from attention_rl_trainer.models.causal_lm import quantized_bits
 from attention_rl_trainer.models.trial import expect_trainable
 from attention_rl_trainer.planning import preflight
 from attention_rl_trainer.probing.calibrated import CalibratedSelector
 from attention_rl_trainer.processes import SharedBatches
 from attention_rl_trainer.publishing.card import CardFacts
 from attention_rl_trainer.publishing.data import describe_data
-from attention_rl_trainer.publishing.published import published_files
+from attention_rl_trainer.publishing.published import OUTPUTS, published_files
 from attention_rl_trainer.publishing.reproduction import changed_options
 from attention_rl_trainer.publishing.trainer import PublishingTrainer
 from attention_rl_trainer.records.identity import calibration_origin, identity_facts, kind_of
 from attention_rl_trainer.records.progress import CHECKPOINT_PARTS, Progress, expect_format, restore_run, save_run
 from attention_rl_trainer.records.recorder import Recorder
-from attention_rl_trainer.records.summary import REPORT_FOLDER, RunCounts
+from attention_rl_trainer.records.summary import REPORT_FOLDER
 from attention_rl_trainer.rollout import Layout, MemoryEnvironment, RewardFunction, Separators
 from attention_rl_trainer.update import TrajectoryFilter, Updater
 from attention_rl_trainer.update.warm_start import WarmStartOptions
@@ -64,6 +65,8 @@ class EpisodeTrainer(PublishingTrainer):
     context: RunContext
     _stream: ArticleStream | None
     _identity: dict[str, Fact] | None
+    _waiting: list[Callable[[], object]]
+    """What is to be written once the folder is the run's own."""
     _own_parts: Mapping[str, str]
     """Kinds of the parts that a user gave, by the name of the argument."""
     _given_optimizer: str | None
@@ -88,6 +91,12 @@ class EpisodeTrainer(PublishingTrainer):
         """Count the steps that warm start and ``num_episodes`` ask for beyond those of a checkpoint."""
         if checkpoint is not None:
             self.progress.read(checkpoint)
+            if (left := self.progress.warm_start_left) % self.args.episodes_per_step:
+                raise ValueError(
+                    f"{checkpoint} stands in the warm start with {left} of its trajectories left, which are not whole "
+                    f"steps of {self.args.episodes_per_step} (generation_batch_size × gradient_accumulation_steps × "
+                    "processes); resume with the numbers that it was written with"
+                )
         phases = self.progress.warm_start_left, self.progress.episodes_left
         return sum(math.ceil(left / self.args.episodes_per_step) for left in phases)
 
@@ -100,6 +109,11 @@ class EpisodeTrainer(PublishingTrainer):
     def records(self) -> list[Path]:
         """The ledger and the report."""
         return [self.recorder.ledger.path, self.output_dir / REPORT_FOLDER]
+
+    @property
+    def outputs(self) -> list[Path]:
+        """The adapter, with what is beside it, and the evaluations."""
+        return [self.output_dir / name for name in OUTPUTS]
 
     def run_options(self) -> dict[str, Any]:
         """Return the options as they are written."""
@@ -123,11 +137,20 @@ class EpisodeTrainer(PublishingTrainer):
             expect_evaluable(self.loader, self.eval_dataset, self.args)
 
     def begin_records(self, *, is_resumed: bool) -> None:
-        """Write the options, and remove what is not of this run from its ledger and its report."""
+        """Write the options and what waited, and remove what is not of this run from its ledger and its report."""
         self.save_extras(self.output_dir)
         if is_resumed:
             self.recorder.cut_ledger()
         self.recorder.forget_report()
+        for write in self._waiting:
+            write()
+
+    def write_when_own(self, write: Callable[[], object]) -> None:
+        """Write on the main process: now, or once an earlier run that is in the folder still is set aside."""
+        if self.is_folder_own:
+            write()
+        else:
+            self._waiting.append(write)
 
     def end_run(self, *, is_repeated: bool = False) -> None:
         """Write the report of what was run, unless an earlier end of the run did."""
@@ -188,9 +211,11 @@ class EpisodeTrainer(PublishingTrainer):
             facts |= {name: None if part is None else kind_of(part) for name, part in parts.items()}
             # The states of one optimizer mean nothing to another.
             optim = self._given_optimizer or str(getattr(args.optim, "value", args.optim))
-            warm_start = {name: getattr(args, name) for name in WARM_START}
+            # Without a warm start the others say nothing.
+            names = WARM_START if args.warm_start_episodes else ("warm_start_episodes",)
+            warm_start = {name: getattr(args, name) for name in names}
             if args.warm_start_order == "random":  # older checkpoints know no other
-                del warm_start["warm_start_order"]
+                warm_start.pop("warm_start_order", None)
             self._identity = super().run_identity() | facts | warm_start | {"seed": args.seed, "optim": optim}
         # Each process has random numbers of its own for dropout; nothing else depends on their number.
         dropout = {"processes": self.processes.count} if self._draws_dropout else {}
@@ -245,13 +270,14 @@ class EpisodeTrainer(PublishingTrainer):
             tags=self._tag_names,
             base=ModelName(config.get("base_model_name_or_path") or "", config.get("revision")),
             dtype=str(self.policy.causal_lm.dtype).removeprefix("torch."),
+            bits=quantized_bits(self.policy.causal_lm),
             adapter=config,
             num_parameters=sum(p.numel() for p in self.policy.model.parameters() if p.requires_grad),
             data=describe_data(self.train_dataset),
             options=changed_options(self.args),
             own_parts=self._own_parts,
             calibration=self.selector.describe(),
-            counts=RunCounts(self.progress.num_episodes, self.updater.num_updates),
+            counts=self.recorder.counts(self.updater.num_updates),
             planned_episodes=self.args.num_episodes,
             metadata=self.card_metadata,
         )

@@ -29,11 +29,12 @@ from attention_rl_trainer.memories.given import expect_data
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.models import PolicyModel, add_adapter, left_bare_on_failure, take_model, with_tokenizer
 from attention_rl_trainer.models.modes import update_mode
+from attention_rl_trainer.models.readers import expect_reads_padding
 from attention_rl_trainer.options import takes_names
 from attention_rl_trainer.planning import preflight
 from attention_rl_trainer.planning.arguments import expect_arguments
 from attention_rl_trainer.probing.calibrated import CalibratedSelector
-from attention_rl_trainer.publishing.card import refresh_evaluations
+from attention_rl_trainer.publishing.card import write_evaluation
 from attention_rl_trainer.records.console import EpisodeProgressCallback, without_trainers_bar
 from attention_rl_trainer.records.health import HealthLimits
 from attention_rl_trainer.records.identity import kind_of
@@ -175,7 +176,7 @@ class AttentionGuidedRLTrainer(EpisodeTrainer):
         self.recorder = Recorder(self.output_dir, self.encoder, self.progress, limits, self.context, processes)
         self.updater = Updater(self.policy.model, args, self.context, self.recorder.add_update, processes)
         self.agreement = RolloutAgreement(self.policy, args.training_batch_size)
-        self._stream, self._identity = None, None
+        self._stream, self._identity, self._waiting = None, None, []
 
     # ---- A step ----
 
@@ -202,6 +203,7 @@ class AttentionGuidedRLTrainer(EpisodeTrainer):
         if self.progress.num_episodes == 0 and self.updater.num_updates > 0:
             # After a warm start: what the KL begins from.
             self.updater.previous_adapter.refresh()
+            self.progress.num_warm_start_updates = self.updater.num_updates
         whole = inputs["memories"].head(self.progress.episodes_left)
         rows = self.processes.share(len(whole))
         batch, trajectories = whole.select_rows(rows), None
@@ -236,6 +238,8 @@ class AttentionGuidedRLTrainer(EpisodeTrainer):
 
     def _warm_start_step(self, model: nn.Module, memories: MemoryBatch) -> Tensor:
         """Accumulate the gradient of a batch of the warm start."""
+        if memories.is_padded:
+            expect_reads_padding(self.policy)
         whole, done = memories.head(self.progress.warm_start_left), self.progress.num_warm_start
         rows = self.processes.share(len(whole))
         batch = whole.select_rows(rows)
@@ -371,17 +375,15 @@ class AttentionGuidedRLTrainer(EpisodeTrainer):
         batches = self.loader.batches(stream, min(args.generation_batch_size, args.eval_episodes))
         is_before = self.is_in_train and self.state.global_step == 0
         name = folder_name(metric_key_prefix) + (BEFORE_TRAINING if is_before else "")
-        folder = self.output_dir / "evaluation" / name
         with self.context.phase("evaluation", args.generation_batch_size):
             memories = (inputs["memories"] for inputs in batches)
             questions = AskedQuestions.of(articles) if args.eval_tables else None
-            # Each process computes the same; one writes.
-            written_to = folder if self.processes.is_main else None
             shown = self.processes.is_main and not args.disable_tqdm
-            given = self.sampler, memories, self.encoder, args, written_to, questions
-            results = evaluate(*given, show_progress=shown)
-        if self.processes.is_main:
-            refresh_evaluations(self.output_dir)
+            given = self.sampler, memories, self.encoder, args, questions
+            results, tables = evaluate(*given, show_progress=shown)
+        # Each process computes the same; one writes.
+        if self.processes.is_main and tables is not None:
+            self.write_when_own(partial(write_evaluation, tables, self.output_dir, name))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)

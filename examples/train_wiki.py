@@ -4,9 +4,9 @@ What differs from a textbook fine-tuning script: there are no labels and no fixe
 own attention draws the passage that it reads next, and the reward is how much better the passage is predicted than by
 the untouched base model.
 
-On any machine, with the embedded model and articles (`make demo` sets everything up and runs this):
+On any machine, with the embedded model and articles (`make demo-wiki` sets everything up and runs this):
 
-    accelerate launch examples/train_wiki.py --config demo
+    accelerate launch examples/train_wiki.py --config demo_wiki
 
 With the Hub and a GPU of 16 GB:
 

@@ -147,6 +147,19 @@ def test_a_reloaded_adapter_selects_with_its_calibration(
         reloaded().evaluate(rows)
 
 
+def test_a_calibration_serves_the_same_weights_in_another_precision(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """As where a run in bfloat16 is evaluated on a machine that computes in float32."""
+    coarse, fine = tiny_llama().to(torch.bfloat16), tiny_llama().to(torch.bfloat16).float()
+    trainer = tiny_trainer(tmp_path, texts, tokenizer, coarse, **CALIBRATED | {"num_episodes": 8})
+    trainer.train()
+    given = {"calibration": trainer.output_dir / "checkpoint-1"}
+    other = tiny_trainer(tmp_path / "fine", texts, tokenizer, fine, given, **CALIBRATED | {"num_episodes": 8})
+    other.train()
+    assert other.selector.digest == trainer.selector.digest
+
+
 def test_a_calibration_of_another_base_or_of_other_options_is_refused(
     tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
 ) -> None:

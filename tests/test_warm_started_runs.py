@@ -17,10 +17,12 @@ import torch
 from finished_run import StopAt
 from processes import Job, adapter_hash, made_up_entries, run
 from tiny import tiny_config, tiny_llama, tiny_trainer
+from tiny_families import build
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from attention_rl_trainer import trainer as trainer_module
 from attention_rl_trainer.errors import NonFiniteError
+from attention_rl_trainer.models.projections import UnsupportedArchitectureError
 from attention_rl_trainer.records.ledger import read_ledger
 from attention_rl_trainer.records.progress import load_parts, load_previous_adapter
 from attention_rl_trainer.rollout.information import first_choice_values
@@ -326,6 +328,34 @@ def test_a_run_resumes_with_the_same_order_alone(name: str, before: Any, after: 
 def test_the_identity_of_a_run_in_random_order_is_as_before_there_were_others(make_on_articles: Make) -> None:
     assert "warm_start_order" not in make_on_articles().run_identity()
     assert make_on_articles(warm_start_order="article").run_identity()["warm_start_order"] == "article"
+
+
+def test_without_a_phase_its_other_options_do_not_make_another_run(make_on_articles: Make) -> None:
+    """So a recipe's file can be used with ``--warm_start_episodes 0``."""
+    plain, given = (make_on_articles(warm_start_episodes=0, warm_start_mismatch=share) for share in (None, 0.3))
+    assert plain.run_identity() == given.run_identity()
+
+
+def test_a_run_that_would_resume_with_part_of_a_step_left_of_the_phase_is_refused(make_on_articles: Make) -> None:
+    first = make_on_articles(warm_start_episodes=16, save_episodes=8)
+    first.train()
+    for step in range(STEPS_BEFORE, STEPS + 1):
+        shutil.rmtree(first.output_dir / f"checkpoint-{step}")
+    resumed = make_on_articles(warm_start_episodes=16, gradient_accumulation_steps=2, num_episodes=32)
+    with pytest.raises(ValueError, match=r"checkpoint-1 stands in the warm start with 8 .* of 16 "):
+        resumed.train(resume_from_checkpoint=True)
+
+
+def test_a_model_that_does_not_leave_out_padding_is_refused_before_the_first_lesson(
+    tmp_path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    args = tiny_config(tmp_path, **OPTIONS)
+    trainer = AttentionGuidedRLTrainer(
+        build("llama4_text"), args, made_up_entries(texts[:12]), processing_class=tokenizer
+    )
+    with pytest.raises(UnsupportedArchitectureError, match="does not leave out padding"):
+        trainer.train()
+    assert trainer.updater.num_updates == 0
 
 
 def test_a_resumed_run_ends_like_the_whole_one(make: Make) -> None:

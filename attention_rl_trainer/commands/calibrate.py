@@ -19,6 +19,7 @@ from rich.table import Table
 from attention_rl_trainer.commands.measured import Measured, MeasuredData, MeasuredModel
 from attention_rl_trainer.commands.parsing import CommandParser
 from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.episodes import RUN_CONFIG_NAME
 from attention_rl_trainer.probing.calibrate import Fitted, Probe
 from attention_rl_trainer.probing.calibrated import CALIBRATED, is_calibrated
 from attention_rl_trainer.probing.picture import plot_heads
@@ -43,23 +44,37 @@ def main(flags: Sequence[str], console: Console | None = None) -> int:
     if not is_calibrated(config, config):
         logger.info("The options fit nothing; measured is the calibrated selector: %s", CALIBRATED)
         config = replace(config, **CALIBRATED)
+    folder = Path(str(config.output_dir))
+    _expect_no_run(folder)
     measured, count = Measured(config, model), config.calibration_memories
     probe = Probe(measured.policy, measured.layout, config, config, show_progress=not config.disable_tqdm)
     articles, memories, held_out = measured.memories(data, count, count)
     fitted = probe.fit(memories, calibration_origin(measured.model, measured.tokenizer, articles, config))
     figures = probe.figures(fitted.calibration, held_out)
-    folder = Path(str(config.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     written = fitted.calibration.save(folder)
-    picture = plot_heads(fitted.heads, fitted.calibration.heads, folder / PICTURE_NAME)
     console = console or Console()
     console.print(heads_table(fitted, len(memories) // 2))
-    console.print(f"temperature {fitted.calibration.temperature:.4g}; written to {written}; heads in {picture}")
+    console.print(f"temperature {fitted.calibration.temperature:.4g}; written to {written}")
+    try:
+        picture = plot_heads(fitted.heads, fitted.calibration.heads, folder / PICTURE_NAME)
+        console.print(f"heads in {picture}")
+    except ImportError:
+        console.print('no picture: matplotlib is missing: pip install "attention-rl-trainer[report]"', markup=False)
     where = data.dataset_eval_name or "memories of training that were not fitted to"
     console.print(f"Half of a key on {len(held_out)} memories ({where}), chance {figures['chance']:.3f}:")
     for name in ("p_right", "p_right_literal", "selection_information"):
         console.print(f"{name}: {figures[name]:.3f}", highlight=False)
     return 0
+
+
+def _expect_no_run(folder: Path) -> None:
+    """Refuse the folder of a run, whose adapter belongs to the calibration that it was trained with."""
+    if (folder / RUN_CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{folder} holds a run, and what is fitted now would take the place of what its adapter was trained with; "
+            "give another folder as --output_dir"
+        )
 
 
 def heads_table(fitted: Fitted, num_memories: int, num_rows: int = 20) -> Table:

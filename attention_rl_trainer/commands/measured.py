@@ -9,6 +9,7 @@ from typing import Any
 from transformers import set_seed
 from trl import ModelConfig  # type: ignore[attr-defined]  # trl's lazy names are not declared
 
+from attention_rl_trainer.commands.loading import evaluation_config, loading_options
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.memories.loading import MemoryLoader
 from attention_rl_trainer.memories.pairs import MemoryBatch
@@ -35,6 +36,10 @@ class MeasuredData:
     dataset_eval_name: str | None = field(
         default=None, metadata={"help": "What to measure on. Default: memories of training after those fitted to."}
     )
+    dataset_eval_config: str | None = field(
+        default=None,
+        metadata={"help": "Its configuration. Default: dataset_config, where it is the data set that is fitted to."},
+    )
     dataset_eval_split: str = field(
         default="train", metadata={"help": "Split to measure on.", "aliases": ["--dataset_test_split"]}
     )
@@ -60,7 +65,9 @@ class Measured:
 
     def __init__(self, config: AttentionGuidedRLConfig, model: MeasuredModel) -> None:
         set_seed(config.seed)
-        base, self.tokenizer = load_named_model(str(model.model_name_or_path), config.device, {"dtype": model.dtype})
+        given: Any = config.model_init_kwargs or {}
+        options = loading_options(model) | dict(given)
+        base, self.tokenizer = load_named_model(str(model.model_name_or_path), config.device, options)
         self.encoder = PlainTextEncoder(self.tokenizer)
         self.model = add_adapter(base, None)
         self.policy = PolicyModel.of(self.model, self.tokenizer, config)
@@ -78,6 +85,8 @@ class Measured:
             both = self._loader.first_memories(fitted_to, num_fitted + num_measured)
             rows: Sequence[int] = range(num_fitted, len(both))
             return fitted_to, both.head(num_fitted), both.select_rows(rows)
-        held_out = load_memories(data.dataset_eval_name, **columns, split=data.dataset_eval_split)
+        held_out = load_memories(
+            data.dataset_eval_name, **columns, config_name=evaluation_config(data), split=data.dataset_eval_split
+        )
         measured = self._loader.first_memories(held_out, num_measured)
         return fitted_to, self._loader.first_memories(fitted_to, num_fitted), measured

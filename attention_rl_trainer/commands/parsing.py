@@ -66,7 +66,7 @@ class CommandParser(PlainParser, TrlParser):
             "--config",
             metavar="NAME|FILE",
             default=argparse.SUPPRESS,
-            help="Options file (YAML): a path, or one that comes with the package: " + ", ".join(shipped_configs()),
+            help="Options file (YAML): a path" + _shipped(self._kinds),
         )
 
     @property
@@ -142,6 +142,13 @@ class CommandParser(PlainParser, TrlParser):
         close = difflib.get_close_matches(plain, self._names, n=1, cutoff=0.75)
         hint = f"did you mean {dashes}{close[0]}? Otherwise {way_out}" if close else way_out
         return f"there is no option {name}; {hint}"
+
+
+def _shipped(kinds: Sequence[type[Any]]) -> str:
+    """Name the files that come with the package, which are those of a training run."""
+    if AttentionGuidedRLConfig not in kinds:
+        return "."
+    return ", or one that comes with the package: " + ", ".join(shipped_configs())
 
 
 def _plain(name: object) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -21,9 +20,9 @@ from rich.text import Text
 from trl import (  # type: ignore[attr-defined]  # trl's lazy names are not declared
     ModelConfig,
     get_peft_config,
-    get_quantization_config,
 )
 
+from attention_rl_trainer.commands.loading import evaluation_config, loading_options
 from attention_rl_trainer.commands.parsing import CommandParser
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.durability.discovery import CheckpointError, find_checkpoint
@@ -55,6 +54,10 @@ class DataArguments:
         metadata={"help": "Split of the evaluation's memories.", "aliases": ["--dataset_test_split"]},
     )
     dataset_eval_name: str | None = field(default=None, metadata={"help": "Source to evaluate on at the end."})
+    dataset_eval_config: str | None = field(
+        default=None,
+        metadata={"help": "Its configuration. Default: dataset_config, where it is the data set that is trained on."},
+    )
     dataset_streaming: bool | None = field(
         default=None, metadata={"help": "Stream instead of preparing on disk. Default: by the kind of source."}
     )
@@ -113,8 +116,13 @@ def main(flags: Sequence[str], console: Console | None = None) -> int:
     )
     held_out = None
     if data.dataset_eval_name is not None:
-        held_out = load_memories(data.dataset_eval_name, **columns_of(args), split=data.dataset_eval_split)
-    args.model_init_kwargs = _loading_options(model) | dict(args.model_init_kwargs or {})
+        held_out = load_memories(
+            data.dataset_eval_name,
+            **columns_of(args),
+            config_name=evaluation_config(data),
+            split=data.dataset_eval_split,
+        )
+    args.model_init_kwargs = loading_options(model) | dict(args.model_init_kwargs or {})
     trainer = AttentionGuidedRLTrainer(
         model=model.model_name_or_path,
         args=args,
@@ -153,15 +161,3 @@ def _expect_checkpoint(named: str | bool, output_dir: Path) -> None:
         find_checkpoint(named, output_dir, AttentionGuidedRLTrainer.run_trace)
     except CheckpointError as error:
         raise CheckpointError(f"{'--resume' if named is True else '--resume_from_checkpoint'}: {error}") from error
-
-
-def _loading_options(model: AdapterConfig) -> dict[str, Any]:
-    dtype = model.dtype
-    if dtype == "auto" and (model.load_in_4bit or model.load_in_8bit):
-        dtype = "bfloat16"  # what quantized weights are multiplied in
-    options: dict[str, Any] = {"dtype": dtype, "revision": model.model_revision}
-    if model.attn_implementation is not None:
-        options["attn_implementation"] = model.attn_implementation
-    if (quantization := get_quantization_config(model)) is not None:
-        options["quantization_config"] = quantization
-    return options

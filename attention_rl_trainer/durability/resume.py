@@ -65,9 +65,15 @@ class ResumePoint:
         kept = [*list_checkpoints(self.output_dir), *records, self.output_dir / trace]
         return not any(path.exists() for path in kept)
 
-    def set_aside_others(self, records: Sequence[Path]) -> None:
-        """Move what the run does not resume out of its way, also of its ``records``; nothing is lost."""
+    def set_aside_others(self, records: Sequence[Path], outputs: Sequence[Path]) -> None:
+        """Move what the run does not resume out of its way, also of its ``records``; nothing is lost.
+
+        Args:
+            outputs: moved with the records of a whole run, and no others: they may be there without one.
+        """
         after = checkpoint_step(self.checkpoint) if self.checkpoint is not None and self.is_own else -1
+        if after < 0 and any(record.exists() for record in records):
+            records = [*records, *outputs]
         aside = set_aside_run(self.output_dir, records, after)
         if aside is not None:
             logger.warning("%s held what this run does not resume; it is in %s now", self.output_dir, aside)

@@ -132,11 +132,16 @@ class DurableTrainer(PushingTrainer):
             return
 
         def begin() -> None:
-            start.set_aside_others(self.records)
+            start.set_aside_others(self.records, self.outputs)
             start.adopted(self.records)
             self.begin_records(is_resumed=start.checkpoint is not None)
 
         self.processes.on_main(begin)
+
+    @property
+    def is_folder_own(self) -> bool:
+        """Whether the run, if there is one, has begun to write, so that no earlier one is in its folder."""
+        return self._start is None
 
     def _stay_finished(self, start: ResumePoint, checkpoint: Path) -> TrainOutput:
         """Load what a finished run has learned, and run nothing."""
@@ -167,6 +172,11 @@ class DurableTrainer(PushingTrainer):
     @property
     def records(self) -> Sequence[Path]:
         """What a run leaves in its folder beside checkpoints."""
+        return ()
+
+    @property
+    def outputs(self) -> Sequence[Path]:
+        """What is made of a run and is not resumed from: of a run that is set aside, it goes with it."""
         return ()
 
     def run_options(self) -> Mapping[str, Any]:

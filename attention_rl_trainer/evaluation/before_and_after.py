@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,9 +49,11 @@ class BeforeAndAfter:
     def to_markdown(self) -> str:
         """Write what was asked side by side, and the figures."""
         parts = ["# What the model asked, before and after training", "\n".join(f"- {line}" for line in self.lines())]
-        earlier = {} if self.before is None else {item["title"]: item["steps"] for item in self.before["examples"]}
-        for item in self.after["examples"]:
-            rows = _side_by_side(earlier.get(item["title"], []), item["steps"])
+        earlier = [] if self.before is None else self.before["examples"]
+        # Both read the same memories in the same order; a title may come again, with another memory.
+        for before, item in itertools.zip_longest(earlier[: len(self.after["examples"])], self.after["examples"]):
+            is_same = before is not None and before["title"] == item["title"]
+            rows = _side_by_side(before["steps"] if is_same else [], item["steps"])
             parts += [f"## {_cell(item['title'])}", rows]
         return "\n\n".join(parts) + "\n"
 

@@ -6,13 +6,12 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
 from attention_rl_trainer.evaluation.asking import AskedQuestions
-from attention_rl_trainer.evaluation.tables import TableBuilder
+from attention_rl_trainer.evaluation.tables import EvaluationTables, TableBuilder
 from attention_rl_trainer.memories.loading import MemoryLoader
 from attention_rl_trainer.memories.pairs import MemoryBatch
 from attention_rl_trainer.memories.stream import Articles
@@ -80,18 +79,17 @@ def evaluate(
     batches: Iterable[MemoryBatch],
     encoder: PlainTextEncoder,
     options: EvaluationOptions,
-    folder: Path | None,
     questions: AskedQuestions | None = None,
     *,
     show_progress: bool = False,
-) -> dict[str, float]:
-    """Evaluate a policy, and with ``eval_tables`` write the tables into a folder, where one is given.
+) -> tuple[dict[str, float], EvaluationTables | None]:
+    """Evaluate a policy.
 
-    The folder is made if it is missing. Where the memories are those of a game, ``questions`` measure what was asked.
-    The random numbers are not those of training, and the same at every call. ``show_progress`` by a bar.
+    Where the memories are those of a game, ``questions`` measure what was asked. The random numbers are not those of
+    training, and the same at every call. ``show_progress`` by a bar.
 
     Returns:
-        Rewards, their parts and the tables' main figures, by name.
+        Rewards, their parts and the tables' main figures, by name; and with ``eval_tables`` the tables.
     """
     # The trainer's, with streams of its own and all that is measured.
     sampler = copy.copy(sampler)
@@ -106,7 +104,7 @@ def evaluate(
     bar = tqdm(desc="Evaluating", total=num_episodes + again, unit="memory", disable=hidden, leave=False)
     with bar:
         if not options.eval_tables:
-            return evaluate_policy(sampler, batches, num_episodes, lambda batch, _: bar.update(len(batch)))
+            return evaluate_policy(sampler, batches, num_episodes, lambda batch, _: bar.update(len(batch))), None
         builder = TableBuilder(
             sampler,
             encoder,
@@ -121,10 +119,8 @@ def evaluate(
 
         results = evaluate_policy(sampler, batches, num_episodes, observe)
         tables = builder.build()
-    if folder is not None:
-        tables.write(folder)
     # What both know, such as how many queries differ, is the same but for rounding.
-    return tables.metrics() | results
+    return tables.metrics() | results, tables
 
 
 def evaluate_policy(

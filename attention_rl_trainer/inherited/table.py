@@ -55,7 +55,7 @@ def _idle(text: str, *harmless: Any, values: Any = None) -> Verdict:
 _EPISODES = "a run is counted in episodes, not in optimizer steps"
 _PRECISION = (
     "the rollout and the update must compute alike, so precision is that of the weights; "
-    "set model_init_kwargs={'dtype': 'bfloat16'} instead"
+    "set it by --dtype bfloat16, in Python by model_init_kwargs={'dtype': 'bfloat16'}"
 )
 _COMPILE = (
     "the cache's growing length makes it compile again and again, for no gain where it was measured "

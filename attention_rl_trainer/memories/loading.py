@@ -321,8 +321,9 @@ class MemoryLoader:
 
     def rows(self, stream: ArticleStream) -> MemoryDataset:
         """Cut the articles of a stream into pairs."""
-        options = self._options
-        return MemoryDataset(stream, self._encoder, options, self._seed, same_memory=options.overfit_articles > 0)
+        # Those that are overfitted are the same in every epoch; an evaluation ends, and its epochs differ.
+        same_memory = self._options.overfit_articles > 0 and stream.num_epochs is None
+        return MemoryDataset(stream, self._encoder, self._options, self._seed, same_memory=same_memory)
 
     def batches(self, stream: ArticleStream, batch_size: int) -> DataLoader[Any]:
         """Cut the articles of a stream into pairs; returns a loader of ``{"memories": MemoryBatch}``."""

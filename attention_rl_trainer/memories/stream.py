@@ -144,7 +144,7 @@ class ArticleStream:
         self._seed = seed
         self._shuffle = shuffle
         self._shuffle_buffer_size = shuffle_buffer_size
-        self._num_epochs = num_epochs
+        self.num_epochs = num_epochs
 
     def __iter__(self) -> Iterator[PositionedArticle]:
         """Yield the articles from ``position`` on.
@@ -155,7 +155,7 @@ class ArticleStream:
         """
         start = self.position.index
         for epoch in itertools.count(self.position.epoch):
-            if self._num_epochs is not None and epoch >= self._num_epochs:
+            if self.num_epochs is not None and epoch >= self.num_epochs:
                 return
             skipped_before = self.skipped.copy()
             is_empty = True

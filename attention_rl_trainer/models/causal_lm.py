@@ -30,6 +30,13 @@ def is_loaded_in_4_bits(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
+def quantized_bits(model: PreTrainedModel) -> int | None:
+    """In how many bits bitsandbytes keeps the weights of a model, 4 or 8; ``None`` where it was not loaded by it."""
+    if is_loaded_in_4_bits(model):
+        return 4
+    return 8 if getattr(model, "is_loaded_in_8bit", False) else None
+
+
 def input_embeddings(model: PreTrainedModel) -> nn.Embedding:
     """The layer that turns ids into hidden states; ``model`` has no PEFT wrapper."""
     return cast(nn.Embedding, model.get_input_embeddings())

@@ -185,7 +185,9 @@ def _parse_dtype(name: str, default: torch.dtype) -> torch.dtype:
         return default
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"model_init_kwargs['dtype'] must name a torch dtype such as 'bfloat16', got {name!r}")
+        raise ValueError(
+            f"dtype (--dtype, model_init_kwargs['dtype']) must name a torch dtype such as 'bfloat16', got {name!r}"
+        )
     return dtype
 
 

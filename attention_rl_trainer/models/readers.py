@@ -123,15 +123,25 @@ def open_readers(
             "policy and reference share a batch only with plain LoRA on linear layers and a model that keeps every "
             "token in its cache; leave joint unset"
         )
-    if padded and not policy.reads_padding:
-        raise UnsupportedArchitectureError(
-            f"{described(policy.causal_lm)} does not leave out padding, so it cannot read keys and values of different "
-            "lengths in one batch; use texts cut into pairs of one length, or another base model"
-        )
+    if padded:
+        expect_reads_padding(policy)
     replay = policy.can_replay and not padded if replay is None else replay
     if joint:
         return JointReaders(policy, prompt, capacity, replay=replay, padded=padded, num_queries=num_queries)
     return SeparateReaders(policy, prompt, capacity, replay=replay, padded=padded)
+
+
+def expect_reads_padding(policy: PolicyModel) -> None:
+    """Refuse a model that does not read as if there was no padding.
+
+    Raises:
+        UnsupportedArchitectureError: it does not.
+    """
+    if not policy.reads_padding:
+        raise UnsupportedArchitectureError(
+            f"{described(policy.causal_lm)} does not leave out padding, so it cannot read keys and values of different "
+            "lengths in one batch; use texts cut into pairs of one length, or another base model"
+        )
 
 
 class ContextReader:

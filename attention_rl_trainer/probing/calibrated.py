@@ -10,6 +10,7 @@ from typing import Any
 from attention_rl_trainer.durability.discovery import CheckpointError
 from attention_rl_trainer.memories.loading import MemoryLoader
 from attention_rl_trainer.memories.stream import Articles
+from attention_rl_trainer.models.adapters import WEIGHTS
 from attention_rl_trainer.models.heads import HeadNumber
 from attention_rl_trainer.models.policy import PolicyModel, PolicyOptions
 from attention_rl_trainer.probing.calibrate import Probe, selection_facts
@@ -20,7 +21,7 @@ from attention_rl_trainer.rollout.layout import Layout
 
 logger = logging.getLogger(__name__)
 
-_ARTICLES = "articles.sample"
+_ARTICLES, _WEIGHTS = "articles.sample", "model.weights"
 
 
 CALIBRATED: dict[str, Any] = {
@@ -165,6 +166,12 @@ class CalibratedSelector:
                 f"attention_heads is {self._heads.attention_heads}; set it to 'probe' to take those of the calibration"
             )
         differing = [name for name in facts if name != _ARTICLES and there.get(name) != facts[name]]
+        if _WEIGHTS in differing and not _are_comparable(there.get(_WEIGHTS), facts[_WEIGHTS]):
+            differing.remove(_WEIGHTS)
+            logger.warning(
+                "The calibration was fitted to weights of another precision than these (4 or 8 bits): whether they are "
+                "of the same base model cannot be told; it is used"
+            )
         if differing:
             listed = "".join(f"\n  {name}: {there.get(name)!r} there, {facts[name]!r} here" for name in differing)
             raise ValueError(
@@ -173,6 +180,11 @@ class CalibratedSelector:
             )
         if facts.get(_ARTICLES) not in (None, there.get(_ARTICLES)):
             logger.warning("The calibration was fitted to other articles than those that are trained on; it is used")
+
+
+def _are_comparable(*weights: object) -> bool:
+    """Whether both are digests that do not depend on the precision, or neither is."""
+    return len({str(digest).startswith(WEIGHTS) for digest in weights}) == 1
 
 
 def _expect_heads(calibration: Calibration) -> tuple[HeadNumber, ...]:

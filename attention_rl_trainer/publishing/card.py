@@ -21,6 +21,7 @@ from urllib.parse import unquote
 from huggingface_hub import ModelCard, ModelCardData
 
 from attention_rl_trainer._version import __version__
+from attention_rl_trainer.durability.manifest import MANIFEST_NAME
 from attention_rl_trainer.durability.staging import staged_files
 from attention_rl_trainer.evaluation.estimates import Estimate
 from attention_rl_trainer.evaluation.queries import EMPTY
@@ -61,7 +62,7 @@ class CardFacts:
     tags: Sequence[str]
     base: ModelName
     dtype: str
-    """Precision of the base model's weights."""
+    """Precision of the base model's weights, or of what they are multiplied in where they have ``bits``."""
     adapter: Mapping[str, Any]
     """The adapter's configuration, as PEFT writes it; ``target_modules`` where they are not the default."""
     num_parameters: int
@@ -73,6 +74,8 @@ class CardFacts:
     """What of the trainer a program of the author's replaced, by its argument."""
     calibration: str | None = None
     """What was fitted of the selector."""
+    bits: int | None = None
+    """Of the weights, 4 or 8 where they were quantized while loading."""
     counts: RunCounts = field(default_factory=lambda: RunCounts(0, 0))
     planned_episodes: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -132,7 +135,7 @@ def make_card(
         data=_data_in_words(facts.data),
         reproduction=_reproduction_in_words(facts),
         versions=versions(),
-        options_file=options_file(facts.options, facts.base, facts.dtype, facts.adapter, facts.data),
+        options_file=options_file(facts.options, facts.base, facts.dtype, facts.adapter, facts.data, facts.bits),
     )
     return card
 
@@ -153,10 +156,17 @@ def metadata_of(facts: CardFacts) -> ModelCardData:
     return ModelCardData(**head | dict(facts.metadata))
 
 
-def refresh_evaluations(folder: Path) -> None:
+def write_evaluation(tables: EvaluationTables, run: Path, name: str) -> None:
+    """Write the tables of an evaluation into a run's folder, and their figures into its card."""
+    tables.write(run / EVALUATIONS / name)
+    _refresh_evaluations(run)
+
+
+def _refresh_evaluations(folder: Path) -> None:
     """Write down the figures of the evaluations that a folder has now, and put them into its card.
 
-    The rest of the card stays as it is, and so does a card that has no place for them.
+    The rest of the card stays as it is, and so does a card that has no place for them, or that is a checkpoint's: its
+    manifest lists it.
     """
     evaluations = _evaluations_in(folder / EVALUATIONS)
     for place, tables in evaluations.items():
@@ -164,7 +174,7 @@ def refresh_evaluations(folder: Path) -> None:
         with staged_files(place) as staging:
             (staging / FIGURES_NAME).write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     path = folder / CARD_NAME
-    if not path.is_file():
+    if not path.is_file() or (folder / MANIFEST_NAME).is_file():
         return
     card = path.read_text(encoding="utf-8")
     before, begin, rest = card.partition(_BEGIN)
@@ -273,11 +283,12 @@ def _fact_rows(facts: CardFacts, peft_type: str) -> dict[str, str]:
     commit = f", revision {escaped(facts.base.revision)}" if facts.base.is_portable and facts.base.revision else ""
     rows = {
         "base model": f"{_base_in_words(facts.base)}{'' if facts.base.name == OFFLINE else commit}; weights "
-        f"{facts.dtype}, frozen",
+        f"{facts.dtype if facts.bits is None else f'in {facts.bits} bits'}, frozen",
         "adapter": escaped(f"{peft_type}, {', '.join(sizes)}; {facts.num_parameters:,} parameters"),
         "trained on": _data_in_short(facts.data),
         "episodes": f"{facts.counts.num_episodes:,} of {facts.planned_episodes:,}, in which "
-        f"{facts.counts.num_updates:,} updates moved weights",
+        f"{facts.counts.num_updates:,} updates moved weights"
+        f"{f', after a warm start on {shown:,} trajectories' if (shown := facts.counts.num_warm_start) else ''}",
     }
     if facts.calibration is not None:
         rows["selector"] = f"calibrated before training: {escaped(facts.calibration)}"
@@ -294,6 +305,8 @@ def _data_in_words(data: DataFacts) -> str:
 
 
 def _verdict(facts: CardFacts, rows: Sequence[LedgerRow] | None) -> str:
+    if facts.counts.num_episodes == 0 and facts.counts.num_warm_start:
+        return "It was shown queries in the warm start; of its own queries none was rewarded yet."
     if facts.counts.num_episodes == 0:
         return "Nothing was trained yet: the adapter changes nothing."
     if not rows:

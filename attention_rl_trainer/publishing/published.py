@@ -35,6 +35,8 @@ _PUBLISHED: Final = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
+OUTPUTS: Final = (*(name for name in _PUBLISHED if "/" not in name), EVALUATIONS)
+"""What is made of a run beside its ledger and its report."""
 _RECORDS: Final = (LEDGER_NAME, f"{REPORT_FOLDER}/*")
 
 

@@ -59,7 +59,12 @@ def changed_options(options: TrainingArguments) -> dict[str, Any]:
 
 
 def options_file(
-    changed: Mapping[str, Any], base: ModelName, dtype: str, adapter: Mapping[str, Any], data: DataFacts
+    changed: Mapping[str, Any],
+    base: ModelName,
+    dtype: str,
+    adapter: Mapping[str, Any],
+    data: DataFacts,
+    bits: int | None = None,
 ) -> str:
     """Write a run down as a file of options (YAML) for ``attention-rl train``.
 
@@ -71,6 +76,7 @@ def options_file(
         dtype: of its weights, by name.
         adapter: the adapter's configuration.
         data: what it was trained on.
+        bits: of the weights, 4 or 8 where they were quantized while loading.
     """
     where: dict[str, Any] = {"output_dir": "out"}
     if base.is_portable:
@@ -78,6 +84,8 @@ def options_file(
         if base.name != OFFLINE and (commit := commit_of(base.revision)) is not None:
             where["model_revision"] = commit
     where["dtype"] = dtype
+    if bits is not None:
+        where[f"load_in_{bits}bit"] = True
     if data.option is not None:
         where["dataset_name"] = data.option
     modules = adapter.get("target_modules")

@@ -268,14 +268,16 @@ class HealthMonitor:
         )
 
     def _queries_lose(self) -> str | None:
-        reward, queries = self._change("reward"), self._change("query_gain")
-        if reward is None or queries is None:
+        changes = {name: self._change(name) for name in ("reward", "model_gain", "query_gain")}
+        by, error = ({name: found[part] for name, found in changes.items() if found} for part in (0, 1))
+        if len(by) < len(changes) or not all(by[name] > 3 * error[name] for name in ("reward", "model_gain")):
             return None
-        if not (reward[0] > 3 * reward[1] and queries[0] < -3 * queries[1]):
+        if by["query_gain"] >= -3 * error["query_gain"]:
             return None
         return (
-            f"the reward rises ({reward[0]:+.3f} nats per token) while the query gain falls ({queries[0]:+.3f}): the "
-            "reader improves and the queries get worse; lower reward_gradient_coef or use kl_reference='base'"
+            f"reward and model gain rise ({by['reward']:+.3f} and {by['model_gain']:+.3f} nats per token) while the "
+            f"query gain falls ({by['query_gain']:+.3f}): "
+            "the reader improves and the queries get worse; lower reward_gradient_coef or use kl_reference='base'"
         )
 
     def _reader_drifts(self) -> str | None:

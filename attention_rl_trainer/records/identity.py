@@ -11,16 +11,16 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, cast
 
 from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attention_rl_trainer.durability.discovery import Fact
 from attention_rl_trainer.memories.loading import ReadingOptions
 from attention_rl_trainer.memories.stream import READING_ERRORS, Article, Entries
-from attention_rl_trainer.models.adapters import sampled_weights
+from attention_rl_trainer.models.adapters import sampled_weights, weights_digest
 from attention_rl_trainer.rollout.layout import LayoutOptions
 
 _LISTED = {"r", "lora_alpha", "target_modules", "peft_type"}
@@ -59,6 +59,8 @@ def calibration_origin(
     """Collect what a calibration of the selector belongs to: the base model, and the articles where there are any."""
     facts = model_facts(model, tokenizer)
     origin = {name: facts[name] for name in ("model.architecture", "model.weights", "tokenizer")}
+    # Nearly the same is fitted in float32 and in bfloat16.
+    origin["model.weights"] = weights_digest(cast(PreTrainedModel, model.get_base_model())) or facts["model.weights"]
     if articles is not None:
         origin["articles.sample"] = article_facts(articles, reading.dataset_text_column, 0)["articles.sample"]
     return origin

@@ -170,6 +170,11 @@ class LedgerRow:
         """Mean model gain of the trajectory, nats per value token."""
         return statistics.fmean(self.model_gains)
 
+    @property
+    def is_reward_their_sum(self) -> bool:
+        """Whether nothing but both gains is in the reward, as in a plain run."""
+        return math.isclose(self.reward, self.query_gain + self.model_gain, rel_tol=1e-4, abs_tol=1e-4)
+
 
 def read_ledger(path: Path) -> list[LedgerRow]:
     """Read the `trajectories.jsonl` of a run, in file order.

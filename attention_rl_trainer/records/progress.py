@@ -37,6 +37,8 @@ class Progress:
         """Trajectories rolled out."""
         self.num_warm_start = 0
         """Trajectories of the warm start that were learned from."""
+        self.num_warm_start_updates = 0
+        """Optimizer steps of the warm start, known when it has ended."""
         self.position = StreamPosition()
         """Place in the articles right after the last batch used."""
         self.skipped: dict[str, int] = {}
@@ -92,6 +94,7 @@ class Progress:
         return {
             "num_episodes": self.num_episodes,
             "num_warm_start": self.num_warm_start,
+            "num_warm_start_updates": self.num_warm_start_updates,
             "position": self.position.to_dict(),
             "skipped": self.skipped,
         }
@@ -100,6 +103,8 @@ class Progress:
         """Go back to what `state_dict` returned."""
         self.num_episodes = int(state["num_episodes"])
         self.num_warm_start = int(state["num_warm_start"])
+        # Older checkpoints do not know it.
+        self.num_warm_start_updates = int(state.get("num_warm_start_updates", 0))
         self.position = StreamPosition.from_dict(state["position"])
         self.skipped = {str(reason): int(count) for reason, count in state["skipped"].items()}
 

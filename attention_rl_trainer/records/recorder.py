@@ -199,6 +199,12 @@ class Recorder:
         """Remove the summary of an earlier end: a run that is under way has no report."""
         self._summary.unlink(missing_ok=True)
 
+    def counts(self, num_updates: int) -> RunCounts:
+        """Count what was done, with ``num_updates`` optimizer steps, those of the warm start included."""
+        done = self._progress
+        of_episodes = num_updates - done.num_warm_start_updates if done.num_episodes > 0 else 0
+        return RunCounts(done.num_episodes, of_episodes, done.num_warm_start)
+
     @property
     def has_report(self) -> bool:
         """Whether the run's report is there."""
@@ -224,7 +230,7 @@ class Recorder:
             self._folder,
             [*log_history, self._metrics.numbers()],
             {**facts, "articles skipped": skipped},
-            counts=RunCounts(self._progress.num_episodes, num_updates),
+            counts=self.counts(num_updates),
             with_plots=with_plots,
         )
         logger.info("Report: %s", files[0])

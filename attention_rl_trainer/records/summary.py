@@ -33,7 +33,9 @@ class RunCounts:
 
     num_episodes: int
     num_updates: int
-    """Optimizer steps that moved weights."""
+    """Optimizer steps of the episodes that moved weights."""
+    num_warm_start: int = 0
+    """Trajectories of the warm start, which has optimizer steps of its own."""
 
 
 def summarize_run(
@@ -158,9 +160,10 @@ def verdict_sentences(
     sentences = []
     has_kept = any(row.verdict == "kept" for row in rows)
     if not (has_kept if counts is None else counts.num_updates):
+        started = "that the warm start left" if counts is not None and counts.num_warm_start else "the run started with"
         sentences.append(
-            "**No optimizer update was made**: the weights are the ones the run started with, and any difference "
-            "below is chance or a difference between articles."
+            f"**No optimizer update was made**: the weights are the ones {started}, and any difference below is chance "
+            "or a difference between articles."
         )
     if not changes:
         sentences.append(
@@ -168,7 +171,10 @@ def verdict_sentences(
             f"least {3 * MIN_EPISODES_PER_THIRD}."
         )
         return sentences
-    sentences += [_reward_sentence(changes["reward"]), _parts_sentence(changes["query gain"], changes["model gain"])]
+    parts = _parts_sentence(changes["query gain"], changes["model gain"])
+    if not all(row.is_reward_their_sum for row in rows):
+        parts = f"There are other terms in it than query and model gain. Of these two: {parts}"
+    sentences += [_reward_sentence(changes["reward"]), parts]
     sentences.append(_level_sentence(changes["query gain"].last))
     return sentences
 
@@ -183,7 +189,7 @@ def _parts_sentence(query: Change, model: Change) -> str:
     judged = "the queries got better by the frozen base model's judgement"
     match query.direction, model.direction:
         case 1, 1:
-            return f"Both of its parts rose: {judged}, and so did the reader."
+            return f"Both parts rose: {judged}, and so did the reader."
         case 1, _:
             return f"**Only the query gain rose**: {judged}; the model gain {_moved(model)}."
         case _, 1:
@@ -326,7 +332,7 @@ def _best_section(rows: Sequence[LedgerRow]) -> list[str]:
     steps = zip(best.order, best.chosen_probabilities, best.step_rewards, best.queries, best.values, strict=True)
     lines = [
         f"{escape_control_characters(best.title)} (episode {best.episode}, {best.verdict.replace('_', ' ')}): "
-        f"reward {best.reward:+.4f} = query gain {best.query_gain:+.4f} + model gain {best.model_gain:+.4f}"
+        f"reward {best.reward:+.4f}{_its_parts(best)}"
     ]
     for number, (pair, probability, reward, query, value) in enumerate(steps, start=1):
         lines += [
@@ -336,6 +342,15 @@ def _best_section(rows: Sequence[LedgerRow]) -> list[str]:
             f"  value: {escape_control_characters(value)}",
         ]
     return ["## Best trajectory", "", "The highest reward of all: one draw, not a typical one.", "", *_fenced(lines)]
+
+
+def _its_parts(row: LedgerRow) -> str:
+    gains = f"query gain {row.query_gain:+.4f}", f"model gain {row.model_gain:+.4f}"
+    if row.is_reward_their_sum:
+        return f" = {gains[0]} + {gains[1]}"
+    others = {"order gain": row.order_gains, "information gain": row.information_gains}
+    named = [f"{name} {statistics.fmean(found):+.4f}" for name, found in others.items() if found is not None]
+    return f", with other terms than its {' and '.join(gains)}{''.join(f', {text}' for text in named)}"
 
 
 def _fenced(lines: Sequence[str]) -> list[str]:

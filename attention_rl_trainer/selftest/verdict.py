@@ -43,7 +43,7 @@ def judge(num_seeds: int, folder: Path, *, ablate: bool = False, calibrated: boo
         ValueError: there is no seed.
     """
     if num_seeds < 1:
-        raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
+        raise ValueError(f"--seeds must be at least 1, got {num_seeds}")
     shares: list[float] = []
     ablated: dict[str, list[float]] = {}
     for seed in range(num_seeds):

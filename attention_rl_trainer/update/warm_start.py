@@ -57,7 +57,8 @@ class WarmStartOptions(Options):
     warm_start_mismatch: Share | None = option(
         None,
         "Share of the warm start's steps whose query is the key of another pair than the one that is read, as it will "
-        "happen: or the reader takes every query for the beginning of its answer. Default: none.",
+        "happen: or the reader takes every query for the beginning of its answer. Acts in a warm start alone. Default: "
+        "none.",
     )
 
     def check_options(self) -> None:
@@ -132,6 +133,7 @@ def lay_out_lessons(
     noise = episode_noise(seed, episodes, Purpose.WARM_START, (num_pairs + layout.num_steps,)).to(device)
     ranks = _places_in_order(options.warm_start_order, batch.pair_numbers.to(device), noise[:, :num_pairs], scores)
     order = ranks.argsort(dim=1)[:, : layout.num_steps]
+    is_ordered = options.warm_start_order != "random" or scores is not None
     asked = _mismatched(order, noise[:, num_pairs:], num_pairs, options.warm_start_mismatch or 0)
     memory = KeyValuePairs(
         key_tokens=batch.key_tokens.to(device),
@@ -156,7 +158,8 @@ def lay_out_lessons(
         rollout_logprobs=torch.zeros(*steps, layout.tokens_per_query, device=device),
         selected_index=order,
         memory=memory,
-        advantages=_learned_queries(asked, order, options.warm_start_order).to(torch.float32),
+        # Where the order is taught, no other pair is to be asked for.
+        advantages=(asked == order).float() if is_ordered else torch.ones(steps, device=device),
         weights=torch.full((num_rows,), 1 / total, device=device),
         articles=tuple(batch.articles),
     )
@@ -186,11 +189,6 @@ def _places_in_order(order: WarmStartOrder, pair_numbers: Tensor, drawn: Tensor,
         return pair_numbers
     # The largest of scores with Gumbel noise is a draw from their softmax, and so is the largest of the rest.
     return drawn if scores is None else (-drawn.log()).log() - scores
-
-
-def _learned_queries(asked: Tensor, read: Tensor, order: WarmStartOrder) -> Tensor:
-    """Say of which steps ``[B, T]`` the query is learned: in an order of its own no other is to be asked for."""
-    return torch.ones_like(asked, dtype=torch.bool) if order == "random" else asked == read
 
 
 def _mismatched(order: Tensor, noise: Tensor, num_pairs: int, share: float) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from tiny import OPTIONS, article_texts, save_tiny_llama, write_rows
 
 from attention_rl_trainer.cli import main
+from attention_rl_trainer.ordering import OrderSettings
 from attention_rl_trainer.rollout.calibration import Calibration
 
 FITTED = """\
@@ -90,3 +92,41 @@ def test_options_that_fit_nothing_are_measured_with_the_calibrated_selector(
 def test_too_few_heads_are_refused(tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["calibrate", *flags, "--probe_heads", "99"]) == 2
     assert "probe_heads is 99, but the model has 8 heads" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_is_refused(tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Its adapter belongs to the calibration there, or to none."""
+    changes = ["--num_episodes", "8", "--generation_batch_size", "8"]
+    assert main(["train", *flags, *changes]) == 0
+    before = Calibration.read(tmp_path / "out").digest
+    assert main(["calibrate", *flags, "--calibration_memories", "8"]) == 2
+    assert "out holds a run" in capsys.readouterr().err
+    assert Calibration.read(tmp_path / "out").digest == before
+
+
+def test_a_run_that_fits_nothing_is_evaluated_and_ordered_without_what_lies_beside_it(
+    tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "options.yaml").write_text(OPTIONS + "probe_heads: 3\ncalibration_memories: 6\n", encoding="utf-8")
+    assert main(["calibrate", *flags]) == 0
+    assert main(["train", *flags, "--num_episodes", "8", "--generation_batch_size", "8"]) == 0
+    assert (tmp_path / "out" / "selector_calibration.safetensors").is_file()
+    data = ["--dataset", str(tmp_path / "articles.jsonl"), "--episodes", "2", "--order_episodes", "0"]
+    where = ["--model_name_or_path", str(tmp_path / "model")]
+    assert main(["evaluate", str(tmp_path / "out"), *data, *where]) == 0
+    assert OrderSettings.read(tmp_path / "out").calibration is None
+
+
+def test_without_matplotlib_all_is_printed_but_the_picture(
+    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["calibrate", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert 'pip install "attention-rl-trainer[report]"' in printed.replace("\n", " ")
+    assert "p_right" in last_lines(printed)
+
+
+def test_the_model_is_loaded_as_the_options_say(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", *flags, "--attn_implementation", "nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err

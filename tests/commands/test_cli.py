@@ -110,6 +110,12 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == f"attention-rl-trainer {attention_rl_trainer.__version__}\n"
 
 
+def test_the_package_is_the_command_too() -> None:
+    run = [sys.executable, "-m", "attention_rl_trainer", "--version"]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert done.stdout == f"attention-rl-trainer {attention_rl_trainer.__version__}\n"
+
+
 def test_the_page_of_the_command_line_has_every_command_and_every_code() -> None:
     page = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text(encoding="utf-8")
     named = re.findall(r"^\| `attention-rl (\w+)", page, flags=re.MULTILINE)

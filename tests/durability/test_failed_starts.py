@@ -129,9 +129,8 @@ def test_a_failed_start_moves_nothing(name: str, finished: Path, tmp_path: Path)
     (job.run / "report").mkdir()
     (job.run / "report" / "summary.md").write_text("of the finished run")
     before = content_of(job.run)
-    trainer = make(tmp_path)
     with pytest.raises(BaseException, match=f"(?s){message}"):
-        trainer.train()
+        make(tmp_path).train()
     assert content_of(job.run) == before
 
 

@@ -214,6 +214,35 @@ class TestOtherRuns:
         assert len(read_ledger(job.run / "_earlier-1" / "trajectories.jsonl")) == 24
         assert len(read_ledger(job.run / "trajectories.jsonl")) == 8
 
+    def test_evaluations_and_adapter_go_with_the_run_that_they_are_of(self, finished: Path, tmp_path: Path) -> None:
+        """Also where the new run evaluates before its first step, which the old one makes room for."""
+        job = copy_of(finished, tmp_path)
+        options = OPTIONS | {"num_episodes": 8, "eval_episodes": 2, "eval_order_episodes": 0}
+        old = build_trainer(replace(job, options=options))
+        held_out = old.train_dataset
+        old.evaluate(held_out)
+        before = content_of(job.run)
+        assert "## Evaluation: eval" in (job.run / "README.md").read_text()
+        new = build_trainer(replace(job, options=options))
+        new.eval_dataset, new.args.eval_on_start = held_out, True
+        new.train()
+        assert [path.name for path in (job.run / "evaluation").iterdir()] == ["eval_before_training"]
+        aside = content_of(job.run / "_earlier-1")
+        for name in ("adapter_model.safetensors", "adapter_config.json", "README.md", "attention_rl_config.json"):
+            assert aside[name] == before[name]
+        assert aside["evaluation/eval/evaluation.json"] == before["evaluation/eval/evaluation.json"]
+        assert not any(name.startswith("evaluation/eval_before") for name in aside)
+        assert not (job.run / "adapter_model.safetensors").exists()
+
+    def test_what_was_measured_before_the_first_run_stays(self, tmp_path: Path) -> None:
+        trainer = build_trainer(
+            Job(tmp_path, OPTIONS | {"num_episodes": 8, "eval_episodes": 2, "eval_order_episodes": 0})
+        )
+        trainer.evaluate(trainer.train_dataset)
+        trainer.train()
+        assert (trainer.output_dir / "evaluation" / "eval" / "evaluation.json").is_file()
+        assert not (trainer.output_dir / "_earlier-1").exists()
+
     def test_going_back_to_an_older_checkpoint_loses_nothing(self, finished: Path, tmp_path: Path) -> None:
         job = copy_of(finished, tmp_path)
         before = content_of(job.run)

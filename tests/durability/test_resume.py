@@ -36,7 +36,13 @@ OPTIONS: dict[str, Any] = {
 }
 # After warm-up an optimizer step needs two batches: the first batch of a run has no history to be judged by, the second
 # has, so that the first step trains already.
-AFTER_WARMUP = {"gradient_accumulation_steps": 2, "num_episodes": 2 * STEPS * BATCH, "warmup_episodes": 1}
+AFTER_WARMUP = {
+    "gradient_accumulation_steps": 2,
+    "num_episodes": 2 * STEPS * BATCH,
+    "warmup_episodes": 1,
+    # Of the second batch some are kept, whatever the rewards of the first.
+    "filter_threshold": -1.0,
+}
 WARMUPS: dict[str, dict[str, Any]] = {"in warm-up": {"warmup_episodes": 40}, "after warm-up": AFTER_WARMUP}
 PLACES = {
     "in warm-up": {"first step": 1, "mid-epoch": 3, "epoch border": 6},
@@ -103,9 +109,11 @@ def expect_same_files(run_folder: Path, whole: Path) -> None:
 
 
 def prepare(job: Job, whole: Path, step: int) -> Job:
-    """Copy a checkpoint and the ledger to where a job resumes from them."""
+    """Copy a checkpoint and what a run has beside it to where a job resumes from them."""
     shutil.copytree(whole / f"checkpoint-{step}", job.run / f"checkpoint-{step}")
     shutil.copy(whole / "trajectories.jsonl", job.run)
+    if (before := whole / "evaluation" / "eval_before_training").is_dir():
+        shutil.copytree(before, job.run / "evaluation" / before.name)
     return replace(job, resume=str(job.run / f"checkpoint-{step}"))
 
 

@@ -77,13 +77,13 @@ def test_an_evaluation_has_the_table(tokenizer: PreTrainedTokenizerFast, tmp_pat
         tiny_llama(), tokenizer, num_steps=1, num_kv_pairs=3, subset_fraction=0.7, tokens_per_key=8, tokens_per_value=4
     )
     evaluation = EvaluationOptions(eval_episodes=8, eval_order_episodes=2)
-    found = evaluate(
-        sampler, batches, PlainTextEncoder(tokenizer), evaluation, tmp_path, questions=AskedQuestions.of(table)
-    )
+    given = sampler, batches, PlainTextEncoder(tokenizer), evaluation
+    found, tables = evaluate(*given, questions=AskedQuestions.of(table))
+    assert tables is not None
     assert 0 <= found["questions_tell"] <= math.log(2) + 1e-6
-    text = (tmp_path / "evaluation.md").read_text()
+    text = tables.to_markdown()
     assert "| greedy player |" in text
     assert "| random questions |" in text
-    plain = evaluate(sampler, batches, PlainTextEncoder(tokenizer), evaluation, tmp_path)
+    plain, _ = evaluate(*given)
     assert "questions_tell" not in plain
     assert torch.tensor(plain["reward"]) == torch.tensor(found["reward"])

@@ -46,6 +46,18 @@ def test_both_are_side_by_side(tmp_path: Path) -> None:
     assert "## &lt;b>" in text
 
 
+def test_two_memories_of_one_title_are_kept_apart(tmp_path: Path) -> None:
+    def examples(*queries: str) -> dict[str, Any]:
+        found = [{"title": "sun", "steps": [{"query": query, "key": "k", "value": "v"}]} for query in queries]
+        return tables("", 0.0, None) | {"examples": found}
+
+    before, after = write(tmp_path / "before", examples("a", "b")), write(tmp_path / "after", examples("c", "d"))
+    compared = BeforeAndAfter.read(before, after)
+    assert compared is not None
+    assert "| 1 | a | k → v | c | k → v |" in compared.to_markdown()
+    assert "| 1 | b | k → v | d | k → v |" in compared.to_markdown()
+
+
 def test_without_an_evaluation_before_there_is_one_side(tmp_path: Path) -> None:
     after = write(tmp_path / "after", tables(" Is it alive?", 0.4, None))
     compared = BeforeAndAfter.read(tmp_path / "nowhere", after)

@@ -61,22 +61,18 @@ def test_fewer_memories_than_were_asked_for(llama: PreTrainedModel, tokenizer: P
     assert evaluate_policy(make_sampler(llama, tokenizer), [random_batch(3)], 10)["episodes"] == 3
 
 
-def test_tables_are_written_and_add_their_figures(
-    tmp_path: Path, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_tables_add_their_figures(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     sampler, encoder = make_sampler(llama, tokenizer), PlainTextEncoder(tokenizer)
-    plain = evaluate(sampler, [random_batch(3)], encoder, EvaluationOptions(3, eval_tables=False), tmp_path / "none")
+    plain, nothing = evaluate(sampler, [random_batch(3)], encoder, EvaluationOptions(3, eval_tables=False))
+    assert nothing is None
     # The order gain beside the rest, and streams of its own.
     apart = make_sampler(tiny_llama(), tokenizer, seed=sampler.seed + 2**32, compute_order_gain=True)
     assert plain == evaluate_policy(apart, [random_batch(3)], 3)
     assert (sampler.seed, sampler.compute_order_gain) == (7, False)
-    assert not (tmp_path / "none").exists()
     options = EvaluationOptions(3, eval_order_episodes=1)
-    results = evaluate(sampler, [random_batch(3)], encoder, options, tmp_path / "some" / "tables")
-    assert sorted(path.name for path in (tmp_path / "some" / "tables").iterdir()) == [
-        "evaluation.json",
-        "evaluation.md",
-    ]
+    results, tables = evaluate(sampler, [random_batch(3)], encoder, options)
+    assert tables is not None
+    assert results["query_over_empty"] == tables.policy_less["empty query"].mean
     figures = {"order_over_random", "order_share_closed", "query_over_empty", "query_over_control", "query_over_form"}
     assert results.keys() - plain.keys() == figures | {"query_over_counterfactuals", "names_its_pair"}
     assert {"distinct_queries", "selection_information", "query_bound"} < plain.keys()
@@ -103,22 +99,20 @@ def test_a_bar_counts_every_memory_and_again_those_whose_orders_are_scored(
     batches = [random_batch(2, num_pairs=3), random_batch(1, num_pairs=3, seed=4)]
     given = make_sampler(llama, tokenizer), batches, PlainTextEncoder(tokenizer)
     options = EvaluationOptions(3, eval_tables=tables, eval_order_episodes=num_ordered)
-    evaluate(*given, options, None, show_progress=True)
+    evaluate(*given, options, show_progress=True)
     assert [(bar.n, bar.total) for bar in bars] == [(total, total)]
-    evaluate(*given, EvaluationOptions(1, eval_tables=False), None)
+    evaluate(*given, EvaluationOptions(1, eval_tables=False))
     assert bars[1].disable
 
 
 def test_the_seed_that_is_shown_is_the_users(
     tmp_path: Path, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    evaluate(
-        make_sampler(llama, tokenizer),
-        [random_batch(2)],
-        PlainTextEncoder(tokenizer),
-        EvaluationOptions(2, eval_order_episodes=0),
-        tmp_path,
-    )
+    options = EvaluationOptions(2, eval_order_episodes=0)
+    given = make_sampler(llama, tokenizer), [random_batch(2)], PlainTextEncoder(tokenizer), options
+    _, tables = evaluate(*given)
+    assert tables is not None
+    tables.write(tmp_path)
     assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["settings"]["seed"] == 7
     assert "seed 7, queries of a trajectory (T) 3, " in (tmp_path / "evaluation.md").read_text(encoding="utf-8")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import article_texts
@@ -359,6 +360,8 @@ def test_evaluation_reads_every_article_in_its_order_so_many_times(
     rows = rows_of(texts[:5])
     loader = MemoryLoader(reading(**options), PlainTextEncoder(tokenizer), seed=3)
     assert titles_of(loader.evaluation_stream(rows, num_epochs=2)) == [row["title"] for row in rows] * 2
+    first, second = (batch["memories"] for batch in loader.batches(loader.evaluation_stream(rows, num_epochs=2), 5))
+    assert not torch.equal(first.pair_numbers, second.pair_numbers)
 
 
 def test_overfitting_reads_the_first_usable_articles_with_one_memory_each(

@@ -62,7 +62,7 @@ def test_it_runs_on_files_with_the_embedded_model(tmp_path: Path, capsys: pytest
     from attention_rl_trainer.models.base import load_base_model
 
     adapted = add_adapter(load_base_model("offline"), None)
-    adapted.save_pretrained(str(tmp_path / "adapter"))
+    adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     options = {"tokens_per_query": 8, "tokens_per_key": 12, "attention_layer": 14, "selection_temperature": 0.1}
     (tmp_path / "adapter" / "attention_rl_config.json").write_text(json.dumps(options), encoding="utf-8")
     texts = [

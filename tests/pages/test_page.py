@@ -66,7 +66,7 @@ class TestContent:
     def test_says_what_the_summary_says(self, run: Run) -> None:
         page = Elements(render_page([run]))
         assert "Finished: 48 episodes." in page.text
-        assert "Both of its parts rose" in page.text
+        assert "Both parts rose" in page.text
         assert "attention-rl report" in page.text
         for heading in ("Learning curves", "The filter's ledger", "Trajectories", "Evaluation", "Settings"):
             assert heading in page.texts

@@ -20,13 +20,15 @@ from transformers import PreTrainedTokenizerFast
 
 from attention_rl_trainer.commands.train import parser
 from attention_rl_trainer.config import AttentionGuidedRLConfig
+from attention_rl_trainer.durability.manifest import find_damage
+from attention_rl_trainer.durability.staging import staged_folder
 from attention_rl_trainer.evaluation.estimates import Estimate
 from attention_rl_trainer.evaluation.tables import EvaluationTables
 from attention_rl_trainer.memories.articles.sources import load_articles
 from attention_rl_trainer.memories.sources import GAME, load_memories
 from attention_rl_trainer.memories.tables import FACTBOOK, EntriesTable
 from attention_rl_trainer.models.base import ModelName
-from attention_rl_trainer.publishing.card import CardFacts, make_card, refresh_evaluations
+from attention_rl_trainer.publishing.card import CardFacts, make_card, write_evaluation
 from attention_rl_trainer.publishing.data import DataFacts, describe_data
 from attention_rl_trainer.publishing.reproduction import changed_options
 from attention_rl_trainer.records.summary import RunCounts
@@ -135,10 +137,9 @@ def test_an_evaluation_that_comes_later_is_put_into_it(tmp_path: Path, caplog: p
     """The rest stays, also what a person has written there."""
     card = make_card(facts(), None, {}).content
     (tmp_path / "README.md").write_text(card.replace("## Citation", "Mine: keep it.\n\n## Citation"))
-    TABLES.write(tmp_path / "evaluation" / "eval")
-    (tmp_path / "evaluation" / "broken").mkdir()
+    (tmp_path / "evaluation" / "broken").mkdir(parents=True)
     (tmp_path / "evaluation" / "broken" / "evaluation.json").write_text("{}")
-    refresh_evaluations(tmp_path)
+    write_evaluation(TABLES, tmp_path, "eval")
     text = (tmp_path / "README.md").read_text()
     assert "## Evaluation: eval\n" in text
     assert "It was not evaluated" not in text
@@ -147,11 +148,37 @@ def test_an_evaluation_that_comes_later_is_put_into_it(tmp_path: Path, caplog: p
     figures = json.loads((tmp_path / "evaluation" / "eval" / "figures.json").read_text())
     assert "secret" not in json.dumps(figures)
     assert figures["order_gains"] == {"learned": asdict(TABLES.order_gains["learned"])}
-    refresh_evaluations(tmp_path)
+    write_evaluation(TABLES, tmp_path, "eval")
     assert (tmp_path / "README.md").read_text() == text
     (tmp_path / "README.md").write_text("Another card.")
-    refresh_evaluations(tmp_path)
+    write_evaluation(TABLES, tmp_path, "eval")
     assert (tmp_path / "README.md").read_text() == "Another card."
+
+
+def test_a_checkpoint_keeps_the_card_that_its_manifest_lists(tmp_path: Path) -> None:
+    """Else an evaluation of a checkpoint would leave it damaged, and no run would resume from it."""
+    card = make_card(facts(), None, {}).content
+    with staged_folder(tmp_path / "checkpoint-1") as folder:
+        (folder / "README.md").write_text(card)
+    write_evaluation(TABLES, tmp_path / "checkpoint-1", "eval")
+    assert (tmp_path / "checkpoint-1" / "README.md").read_text() == card
+    assert (tmp_path / "checkpoint-1" / "evaluation" / "eval" / "figures.json").is_file()
+    assert not find_damage(tmp_path / "checkpoint-1")
+
+
+def test_a_warm_start_is_named_and_is_no_training_of_queries() -> None:
+    text = make_card(facts(counts=RunCounts(0, 0, 640)), None, {}).text
+    assert "of its own queries none was rewarded yet" in text
+    assert "changes nothing" not in text
+    assert "in which 0 updates moved weights, after a warm start on 640 trajectories" in text
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_of_few_bits_are_said_and_loaded_so_again(bits: int) -> None:
+    text = make_card(facts(bits=bits), None, {}).text
+    assert f"weights in {bits} bits, frozen" in text
+    assert f"\nload_in_{bits}bit: true\n" in text
+    assert "load_in" not in make_card(facts(), None, {}).text
 
 
 def test_nothing_of_a_run_is_read_as_markdown() -> None:

@@ -75,7 +75,12 @@ def test_a_healthy_run_is_left_alone() -> None:
         ({"kept_fraction": 0.02}, Ailment.KEPT_TOO_FEW, 4),
         ({"kl": 0.0}, Ailment.KL_ZERO, 3),
         ({"model_gain": lambda step: -0.02 * step}, Ailment.READER_DRIFTS, 9),
-        ({"reward": lambda step: 0.1 * step, "query_gain": lambda step: -0.1 * step}, Ailment.QUERIES_LOSE, 9),
+        (
+            {"reward": lambda step: 0.1 * step, "model_gain": lambda step: 0.2 * step}
+            | {"query_gain": lambda step: -0.1 * step},
+            Ailment.QUERIES_LOSE,
+            9,
+        ),
     ],
 )
 def test_each_ailment_is_named_once_when_it_begins(series: dict[str, Any], ailment: Ailment, step: int) -> None:
@@ -98,6 +103,8 @@ def test_each_ailment_is_named_once_when_it_begins(series: dict[str, Any], ailme
         {"model_gain": lambda step: 0.02 * step},
         {"model_gain": lambda step: 5 - 0.02 * step},
         {"reward": lambda step: 0.1 * step, "query_gain": lambda step: 0.1 * step},
+        # Something else than the reader makes the reward rise.
+        {"reward": lambda step: 0.1 * step, "query_gain": lambda step: -0.1 * step},
         {"reward": lambda step: -0.1 * step, "query_gain": lambda step: -0.1 * step},
     ],
 )

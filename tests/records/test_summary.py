@@ -16,6 +16,7 @@ from made_up_run import PNG_SIGNATURE, make_record, make_row, make_run, write_le
 
 from attention_rl_trainer.records.ledger import LedgerRow
 from attention_rl_trainer.records.summary import (
+    RunCounts,
     escape_control_characters,
     read_settings,
     summarize_run,
@@ -37,7 +38,21 @@ class TestSummary:
         assert "queries are better than those the base model samples" in text
 
     def test_both_rose(self) -> None:
-        assert "Both of its parts rose" in summarize_run(*make_run(query_rise=0.1, model_rise=0.1), {})
+        assert "Both parts rose" in summarize_run(*make_run(query_rise=0.1, model_rise=0.1), {})
+
+    def test_other_terms_are_not_passed_over(self) -> None:
+        """As with an information reward, or a reward function of one's own."""
+        rows, log_history = make_run(query_rise=0.1)
+        assert "There are other terms" not in summarize_run(rows, log_history, {})
+        assert f"reward {max(row.reward for row in rows):+.4f} = query gain" in summarize_run(rows, log_history, {})
+        told = [dataclasses.replace(row, reward=row.reward + 0.3, information_gains=(0.3,) * 3) for row in rows]
+        text = summarize_run(told, log_history, {})
+        assert (
+            "There are other terms in it than query and model gain. Of these two: **Only the query gain rose**" in text
+        )
+        assert "= query gain" not in text
+        assert ", with other terms than its query gain " in text
+        assert ", information gain +0.3000" in text
 
     def test_a_fall_is_said(self) -> None:
         text = summarize_run(*make_run(query_rise=-0.1), {})
@@ -57,6 +72,14 @@ class TestSummary:
         assert "| optimizer updates | 0 |" in text
         assert "| steps skipped because nothing was kept | 30 of 30 |" in text
         assert "| kept after warm-up | 0 of 120 (0.0%) |" in text
+
+    def test_without_an_update_after_a_warm_start_the_weights_are_those_that_it_left(self) -> None:
+        given = *make_run(verdict="warmup"), {}
+        text = summarize_run(*given, counts=RunCounts(120, 0, 64))
+        assert text.splitlines()[2].startswith(
+            "**No optimizer update was made**: the weights are the ones that the warm start left"
+        )
+        assert "No optimizer update" not in summarize_run(*given, counts=RunCounts(120, 1, 64))
 
     def test_a_run_that_ends_in_warm_up_judged_nothing(self) -> None:
         text = summarize_run(*make_run(num_steps=4, verdict="warmup"), {})

@@ -82,5 +82,5 @@ def test_a_run_in_words() -> None:
 
 
 def test_no_seed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="num_seeds must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="--seeds must be at least 1, got 0"):
         judge(0, tmp_path)

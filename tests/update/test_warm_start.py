@@ -203,6 +203,19 @@ class TestLessons:
         assert (lessons.advantages[wrong] == learned).all()
         assert (lessons.advantages[~wrong] == 1).all()
 
+    def test_where_the_pairs_are_drawn_by_scores_a_wrong_query_is_not_learned(self, encoder: PlainTextEncoder) -> None:
+        batch, layout = random_batch(40, PAIRS, KEY, VALUE), layout_of()
+        options, scores = WarmStartOptions(warm_start_mismatch=0.4), torch.zeros(40, PAIRS)
+        drawn = lay_out_lessons(batch, layout, encoder, range(40), 0, 40, options, scores=scores)
+        filling = encoder.encode("\n")
+        for step, start in enumerate(drawn.query_starts):
+            own = as_query(drawn.memory.gather(drawn.selected_index[:, step]).key_tokens, QUERY, filling)
+            is_own = (drawn.token_ids[:, start : start + QUERY] == own).all(dim=1)
+            assert torch.equal(drawn.advantages[:, step], is_own.float())
+        assert 0.3 < drawn.advantages.mean() < 0.9
+        plain = lay_out_lessons(batch, layout, encoder, range(40), 0, 40, options)
+        assert plain.advantages.min() == 1
+
     def test_equal_scores_leave_all_alike(self, encoder: PlainTextEncoder) -> None:
         batch = random_batch(300, PAIRS, KEY, VALUE)
         scores = torch.full((300, PAIRS), 0.7)

@@ -47,7 +47,7 @@ const latest = (name) => ({
 
 const CHARTS = [
   { id: "reward", title: "Reward", unit: NATS, source: fromLedger("reward"), zero: true,
-    about: "Query gain plus model gain; the threshold is what a trajectory had to exceed.",
+    about: "Query gain plus model gain, and any other terms of the run; the threshold is what a trajectory had to exceed.",
     extras: [{ name: "threshold", look: "dashed warn", source: latest("threshold") },
       { name: "mean of all before", look: "dotted soft", source: latest("history_mean") }] },
   { id: "query-gain", title: "Query gain", unit: NATS, source: fromLedger("query_gain"), zero: true, hollow: true, scale: "gain",

@@ -73,6 +73,14 @@ function drawBrowser(container) {
   };
 }
 
+function partsOf(row) {
+  const [query, model] = [mean(row.query_gains), mean(row.model_gains)];
+  if (Math.abs(row.reward - query - model) <= 1e-4 * Math.max(1, Math.abs(row.reward))) {
+    return ` = query gain ${signed(query)} + model gain ${signed(model)}`;
+  }
+  return `, with other terms than its query gain ${signed(query)} and model gain ${signed(model)}`;
+}
+
 function trajectory(run, row) {
   const gains = [...row.rewards, ...row.query_gains, ...row.model_gains];
   const top = Math.max(1e-9, ...gains.map(Math.abs));
@@ -81,7 +89,7 @@ function trajectory(run, row) {
   return [
     element("div", { class: "head" }, element("h3", {}, visible(row.title) || "(no title)"), element("span", { class: `badge ${row.verdict}` }, VERDICTS[row.verdict])),
     element("p", { class: "about" }, `${visible(row.source)} · episode ${row.episode} · step ${row.step} · pass ${row.epoch + 1} over the source`),
-    element("p", {}, `Reward ${signed(row.reward)} = query gain ${signed(mean(row.query_gains))} + model gain ${signed(mean(row.model_gains))}; ${thresholdOf(row.threshold, row.verdict)}.`),
+    element("p", {}, `Reward ${signed(row.reward)}${partsOf(row)}; ${thresholdOf(row.threshold, row.verdict)}.`),
     element("ol", { class: "flow" }, row.order.map((pair, step) => stepOf(row, step, top))),
     heatTable(run, row, largest([row]), "What each query made likely"),
     unread.length ? element("details", {}, element("summary", {}, "Keys that were not drawn here, as far as they are known"), element("ul", { class: "keys" }, unread.map((pair) => element("li", {}, `${pair}: ${visible(keys.get(pair)).trim()}`)))) : null,
