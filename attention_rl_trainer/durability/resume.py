@@ -65,7 +65,7 @@ class ResumePoint:
         kept = [*list_checkpoints(self.output_dir), *records, self.output_dir / trace]
         return not any(path.exists() for path in kept)
 
-    def set_aside_others(self, records: Sequence[Path], outputs: Sequence[Path]) -> None:
+    def set_aside_others(self, records: Sequence[Path], outputs: Sequence[Path] = ()) -> None:
         """Move what the run does not resume out of its way, also of its ``records``; nothing is lost.
 
         Args:

@@ -186,7 +186,7 @@ def _parse_dtype(name: str, default: torch.dtype) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(
-            f"dtype (--dtype, model_init_kwargs['dtype']) must name a torch dtype such as 'bfloat16', got {name!r}"
+            f"model_init_kwargs['dtype'] (--dtype) must name a torch dtype such as 'bfloat16', got {name!r}"
         )
     return dtype
 

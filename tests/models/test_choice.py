@@ -189,8 +189,8 @@ def test_a_named_model_comes_with_its_tokenizer(
     ("options", "message"),
     [
         ({"trust_remote_code": True}, r"takes attn_implementation, dtype, .* revision; got trust_remote_code"),
-        ({"dtype": "float7"}, r"\['dtype'\] must name a torch dtype such as 'bfloat16', got 'float7'"),
-        ({"dtype": "nn"}, r"\['dtype'\] must name a torch dtype such as 'bfloat16', got 'nn'"),
+        ({"dtype": "float7"}, r"\['dtype'\] \(--dtype\) must name a torch dtype such as 'bfloat16', got 'float7'"),
+        ({"dtype": "nn"}, r"\['dtype'\] \(--dtype\) must name a torch dtype such as 'bfloat16', got 'nn'"),
     ],
 )
 def test_loading_options_that_are_not_known_are_refused(
