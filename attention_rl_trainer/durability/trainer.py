@@ -191,6 +191,7 @@ class DurableTrainer(PushingTrainer):
             yield
         finally:
             self.args.max_steps = -1
+            self._start, self.is_in_train = None, False
 
     def begin_run(self) -> None:
         """On all processes, before the first step; an earlier run may be in the folder still."""

@@ -134,6 +134,17 @@ def test_a_failed_start_moves_nothing(name: str, finished: Path, tmp_path: Path)
     assert content_of(job.run) == before
 
 
+def test_after_a_failed_start_an_evaluation_is_one_by_itself(finished: Path, tmp_path: Path) -> None:
+    job = copy_of(finished, tmp_path)
+    trainer = no_tracker(tmp_path)
+    with pytest.raises(ConnectionError):
+        trainer.train()
+    trainer.args.eval_episodes, trainer.args.eval_order_episodes = 2, 0
+    trainer.evaluate(trainer.train_dataset)
+    assert [path.name for path in (job.run / "evaluation").iterdir()] == ["eval"]
+    assert "## Evaluation: eval" in (job.run / "README.md").read_text()
+
+
 def test_after_a_failed_start_the_right_command_resumes(finished: Path, tmp_path: Path) -> None:
     job = copy_of(finished, tmp_path)
     with pytest.raises(ValueError, match="no article is long enough"):
