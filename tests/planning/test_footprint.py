@@ -142,6 +142,8 @@ class TestPlanMemory:
         assert part_bytes(plan, "activations") == min(batch_size, 2) * 25 * 3 * 200
 
     @pytest.mark.slow
+    # Where the processor has no bfloat16 of its own, it takes minutes.
+    @pytest.mark.timeout(1200)
     @pytest.mark.parametrize("name", SETTINGS)
     def test_measured_peak(self, name: str) -> None:
         figures = measure_in_process(name)

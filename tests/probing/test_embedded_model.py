@@ -22,6 +22,7 @@ NUM_MEMORIES = 48
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_half_a_key_draws_its_pair_on_held_out_articles() -> None:
     base, tokenizer = load_named_model("offline", torch.device("cpu"), {"dtype": "auto"})
