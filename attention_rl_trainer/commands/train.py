@@ -27,6 +27,7 @@ from attention_rl_trainer.commands.parsing import CommandParser
 from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.durability.discovery import CheckpointError, find_checkpoint
 from attention_rl_trainer.evaluation.before_and_after import BeforeAndAfter
+from attention_rl_trainer.evaluation.evaluate import expect_evaluable
 from attention_rl_trainer.memories.sources import columns_of, load_memories
 from attention_rl_trainer.records.console import metrics_table
 from attention_rl_trainer.trainer import BEFORE_TRAINING, AttentionGuidedRLTrainer
@@ -130,6 +131,8 @@ def main(flags: Sequence[str], console: Console | None = None) -> int:
         eval_dataset=held_out,
         peft_config=get_peft_config(model),
     )
+    # Not only at the run's end, when it is wanted.
+    expect_evaluable(trainer.loader, held_out, args)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
     if held_out is not None:

