@@ -3,7 +3,8 @@
     attention-rl calibrate --config recommended
 
 takes the options of a run, fits the selector to its training articles as the run itself would, measures it on others,
-and writes the calibration and a picture of the heads into ``output_dir``. Nothing is trained.
+and writes the calibration and a picture of the heads into ``output_dir``, or, where a run is there, into its folder
+``calibration``. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -44,8 +45,7 @@ def main(flags: Sequence[str], console: Console | None = None) -> int:
     if not is_calibrated(config, config):
         logger.info("The options fit nothing; measured is the calibrated selector: %s", CALIBRATED)
         config = replace(config, **CALIBRATED)
-    folder = Path(str(config.output_dir))
-    _expect_no_run(folder)
+    folder = _beside_a_run(Path(str(config.output_dir)))
     measured, count = Measured(config, model), config.calibration_memories
     probe = Probe(measured.policy, measured.layout, config, config, show_progress=not config.disable_tqdm)
     articles, memories, held_out = measured.memories(data, count, count)
@@ -68,13 +68,9 @@ def main(flags: Sequence[str], console: Console | None = None) -> int:
     return 0
 
 
-def _expect_no_run(folder: Path) -> None:
-    """Refuse the folder of a run, whose adapter belongs to the calibration that it was trained with."""
-    if (folder / RUN_CONFIG_NAME).is_file():
-        raise ValueError(
-            f"{folder} holds a run, and what is fitted now would take the place of what its adapter was trained with; "
-            "give another folder as --output_dir"
-        )
+def _beside_a_run(folder: Path) -> Path:
+    """Return where to write: in the folder of a run, apart from what its adapter was trained with."""
+    return folder / "calibration" if (folder / RUN_CONFIG_NAME).is_file() else folder
 
 
 def heads_table(fitted: Fitted, num_memories: int, num_rows: int = 20) -> Table:

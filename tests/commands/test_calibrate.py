@@ -94,14 +94,14 @@ def test_too_few_heads_are_refused(tmp_path: Path, flags: list[str], capsys: pyt
     assert "probe_heads is 99, but the model has 8 heads" in capsys.readouterr().err
 
 
-def test_the_folder_of_a_run_is_refused(tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Its adapter belongs to the calibration there, or to none."""
-    changes = ["--num_episodes", "8", "--generation_batch_size", "8"]
-    assert main(["train", *flags, *changes]) == 0
+def test_in_the_folder_of_a_run_it_leaves_that_of_the_adapter(
+    tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *flags, "--num_episodes", "8", "--generation_batch_size", "8"]) == 0
     before = Calibration.read(tmp_path / "out").digest
-    assert main(["calibrate", *flags, "--calibration_memories", "8"]) == 2
-    assert "out holds a run" in capsys.readouterr().err
+    assert main(["calibrate", *flags, "--calibration_memories", "8"]) == 0
     assert Calibration.read(tmp_path / "out").digest == before
+    assert Calibration.read(tmp_path / "out" / "calibration").digest != before
 
 
 def test_a_run_that_fits_nothing_is_evaluated_and_ordered_without_what_lies_beside_it(
