@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
+from transformers import DynamicCache
 from trl import GRPOConfig, GRPOTrainer
 
 from attention_rl_trainer import (
@@ -32,6 +33,7 @@ from attention_rl_trainer import (
     load_tokenizer,
 )
 from attention_rl_trainer.memories import MemoryLoader
+from attention_rl_trainer.models.kv_cache import cache_argument
 
 
 class QueryReward:
@@ -72,9 +74,11 @@ class QueryReward:
             return 0.0
         query = torch.tensor([written], device=self.reader.device)
         prompt = self.prompt(memory)
-        read = self.reader(prompt, use_cache=True).past_key_values
+        # The argument has another name since transformers 5.24.
+        read = {cache_argument(self.reader.base_model, self.reader): DynamicCache(config=self.reader.config)}
+        self.reader(prompt, use_cache=True, **read)
         with self.attention.capture_queries() as capture:
-            self.reader(query, past_key_values=read)
+            self.reader(query, use_cache=True, **read)
         self.environment.reset(add_embeddings(self.memories.select_rows([memory]), self._embed))
         pair = self.environment.step(capture.mean(), torch.rand(1, generator=self.noise).to(query.device)).pairs
         response = self.layout.response(pair, is_last=True)

@@ -94,8 +94,9 @@ def test_a_row_that_is_wrong_is_refused_with_its_line(
 
 
 def test_topics_of_too_few_rows_are_refused_with_the_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the evaluation first, which is looked at before anything runs."""
     assert main([*command(), *SMALL, "--num_kv_pairs", "12"]) == 2
-    assert "8 had too few" in capsys.readouterr().err
+    assert "eval_dataset: no memory has enough entries: 2 had too few" in capsys.readouterr().err
 
 
 def test_the_script_is_the_command_and_its_options_files_are_there() -> None:
