@@ -133,6 +133,7 @@ def test_a_reloaded_adapter_selects_with_its_calibration(
     trainer.save_model()
     rows = trainer.train_dataset
     expected = trainer.evaluate(rows)
+    assert not (trainer.output_dir / "evaluation").exists()
     model = PeftModel.from_pretrained(tiny_llama(), str(trainer.output_dir), is_trainable=True)
 
     def reloaded(**given: Any) -> AttentionGuidedRLTrainer:

@@ -21,9 +21,8 @@ from attention_rl_trainer.config import AttentionGuidedRLConfig
 from attention_rl_trainer.memories.sources import columns_of, load_memories
 from attention_rl_trainer.models.trained import load_adapted
 from attention_rl_trainer.ordering.adapter import read_options
-from attention_rl_trainer.probing.calibrated import is_calibrated
+from attention_rl_trainer.probing.calibrated import calibration_beside
 from attention_rl_trainer.records.console import metrics_table
-from attention_rl_trainer.rollout.calibration import CALIBRATION_NAME
 from attention_rl_trainer.trainer import AttentionGuidedRLTrainer
 from attention_rl_trainer.update.warm_start import WarmStartOptions
 
@@ -180,7 +179,7 @@ def evaluate(arguments: EvaluateArguments, console: Console) -> dict[str, float]
         args=config,
         eval_dataset=memories,
         processing_class=tokenizer,
-        calibration=adapter if is_calibrated(config, config) and (adapter / CALIBRATION_NAME).is_file() else None,
+        calibration=calibration_beside(adapter, config, config),
     )
     orders = config.eval_episodes if config.eval_order_episodes is None else config.eval_order_episodes
     slow = f"; the orders of {min(orders, arguments.episodes)} take most of the time" if orders > 0 else ""

@@ -17,7 +17,7 @@ from attention_rl_trainer.models.policy import PolicyOptions
 from attention_rl_trainer.options import Options, OptionsT
 from attention_rl_trainer.ordering.trust import OrderTrust
 from attention_rl_trainer.pages.run import EVALUATIONS
-from attention_rl_trainer.probing.calibrated import is_calibrated
+from attention_rl_trainer.probing.calibrated import calibration_beside
 from attention_rl_trainer.publishing.published import FIGURES_NAME
 from attention_rl_trainer.rollout.calibration import CALIBRATION_NAME, Calibration
 from attention_rl_trainer.rollout.environment import SelectionOptions
@@ -109,9 +109,8 @@ class OrderSettings:
             ValueError: it holds no options, or they or the calibration cannot be read.
         """
         options = read_options(folder)
-        uncalibrated, calibration = cls(options), None
-        if is_calibrated(uncalibrated.policy, uncalibrated.selection) and (folder / CALIBRATION_NAME).is_file():
-            calibration = Calibration.read(folder)
+        uncalibrated = cls(options)
+        calibration = calibration_beside(folder, uncalibrated.policy, uncalibrated.selection)
         return cls(options, calibration, OrderTrust.read(folder, calibration))
 
     @property

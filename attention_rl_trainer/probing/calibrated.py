@@ -15,7 +15,7 @@ from attention_rl_trainer.models.heads import HeadNumber
 from attention_rl_trainer.models.policy import PolicyModel, PolicyOptions
 from attention_rl_trainer.probing.calibrate import Probe, selection_facts
 from attention_rl_trainer.processes import ALONE, Processes
-from attention_rl_trainer.rollout.calibration import Calibration, Origin
+from attention_rl_trainer.rollout.calibration import CALIBRATION_NAME, Calibration, Origin
 from attention_rl_trainer.rollout.environment import CalibratedEnvironment, MemoryEnvironment, SelectionOptions
 from attention_rl_trainer.rollout.layout import Layout
 
@@ -37,6 +37,12 @@ CALIBRATED: dict[str, Any] = {
 def is_calibrated(heads: PolicyOptions, selection: SelectionOptions) -> bool:
     """Whether anything of the selector is fitted before training."""
     return selection.is_fitted or heads.attention_heads == "probe"
+
+
+def calibration_beside(adapter: Path, heads: PolicyOptions, selection: SelectionOptions) -> Calibration | None:
+    """Read what was fitted for an adapter, from its folder; ``None`` where its options use none, or none is there."""
+    is_there = is_calibrated(heads, selection) and (adapter / CALIBRATION_NAME).is_file()
+    return Calibration.read(adapter) if is_there else None
 
 
 class CalibratedSelector:

@@ -144,7 +144,7 @@ def test_rows_may_be_read_in_parts(tokenizer: PreTrainedTokenizerFast, monkeypat
     monkeypatch.setattr(branch_values, "_MAX_TOKENS", 1)
 
     for found, expected in zip((run.values(), run.choices()), together, strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 def test_over_a_whole_memory_the_gains_add_up_to_what_the_pairs_before_brought(
@@ -168,7 +168,7 @@ def test_unread_values_may_be_branches_of_several_trees(
     in_one = run.values()
     monkeypatch.setattr(information, "MAX_TREE_TOKENS", max_tree_tokens)
 
-    torch.testing.assert_close(run.values(), in_one, atol=1e-5, rtol=0)
+    torch.testing.assert_close(run.values(), in_one, atol=4e-6, rtol=0)
     assert unread_tokens(run.layout, PAIRS) > run.layout.cached_tokens + 14 * run.layout.scored_tokens
 
 
